@@ -1,0 +1,179 @@
+"""The ``nbdmirror`` command: arguments to a function, exceptions to a message and an exit code.
+
+Owns the command line's shape. The commands are in ``online`` and ``local``.
+
+Exit codes: 0 done; 1 failed; 2 usage or configuration; 3 timed out; 4 refused; 5 no daemon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from nbdmirror import __version__
+from nbdmirror.cli import local, online
+from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError
+from nbdmirror.tomltable import parse_duration
+
+Run = Callable[[argparse.Namespace], int]
+
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UsageError, so that all messages look the same."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see: {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except NbdmirrorError as error:
+        return _report(error.message, error.hint, error.exit_code)
+    except BrokenPipeError:
+        # The reader of a pipe, as ``head``, has enough; the flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _report(str(error), None, NbdmirrorError.exit_code)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    args = build_parser().parse_args(arguments)
+    run: Run | None = getattr(args, "run", None)
+    if run is None:
+        raise UsageError("a command is needed", hint="see: nbdmirror --help")
+    if not args.talks and (args.daemon_config or args.socket):
+        raise UsageError(f"{args.command} does not talk to a daemon: no -c and no -s")
+    return run(args)
+
+
+def _report(message: str, hint: str | None, exit_code: int) -> int:
+    sys.stdout.flush()
+    print(f"nbdmirror: {message}", file=sys.stderr)
+    if hint:
+        print(f"  {hint}", file=sys.stderr)
+    return exit_code
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="nbdmirror", description="A userspace block device replicator.")
+    parser.add_argument("--version", action="version", version=f"nbdmirror {__version__}")
+    _daemon_options(parser, None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    _add_local(commands)
+    _add_online(commands)
+    _add_attach(commands)
+    return parser
+
+
+def _daemon_options(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument(
+        "-c", dest="daemon_config", metavar="CONFIG", default=default, help="the daemon of CONFIG"
+    )
+    parser.add_argument(
+        "-s", dest="socket", metavar="SOCKET", default=default, help="the daemon at SOCKET"
+    )
+
+
+def _command(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    run: Run,
+    *,
+    talks: bool,
+    json: bool = True,
+) -> Parser:
+    """A command whose help is the docstring of its function."""
+    text = (run.__doc__ or "").partition(": ")[2]
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run, talks=talks)
+    if talks:
+        # SUPPRESS keeps what was given before the command.
+        _daemon_options(parser, argparse.SUPPRESS)
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_local(commands: argparse._SubParsersAction[Parser]) -> None:
+    _command(commands, "check", local.check, talks=False).add_argument("config", metavar="CONFIG")
+    create = _command(commands, "create", local.create, talks=False)
+    create.add_argument("config", metavar="CONFIG")
+    create.add_argument("--role", choices=("primary", "secondary"), default="primary")
+    create.add_argument("--force", action="store_true", help="overwrite state that is there")
+    serve = _command(commands, "serve", local.serve, talks=False, json=False)
+    serve.add_argument("config", metavar="CONFIG")
+    dump = _command(commands, "dump", local.dump, talks=False)
+    dump.add_argument("what", choices=("superblock", "log", "dcm", "active"))
+    dump.add_argument("config", metavar="CONFIG")
+    _command(commands, "demo", local.demo, talks=False, json=False)
+
+
+def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
+    status = _command(commands, "status", online.status, talks=True)
+    status.add_argument("--watch", action="store_true", help="again every second")
+    wait = _command(commands, "wait", online.wait, talks=True)
+    wait.add_argument("--until", required=True, choices=("in-sync", "connected", "consistent"))
+    wait.add_argument("--remote", metavar="R", help="only this remote; default: all")
+    _timeout_option(wait)
+    resync = _command(commands, "resync", online.resync, talks=True)
+    resync.add_argument("remote", metavar="R")
+    resync.add_argument("--full", action="store_true", help="every region, not only the marked")
+    resync.add_argument("--wait", action="store_true", help="until the remote is in sync")
+    _timeout_option(resync)
+    for name, run in (("pause", online.pause), ("resume", online.resume)):
+        _command(commands, name, run, talks=True).add_argument("remote", metavar="R")
+    _add_remote(commands)
+    events = _command(commands, "events", online.events, talks=True)
+    events.add_argument("--since", type=int, default=0, metavar="CURSOR", help="only newer events")
+    events.add_argument("--no-follow", dest="follow", action="store_false", help="only the past")
+
+
+def _add_remote(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "lists, adds and removes remotes"
+    parser = commands.add_parser("remote", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    _command(actions, "list", online.remote_list, talks=True)
+    add = _command(actions, "add", online.remote_add, talks=True)
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("address", metavar="ADDRESS", help="tcp:HOST:PORT")
+    add.add_argument("--mode", default="async")
+    _command(actions, "remove", online.remote_remove, talks=True).add_argument(
+        "name", metavar="NAME"
+    )
+
+
+def _add_attach(commands: argparse._SubParsersAction[Parser]) -> None:
+    attach = _command(commands, "attach", local.attach, talks=True, json=False)
+    attach.add_argument("uri", nargs="?", metavar="URI", help="default: the daemon's only volume")
+    attach.add_argument("device", nargs="?", metavar="/dev/nbdN", help="default: a free one")
+    attach.add_argument("--connections", type=int, default=4, metavar="N")
+    attach.add_argument("--dead-timeout", type=_seconds, default=60.0, metavar="S")
+    attach.add_argument("--timeout", type=_seconds, metavar="S", help="of one request")
+    detach = _command(commands, "detach", local.detach, talks=False, json=False)
+    detach.add_argument("device", metavar="/dev/nbdN")
+
+
+def _timeout_option(parser: Parser) -> None:
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="seconds, or 5m; then exit 3")
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text + "s" if text[-1:].isdigit() else text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.message) from None

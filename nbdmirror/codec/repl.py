@@ -1,0 +1,208 @@
+"""The replication protocol: frames over one stream, primary (connects) to secondary (listens).
+
+Every frame is checked before it is used and bounded before it is stored. Little-endian::
+
+    offset  size  field
+    0       4     magic        "NMF1"
+    4       1     type         see ``Type``
+    5       1     flags        bit 0: the payload is lz4, its first 4 bytes the size unpacked
+    6       2     reserved     0
+    8       4     length       of the payload, at most FRAME_MAX
+    12      4     reserved     0
+    16      8     session      id that the primary drew for this session; a stale one is refused
+    24      8     payload sum  XXH3-64 of the payload as sent; 0 for records, which carry theirs
+    32      8     header sum   XXH3-64 of the 32 bytes before
+    40      n     payload
+
+A session: HELLO (primary) - WELCOME or REFUSE (secondary) - START (primary) - READY or REFUSE
+(secondary, after what it decided is durable); then RECORDS, REGION, HASHES, RESYNC_END one way and
+ACK, WANT, DONE, CONSISTENT the other, PING both ways. The JSON payloads are described where they
+are made, in ``engine.session`` and ``engine.receiver``; the binary ones here.
+
+    RECORDS      whole records, seqs ascending without a gap
+    ACK          received, durable, applied seq (8 bytes each)
+    REGION       token 8, volume 4, flags 4 (1: zeros, no data; 2: more of this token follows),
+                 offset 8, length 8, data
+    HASHES       token 8, volume 4, region size 4, offset 8, length 8, 16 bytes for each region:
+                 the first half of its SHA-256
+    WANT         token 8, then one byte for each region of that HASHES: 1 differs, 0 is the same
+    DONE         tokens (8 bytes each) of REGION and HASHES whose content is durable
+    RESYNC_END   seq 8: durable past it, the secondary is consistent again
+    CONSISTENT   seq 8: and it says so, durably
+    PING         nothing
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import lz4.block
+from xxhash import xxh3_64_intdigest
+
+from nbdmirror.errors import PeerError
+from nbdmirror.ports import Buffer
+
+PROTOCOL_VERSIONS = (1, 1)
+"""Lowest and highest version that this program speaks."""
+FRAME_MAX = 4 << 20
+JSON_MAX = 1 << 20
+HASH_SIZE = 16
+ZEROS, MORE = 1, 2
+_LZ4 = 1
+
+_HEAD = struct.Struct("<4sBBHIIQQ")
+_SUM = struct.Struct("<Q")
+HEADER_SIZE = _HEAD.size + _SUM.size
+assert HEADER_SIZE == 40
+_MAGIC = b"NMF1"
+_SLAB = 4 << 20
+
+ACK = struct.Struct("<QQQ")
+REGION = struct.Struct("<QIIQQ")
+HASHES = struct.Struct("<QIIQQ")
+TOKEN = struct.Struct("<Q")
+SEQ = struct.Struct("<Q")
+
+
+class Type(IntEnum):
+    """What a frame is."""
+
+    HELLO = 1
+    WELCOME = 2
+    REFUSE = 3
+    START = 4
+    READY = 5
+    RECORDS = 6
+    ACK = 7
+    REGION = 8
+    HASHES = 9
+    WANT = 10
+    DONE = 11
+    RESYNC_END = 12
+    CONSISTENT = 13
+    PING = 14
+
+
+class Frame(NamedTuple):
+    """A received frame; ``payload`` is a view that stays valid."""
+
+    type: Type
+    session: int
+    payload: memoryview
+
+    def json(self) -> dict[str, Any]:
+        """The JSON object that it carries; PeerError if it does not."""
+        if len(self.payload) > JSON_MAX:
+            raise PeerError(f"{self.type.name} of {len(self.payload)} bytes is too long")
+        try:
+            value = json.loads(bytes(self.payload))
+        except ValueError as error:
+            raise PeerError(f"{self.type.name} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise PeerError(f"{self.type.name} is not a JSON object")
+        return value
+
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
+        """The fixed part of the payload; PeerError if it is shorter."""
+        if len(self.payload) < layout.size:
+            raise PeerError(f"{self.type.name} cut short")
+        return layout.unpack_from(self.payload)
+
+
+def encode(kind: Type, session: int, parts: list[Buffer], *, compress: bool = False) -> list[Buffer]:
+    """A frame as parts. With ``compress`` it is packed where that saves an eighth or more."""
+    length = sum(map(len, parts))
+    flags = 0
+    if compress and length > 512:
+        packed = lz4.block.compress(b"".join(parts), store_size=True)
+        if len(packed) < length - length // 8:
+            parts, length, flags = [packed], len(packed), _LZ4
+    assert length <= FRAME_MAX
+    payload_sum = 0
+    if kind is not Type.RECORDS and length:
+        payload_sum = xxh3_64_intdigest(parts[0] if len(parts) == 1 else b"".join(parts))
+    head = _HEAD.pack(_MAGIC, kind, flags, 0, length, 0, session, payload_sum)
+    return [head + _SUM.pack(xxh3_64_intdigest(head)), *parts]
+
+
+def encode_json(kind: Type, session: int, value: dict[str, Any]) -> list[Buffer]:
+    """A frame that carries a JSON object."""
+    return encode(kind, session, [json.dumps(value, separators=(",", ":")).encode()])
+
+
+class FrameReader:
+    """Takes bytes in any split and gives whole, checked frames; holds one frame and a slab."""
+
+    def __init__(self) -> None:
+        self._slab = memoryview(bytearray(64 << 10))
+        self._start = 0
+        self._end = 0
+        self._need = HEADER_SIZE
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        if len(self._slab) - self._start < self._need or self._end == len(self._slab):
+            self._renew()
+        return self._slab[self._end :]
+
+    def _renew(self) -> None:
+        # Views into the old slab live on in logs and queues; only an unfinished frame moves.
+        rest = self._slab[self._start : self._end]
+        fresh = memoryview(bytearray(max(_SLAB, self._need) if self._end > 4096 else 64 << 10))
+        if len(fresh) < self._need:
+            fresh = memoryview(bytearray(self._need))
+        fresh[: len(rest)] = rest
+        self._slab, self._start, self._end = fresh, 0, len(rest)
+
+    def received(self, count: int) -> list[Frame]:
+        """The frames completed by the ``count`` bytes put into the buffer; PeerError ends the
+        session."""
+        self._end += count
+        frames: list[Frame] = []
+        while True:
+            available = self._end - self._start
+            if available < HEADER_SIZE:
+                self._need = HEADER_SIZE
+                return frames
+            kind, flags, length, session, payload_sum = self._header()
+            if available < HEADER_SIZE + length:
+                self._need = HEADER_SIZE + length
+                return frames
+            at = self._start + HEADER_SIZE
+            payload = self._slab[at : at + length]
+            if kind is not Type.RECORDS and length and xxh3_64_intdigest(payload) != payload_sum:
+                raise PeerError(f"payload checksum of a {kind.name} frame does not match")
+            if flags & _LZ4:
+                payload = _unpack(payload)
+            frames.append(Frame(kind, session, payload))
+            self._start = at + length
+
+    def _header(self) -> tuple[Type, int, int, int, int]:
+        view, at = self._slab, self._start
+        magic, kind, flags, _, length, _, session, payload_sum = _HEAD.unpack_from(view, at)
+        if magic != _MAGIC:
+            raise PeerError("not a replication frame (magic); is this the right port?")
+        if xxh3_64_intdigest(view[at : at + _HEAD.size]) != _SUM.unpack_from(view, at + 32)[0]:
+            raise PeerError("header checksum of a frame does not match")
+        if length > FRAME_MAX:
+            raise PeerError(f"frame of {length} bytes, the limit is {FRAME_MAX}")
+        try:
+            return Type(kind), flags, length, session, payload_sum
+        except ValueError:
+            raise PeerError(f"unknown frame type {kind}") from None
+
+
+def _unpack(packed: memoryview) -> memoryview:
+    if len(packed) < 4:
+        raise PeerError("compressed frame cut short")
+    (size,) = struct.unpack_from("<I", packed)
+    # The size is checked before anything is allocated for it.
+    if size > FRAME_MAX:
+        raise PeerError(f"compressed frame declares {size} bytes, the limit is {FRAME_MAX}")
+    try:
+        return memoryview(lz4.block.decompress(packed[4:], uncompressed_size=size))
+    except (lz4.block.LZ4BlockError, ValueError) as error:
+        raise PeerError(f"compressed frame is damaged: {error}") from error

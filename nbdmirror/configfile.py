@@ -1,0 +1,388 @@
+"""Reads a configuration: TOML text to a checked ``Config``, or a ConfigError that says what to do.
+
+Owns the rules that a file must follow. ``parse`` is pure, ``load`` reads the one file and
+``check_files`` looks at what the file names; nothing here writes. Called by the commands and by
+the daemon at start and reload.
+
+A key that a later version will have is refused, never ignored: see ``_NOT_YET``.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections.abc import Callable
+
+from nbdmirror import config as c
+from nbdmirror.config import (
+    AdminConfig,
+    Config,
+    Limits,
+    LogConfig,
+    NbdConfig,
+    RemoteConfig,
+    ReplicationConfig,
+    VolumeConfig,
+)
+from nbdmirror.errors import ConfigError
+from nbdmirror.tomltable import Table, format_size, show
+
+FILE_BYTES_MAX = 1 * c.MIB
+
+_SECONDS_MAX = 86_400.0
+_COUNT_MAX = 1_000_000
+
+
+def _always(_value: object) -> bool:
+    return True
+
+
+def _is_delay(value: object) -> bool:
+    return value not in ("0s", "0ms", "0m", 0)
+
+
+_INSECURE_HINT = "listen on a unix socket or on loopback, or set insecure = true in this table"
+
+# (table, key, which values are refused, what works instead). Delete a row when it is built.
+_NOT_YET: tuple[tuple[str, str, Callable[[object], bool], str], ...] = (
+    ("nbd", "tls", _always, _INSECURE_HINT),
+    ("admin", "metrics", _always, "leave it out"),
+    ("log", "mode", lambda value: value == "spill", 'use "disk"'),
+    ("log", "spill_threshold", _always, "leave it out"),
+    ("remote", "mode", lambda value: value in ("sync", "checkpoint"), 'use "async"'),
+    ("remote", "max_rate", _always, "leave it out"),
+    ("remote", "on_link_loss", _always, "leave it out: an async remote never holds a client"),
+    ("remote", "apply_delay", _is_delay, 'leave it out or use "0s"'),
+    ("remote", "tls", _always, "leave it out"),
+    ("replication", "tls", _always, _INSECURE_HINT),
+    ("replication", "secret_file", _always, _INSECURE_HINT),
+    ("replication", "apply_delay", _is_delay, 'leave it out or use "0s"'),
+)
+
+
+def load(path: str) -> Config:
+    """Reads and checks one file; ConfigError names the file, the key and what would be right."""
+    path = os.path.abspath(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > FILE_BYTES_MAX:
+        raise ConfigError(f"{path}: larger than {format_size(FILE_BYTES_MAX)}: not a configuration")
+    try:
+        return parse(data.decode(), path)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text: a configuration is TOML") from None
+
+
+def parse(text: str, path: str) -> Config:
+    """Checks the text of a configuration whose file has the absolute name ``path``."""
+    assert os.path.isabs(path)
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    top = Table(path, "", data)
+    config = Config(
+        path=path,
+        group=_name(top, "group"),
+        node=_name(top, "node"),
+        state_dir=_path(top, "state_dir", top.text("state_dir")),
+        nbd=_nbd(_open(top, "nbd")),
+        admin=_admin(_open(top, "admin")),
+        log=_log(_open(top, "log")),
+        volumes=tuple(_volume(table) for table in _open_all(top, "volume")),
+        remotes=tuple(_remote(table) for table in _open_all(top, "remote")),
+        replication=_replication(_open(top, "replication")),
+        limits=_limits(_open(top, "limits")),
+    )
+    top.finish()
+    _check_whole(top, config)
+    return config
+
+
+def check_files(config: Config) -> None:
+    """Refuses a configuration whose files cannot be: directories, devices, the same file twice.
+
+    For ``check`` and ``create``. A daemon does not ask: one facet that is gone is not the end."""
+    top = Table(config.path, "", {})
+    seen: dict[str, str] = {}
+    for volume in config.volumes:
+        for path in volume.facets:
+            _check_facet(top, config, volume, path)
+            real = os.path.realpath(path)
+            if real in seen:
+                top.fail("facets", f"{path} and {seen[real]} are the same file")
+            seen[real] = path
+    if config.log.path is not None:
+        _check_directory(top, config, "log.path", config.log.path)
+
+
+def _open(top: Table, key: str) -> Table:
+    return _refuse_not_yet(key, Table(top.file, key, top.table(key)))
+
+
+def _open_all(top: Table, key: str) -> list[Table]:
+    tables = []
+    for index, data in enumerate(top.tables(key)):
+        name = data.get("name")
+        label = f"{key}[{name if isinstance(name, str) and name else f'#{index + 1}'}]"
+        tables.append(_refuse_not_yet(key, Table(top.file, label, data)))
+    return tables
+
+
+def _refuse_not_yet(kind: str, table: Table) -> Table:
+    for row_kind, key, refused, instead in _NOT_YET:
+        if row_kind == kind and key in table and refused(table.raw(key)):
+            table.fail(key, f"{show(table.raw(key))} is not in this version", hint=instead)
+    return table
+
+
+def _name(table: Table, key: str) -> str:
+    return table.checked(key, c.check_name, table.text(key))
+
+
+def _path(table: Table, key: str, path: str) -> str:
+    """The absolute form; a relative path counts from the directory of the file."""
+    absolute = os.path.normpath(os.path.join(os.path.dirname(table.file), path))
+    if path.endswith("/") and key != "state_dir":
+        table.fail(key, f"{path} names a directory; a file is needed")
+    return absolute
+
+
+def _address(table: Table, key: str, text: str) -> c.Address:
+    if text.startswith("unix:") and text != "unix:":
+        text = "unix:" + _path(table, key, text.removeprefix("unix:"))
+    return table.checked(key, c.parse_address, text)
+
+
+def _listen(table: Table, texts: list[str], insecure: bool) -> tuple[str, ...]:
+    """Addresses to listen on: each once, beyond loopback only if that is spelled out."""
+    addresses = [_address(table, "listen", text) for text in texts]
+    for index, address in enumerate(addresses):
+        if address in addresses[:index]:
+            table.fail("listen", f"{address} is there twice")
+        if isinstance(address, c.TcpAddress) and not address.loopback and not insecure:
+            problem = f"{address} can be reached from other hosts, unencrypted and unauthenticated"
+            table.fail("listen", problem, _INSECURE_HINT)
+    return tuple(map(str, addresses))
+
+
+def _nbd(table: Table) -> NbdConfig:
+    insecure = table.flag("insecure", False)
+    result = NbdConfig(
+        listen=_listen(table, table.texts("listen", []), insecure),
+        frontend=table.choice("frontend", ("native", "nbdkit"), NbdConfig().frontend),
+        insecure=insecure,
+    )
+    table.finish()
+    return result
+
+
+def _admin(table: Table) -> AdminConfig:
+    path = _path(table, "socket", table.text("socket"))
+    table.checked("socket", c.check_socket_path, path)
+    table.finish()
+    return AdminConfig(socket=path)
+
+
+def _log(table: Table) -> LogConfig:
+    default = LogConfig()
+    size = table.size("size", default.size, c.LOG_SIZE_MIN, c.LOG_SIZE_MAX)
+    if size % c.LOG_SIZE_STEP:
+        table.fail("size", f"must be a multiple of {format_size(c.LOG_SIZE_STEP)}, not {size}")
+    result = LogConfig(
+        size=size,
+        mode=table.choice("mode", ("disk",), default.mode),
+        on_full=table.choice("on_full", ("dcm", "block"), default.on_full),
+        path=_path(table, "path", table.text("path")) if "path" in table else None,
+        extent_size=_power_of_two(
+            table, "extent_size", default.extent_size, c.EXTENT_SIZE_MIN, c.EXTENT_SIZE_MAX
+        ),
+        hot_extents=table.integer("hot_extents", default.hot_extents, 1, _COUNT_MAX),
+    )
+    table.raw("path", None)
+    table.finish()
+    return result
+
+
+def _volume(table: Table) -> VolumeConfig:
+    default = VolumeConfig(name="", size=0, facets=())
+    size = table.size("size", None, c.SECTOR_SIZE, c.VOLUME_SIZE_MAX)
+    if size % c.SECTOR_SIZE:
+        table.fail("size", f"must be a multiple of {c.SECTOR_SIZE} bytes, not {size}")
+    facets = tuple(_path(table, "facets", path) for path in table.texts("facets"))
+    if not facets:
+        table.fail("facets", "a volume needs at least one local facet")
+    result = VolumeConfig(
+        name=_name(table, "name"),
+        size=size,
+        facets=facets,
+        region_size=_power_of_two(
+            table, "region_size", default.region_size, c.REGION_SIZE_MIN, c.REGION_SIZE_MAX
+        ),
+    )
+    table.finish()
+    return result
+
+
+def _power_of_two(table: Table, key: str, default: int, low: int, high: int) -> int:
+    size = table.size(key, default, low, high)
+    if size & (size - 1):
+        limits = f"from {format_size(low)} to {format_size(high)}"
+        table.fail(key, f"must be a power of two {limits}, not {size}")
+    return size
+
+
+def _remote(table: Table) -> RemoteConfig:
+    default = RemoteConfig(name="", address="")
+    result = RemoteConfig(
+        name=_name(table, "name"),
+        address=str(_address(table, "address", table.text("address"))),
+        mode=table.choice("mode", ("async",), default.mode),
+        compression=table.choice("compression", ("off", "lz4"), default.compression),
+    )
+    table.raw("apply_delay", None)
+    table.finish()
+    return result
+
+
+def _replication(table: Table) -> ReplicationConfig:
+    default = ReplicationConfig()
+    insecure = table.flag("insecure", False)
+    listen = [table.text("listen")] if "listen" in table else []
+    heartbeat = table.seconds("heartbeat_seconds", default.heartbeat_seconds, 0.05, 3600.0)
+    timeout = table.seconds("timeout_seconds", default.timeout_seconds, 0.1, 3600.0)
+    if timeout <= heartbeat:
+        table.fail("timeout_seconds", f"must be longer than heartbeat_seconds ({heartbeat:g})")
+    addresses = _listen(table, listen, insecure)
+    result = ReplicationConfig(
+        listen=addresses[0] if addresses else None,
+        insecure=insecure,
+        heartbeat_seconds=heartbeat,
+        timeout_seconds=timeout,
+        reconnect_max_seconds=table.seconds(
+            "reconnect_max_seconds", default.reconnect_max_seconds, 0.05, 3600.0
+        ),
+        window_bytes=table.size(
+            "window_bytes", default.window_bytes, c.WINDOW_BYTES_MIN, c.WINDOW_BYTES_MAX
+        ),
+    )
+    for key in ("listen", "apply_delay"):
+        table.raw(key, None)
+    table.finish()
+    return result
+
+
+def _limits(table: Table) -> Limits:
+    default = Limits()
+    result = Limits(
+        connections_max=table.integer("connections_max", default.connections_max, 1, 65_536),
+        handshake_seconds=table.seconds(
+            "handshake_seconds", default.handshake_seconds, 0.1, _SECONDS_MAX
+        ),
+        options_max=table.integer("options_max", default.options_max, 4, 65_536),
+        request_bytes_max=table.size(
+            "request_bytes_max", default.request_bytes_max, 64 * c.KIB, 64 * c.MIB
+        ),
+        requests_max=table.integer("requests_max", default.requests_max, 1, 65_536),
+        replication_connections_max=table.integer(
+            "replication_connections_max", default.replication_connections_max, 1, 65_536
+        ),
+        admin_connections_max=table.integer(
+            "admin_connections_max", default.admin_connections_max, 1, 65_536
+        ),
+        admin_line_bytes_max=table.size(
+            "admin_line_bytes_max", default.admin_line_bytes_max, 1 * c.KIB, 16 * c.MIB
+        ),
+        admin_requests_max=table.integer(
+            "admin_requests_max", default.admin_requests_max, 1, 65_536
+        ),
+        events_max=table.integer("events_max", default.events_max, 1, _COUNT_MAX),
+    )
+    table.finish()
+    return result
+
+
+def _check_whole(top: Table, config: Config) -> None:
+    """The rules that hold between tables."""
+    if not config.volumes:
+        top.fail("volume", "a group needs at least one [[volume]]")
+    _check_unique(top, "volume", "name", [volume.name for volume in config.volumes])
+    _check_unique(top, "remote", "name", [remote.name for remote in config.remotes])
+    _check_unique(top, "remote", "address", [remote.address for remote in config.remotes])
+    for remote in config.remotes:
+        if remote.name == config.node:
+            top.fail(f"remote[{remote.name}].name", "is the name of this node itself")
+        if remote.address == config.replication.listen:
+            top.fail(f"remote[{remote.name}].address", "is where this node itself listens")
+    uses: dict[str, str] = {}
+    for path, use in _paths(config):
+        if path in uses:
+            top.fail(use, f"{path} is used by {uses[path]} already")
+        uses[path] = use
+    tcp = [text for text in config.nbd.listen if text == config.replication.listen]
+    if tcp:
+        top.fail("replication.listen", f"{tcp[0]} is used by nbd.listen already")
+
+
+def _check_unique(top: Table, kind: str, key: str, values: list[str]) -> None:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            top.fail(f"{kind}.{key}", f"{show(value)} is there twice; each is its own")
+
+
+def _paths(config: Config) -> list[tuple[str, str]]:
+    """Every path that the node uses, with the key that names it."""
+    paths = [(config.state_dir, "state_dir"), (config.admin.socket, "admin.socket")]
+    if config.log.path is not None:
+        paths.append((config.log.path, "log.path"))
+    for text, use in [(text, "nbd.listen") for text in config.nbd.listen] + [
+        (config.replication.listen or "", "replication.listen")
+    ]:
+        if text.startswith("unix:"):
+            paths.append((text.removeprefix("unix:"), use))
+    for volume in config.volumes:
+        paths += [(path, f"volume[{volume.name}].facets") for path in volume.facets]
+    return paths
+
+
+def _check_facet(top: Table, config: Config, volume: VolumeConfig, path: str) -> None:
+    key = f"volume[{volume.name}].facets"
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        _check_directory(top, config, key, path)
+        return
+    except OSError as error:
+        top.fail(key, f"{path}: {error.strerror}")
+    if stat.S_ISBLK(mode):
+        _check_device_size(top, key, volume, path)
+    elif not stat.S_ISREG(mode):
+        top.fail(key, f"{path} is neither a file nor a block device")
+
+
+def _check_device_size(top: Table, key: str, volume: VolumeConfig, path: str) -> None:
+    try:
+        with open(path, "rb") as device:
+            size = device.seek(0, os.SEEK_END)
+    except OSError as error:
+        top.fail(key, f"{path}: {error.strerror}")
+    if size < volume.size:
+        problem = f"{path} has {size} bytes, volume {volume.name} needs {volume.size}"
+        top.fail(key, problem, f"use a larger device, or size = {size - size % c.SECTOR_SIZE}")
+
+
+def _check_directory(top: Table, config: Config, key: str, path: str) -> None:
+    """A file can be made only where a directory is: a missing one may be a file system that is
+    not mounted, and a facet beside it would fill the wrong disk."""
+    directory = os.path.dirname(path)
+    if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
+        top.fail(key, f"there is no device {path}")
+    inside_state = f"{directory}/".startswith(f"{config.state_dir}/")
+    if not os.path.isdir(directory) and not inside_state:
+        top.fail(key, f"there is no directory {directory} for {path}", "make it, or mount it")

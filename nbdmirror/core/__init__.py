@@ -1,0 +1,1 @@
+"""Decisions: synchronous, deterministic, without I/O and without a clock."""

@@ -1,0 +1,153 @@
+"""The data change map of one volume for one remote: a bit per region that differs (V1).
+
+Owns the bits in memory, by pages, so that a volume of 64 TiB costs what is marked and not what it
+measures: a page that is not there stands for ``default`` in all its regions. Full synchronisation
+is ``fill()``: the default turns to 1 and every page goes. Knows nothing of files;
+``engine.maps`` makes durable the pages that the mutators name.
+
+A region that a resync has read is *in flight* until the remote has it on disk; its bit stays set
+meanwhile. ``finish`` clears it only if nothing marked it again after it was read (O6, O13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bitarray import bitarray
+
+from nbdmirror.codec.mappage import BITMAP_BYTES, BITS
+
+
+class Dcm:
+    """Bits for ``regions`` regions; mutators return the pages that must be written (O12)."""
+
+    def __init__(self, regions: int) -> None:
+        assert regions > 0
+        self.regions = regions
+        self.default = False
+        self._pages: dict[int, bitarray] = {}
+        self._in_flight: dict[int, int] = {}
+        self.count = 0
+        """Regions marked."""
+
+    @property
+    def page_count(self) -> int:
+        """Pages that a map of this size has."""
+        return -(-self.regions // BITS)
+
+    def _page_regions(self, number: int) -> int:
+        return min(BITS, self.regions - number * BITS)
+
+    def _page(self, number: int) -> bitarray:
+        page = self._pages.get(number)
+        if page is None:
+            page = bitarray(BITS, endian="little")
+            page.setall(self.default)
+            # Bits past the last region stay 0, so that counts and searches are right.
+            page[self._page_regions(number) :] = False
+            self._pages[number] = page
+        return page
+
+    def is_marked(self, region: int) -> bool:
+        """Whether the region's bit is set."""
+        number, bit = divmod(region, BITS)
+        page = self._pages.get(number)
+        return self.default if page is None else bool(page[bit])
+
+    def mark(self, first: int, last: int) -> list[int]:
+        """Sets the bits of regions first..last; returns the pages that changed."""
+        assert 0 <= first <= last < self.regions
+        if self._in_flight:
+            for region in [r for r in self._in_flight if first <= r <= last]:
+                del self._in_flight[region]
+        changed = []
+        for number in range(first // BITS, last // BITS + 1):
+            if number not in self._pages and self.default:
+                continue
+            page = self._page(number)
+            low = max(first - number * BITS, 0)
+            high = min(last - number * BITS + 1, BITS)
+            missing = high - low - page.count(True, low, high)
+            if missing:
+                page[low:high] = True
+                self.count += missing
+                changed.append(number)
+        return changed
+
+    def fill(self) -> None:
+        """Sets every bit; the pages on disk are void, the default must be made durable."""
+        self.default = True
+        self._pages.clear()
+        self._in_flight.clear()
+        self.count = self.regions
+
+    def clear(self) -> None:
+        """Clears every bit; the pages on disk are void, the default must be made durable."""
+        self.default = False
+        self._pages.clear()
+        self._in_flight.clear()
+        self.count = 0
+
+    def begin(self, region: int, token: int) -> None:
+        """A resync is about to read this region, and will name it by ``token``."""
+        self._in_flight[region] = token
+
+    def finish(self, region: int, token: int) -> int | None:
+        """The remote has the region of that token on disk; returns the page that changed."""
+        if self._in_flight.get(region) != token:
+            return None
+        del self._in_flight[region]
+        if not self.is_marked(region):
+            return None
+        number, bit = divmod(region, BITS)
+        self._page(number)[bit] = False
+        self.count -= 1
+        return number
+
+    def abandon(self) -> None:
+        """The link is gone: what was in flight is simply marked again."""
+        self._in_flight.clear()
+
+    def runs(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Marked stretches (first, count) from ``start`` on, in ascending order."""
+        at = start
+        while at < self.regions:
+            first = self._next(at, True)
+            if first is None:
+                return
+            end = self._next(first, False)
+            end = self.regions if end is None else end
+            yield first, end - first
+            at = end
+
+    def _next(self, start: int, value: bool) -> int | None:
+        """The first region from ``start`` on whose bit is ``value``."""
+        if not self._pages:
+            # Nothing but the default: no walk over the pages of a large volume (I7).
+            return start if self.default == value and start < self.regions else None
+        number, bit = divmod(start, BITS)
+        absent_matches = self.default == value
+        while number * BITS < self.regions:
+            page = self._pages.get(number)
+            if page is None:
+                if absent_matches:
+                    return number * BITS + bit
+            else:
+                found = page.find(value, bit, self._page_regions(number))
+                if found >= 0:
+                    return number * BITS + found
+            number, bit = number + 1, 0
+        return None
+
+    def page_bits(self, number: int) -> bytes:
+        """The bits of one page as they go to disk."""
+        return self._page(number).tobytes()
+
+    def load_page(self, number: int, bits: bytes) -> None:
+        """Takes over a page that was read back."""
+        assert len(bits) == BITMAP_BYTES
+        page = bitarray(endian="little")
+        page.frombytes(bits)
+        page[self._page_regions(number) :] = False
+        self.count += page.count() - (self._page_regions(number) if self.default else 0)
+        self._pages[number] = page

@@ -1,0 +1,149 @@
+"""What two nodes do when they meet: a pure function over what each knows of itself.
+
+The rules are numbered as in the handshake table (T1-T14); ``decide`` names the one that applied,
+so that a status, an event or ``explain`` can say why (X1, X4). Nothing here moves data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Action(Enum):
+    """What follows from a handshake."""
+
+    CONTINUE = "continue"
+    """Send the log from the record after the secondary's last durable one."""
+    RESET = "reset"
+    """Start a new stream at the log's head; what lies before it is in the DCM."""
+    FULL = "full"
+    """As RESET, with every region in the DCM, compared by hash before it is sent."""
+    REFUSE = "refuse"
+    """Nothing moves; a person has to look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Where a power loss ended an epoch: records of it above ``end_seq`` are not in the history.
+
+    A secondary may hold such records; they lie in extents that were active then, which recovery
+    put into every remote's DCM. (The death of a process alone loses no record, and is no fork.)"""
+
+    epoch: int
+    end_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The primary's knowledge of one remote."""
+
+    generation: str
+    history: tuple[tuple[str, int], ...]
+    epoch: int
+    forks: tuple[Fork, ...]
+    tail_seq: int
+    next_seq: int
+    base_seq: int
+    """The remote's DCM holds every change after this seq that the log does not."""
+    tracking: bool
+    full: bool
+    """A full comparison was asked for, or is not finished."""
+    met_epoch: int = 0
+    """The epoch in which the remote last agreed to a stream."""
+    consistent: bool = False
+    """The remote said, after its last resync, that it is consistent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The secondary's knowledge of itself, from its WELCOME."""
+
+    initialised: bool
+    generation: str | None = None
+    epoch: int = 0
+    durable_seq: int = 0
+    consistent: bool = True
+    history: tuple[tuple[str, int], ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The action, the rule it follows from, and a sentence for people."""
+
+    action: Action
+    rule: str
+    why: str
+
+
+def _fork_end(source: Source, epoch: int) -> Fork | None:
+    """Where the history leaves the target's epoch; ``None`` if it is the current one."""
+    ends = [fork for fork in source.forks if fork.epoch >= epoch]
+    return min(ends, key=lambda fork: fork.epoch) if ends else None
+
+
+def decide(source: Source, target: Target) -> Decision:
+    """First match wins; every doubt ends in a comparison by hash, never in trust (I5)."""
+    if not target.initialised:
+        why = "the secondary holds nothing yet: first synchronisation"
+        return Decision(Action.FULL, "T2", why)
+    if target.generation != source.generation:
+        known = dict(source.history)
+        if target.generation not in known:
+            return Decision(
+                Action.REFUSE,
+                "T12",
+                f"the secondary follows generation {target.generation}, which is not in the "
+                f"history of {source.generation}: unrelated data",
+            )
+        end = known[target.generation]
+        if target.durable_seq > end:
+            return Decision(
+                Action.FULL,
+                "T9",
+                f"the secondary holds records {end + 1}..{target.durable_seq} of a former "
+                "generation that are not part of the history",
+            )
+    if source.full:
+        return _full("a full comparison was asked for, or is not finished")
+    fork = _fork_end(source, target.epoch)
+    end = source.next_seq - 1 if fork is None else fork.end_seq
+    if target.durable_seq > end:
+        if fork is None:
+            return Decision(
+                Action.REFUSE,
+                "T6",
+                f"the secondary holds record {target.durable_seq}, the primary ends at {end}: "
+                "the primary lost history (a restored backup, or a disk that lied)",
+            )
+        if source.met_epoch > fork.epoch:
+            return _full(f"the secondary is back at epoch {target.epoch}: an old copy of it")
+        return Decision(
+            Action.RESET,
+            "T7",
+            f"the primary lost power; the secondary's records {end + 1}..{target.durable_seq} "
+            "lie in extents that are compared",
+        )
+    if target.durable_seq < source.base_seq:
+        return _full(
+            f"the secondary ends at record {target.durable_seq}, the map begins at "
+            f"{source.base_seq}: nothing proves what is the same in between"
+        )
+    if source.consistent and not target.consistent:
+        return _full("the secondary lost what it had confirmed: an old copy of it")
+    if source.tracking:
+        return Decision(
+            Action.RESET, "T4", f"changes since record {target.durable_seq} are in the map"
+        )
+    if target.durable_seq + 1 < source.tail_seq:
+        return _full(
+            f"the secondary ends at record {target.durable_seq}, the log begins at "
+            f"{source.tail_seq}: it lost what it had confirmed"
+        )
+    return Decision(
+        Action.CONTINUE, "T3", f"the log holds everything since record {target.durable_seq}"
+    )
+
+
+def _full(why: str) -> Decision:
+    return Decision(Action.FULL, "T5", why)

@@ -1,0 +1,65 @@
+"""The state of a remote as people see it, worked out from facts; and the next thing to do (X4).
+
+States are never stored: what is durable are the facts, so no state can contradict them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a remote now; all but ``connected`` and ``resyncing`` is durable."""
+
+    initialised: bool = False
+    paused: bool = False
+    tracking: bool = False
+    full: bool = False
+    dirty_regions: int = 0
+    connected: bool = False
+    resyncing: bool = False
+    refused: str | None = None
+    diverged: bool = False
+    failed: str | None = None
+
+
+def state_of(facts: Facts) -> str:
+    """One word of the design's list of states."""
+    if facts.diverged:
+        return "diverged"
+    if facts.refused is not None:
+        return "refused"
+    if facts.failed is not None:
+        return "failed"
+    if facts.paused:
+        return "paused"
+    if facts.resyncing:
+        return "resyncing"
+    if not facts.initialised:
+        return "uninitialised"
+    if facts.tracking or facts.dirty_regions:
+        return "tracking"
+    return "synchronised" if facts.connected else "behind"
+
+
+def facet_word(state: str) -> str:
+    """The state in M6's three words."""
+    if state in ("synchronised", "behind"):
+        return "synchronised"
+    return "being-synchronised" if state == "resyncing" else "not-synchronised"
+
+
+def next_action(facts: Facts, name: str) -> str | None:
+    """What a person should do next; ``None`` if nothing: it happens by itself."""
+    if facts.diverged:
+        return f"decide which side is right; see: nbdmirror events, and the log of {name}"
+    if facts.refused is not None:
+        return f"correct what the message says on {name} or here; the link is tried again by itself"
+    if facts.failed is not None:
+        return f"replace the disk of {name}, then restart it"
+    if facts.paused:
+        return f"nbdmirror resume {name}"
+    if not facts.connected:
+        return f"start {name}, or mend the network to it; it catches up by itself"
+    return None

@@ -1,0 +1,1 @@
+"""Linux: files, sockets, clocks, the daemon. The only package that touches the real world."""

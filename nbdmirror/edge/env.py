@@ -1,0 +1,60 @@
+"""The real world, put together for a node: disk, network, clock, randomness."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import socket
+import struct
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+from nbdmirror.edge.clock import LinuxClock
+from nbdmirror.edge.files import LinuxDisk
+from nbdmirror.edge.net import LinuxNetwork
+from nbdmirror.errors import UsageError
+from nbdmirror.ports import Env
+
+T = TypeVar("T")
+_PEERCRED = struct.Struct("3i")
+
+
+def real_env() -> Env:
+    """This machine, as the engine sees it."""
+    return Env(LinuxDisk(), LinuxNetwork(), LinuxClock(), random.Random(random.SystemRandom().random()))
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs the coroutine on a fresh uvloop. Refuses ``python -O``: asserts are part of the
+    product."""
+    if not __debug__:
+        work.close()
+        raise UsageError("nbdmirror does not run with python -O: its checks must stay on")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def settle_garbage() -> None:
+    """Keeps the collector off the data path: what exists now stays, and full collections are
+    rare. The data path makes no reference cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 1000)
+
+
+def peer_uid(transport: asyncio.BaseTransport) -> int | None:
+    """The user at the other end of a unix socket (SO_PEERCRED); ``None`` if it has none."""
+    peer: socket.socket | None = transport.get_extra_info("socket")
+    if peer is None or peer.family != socket.AF_UNIX:
+        return None
+    data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    return int(_PEERCRED.unpack(data)[1])
+
+
+def say(text: str) -> None:
+    """A line for the journal."""
+    print(text, file=sys.stderr, flush=True)

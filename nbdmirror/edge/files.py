@@ -1,0 +1,369 @@
+"""Files and block devices over Linux: ``ports.Disk`` and ``ports.File``.
+
+Owns file descriptors and the threads in which calls that may stall run. Never retries a failed
+write or sync, never decides what an error means: every error is an ``OSError`` with its errno.
+The daemon makes one ``LinuxDisk`` per process and hands it to the engine in ``Env``.
+
+What touches only the page cache is a plain call on the event loop; what waits for a device is
+handed to a thread. A call that is cancelled while its thread runs may still take effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import fdatasync, pread, preadv, pwrite, pwritev
+from typing import ParamSpec, TypeVar
+
+from nbdmirror.config import MIB
+from nbdmirror.ports import Buffer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS_MAX = 32  # of each kind; they start one by one, when they are needed
+IOV_MAX = 1024  # parts that Linux takes in one vectored call
+NOWAIT = os.RWF_NOWAIT
+CLOSED_FD = (1 << 31) - 1  # no descriptor: every system call answers EBADF
+BLKGETSIZE64 = 0x80081272
+KEEP_SIZE = 0x01
+PUNCH_HOLE = 0x02
+ZERO_RANGE = 0x10
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+ZEROS = bytes(MIB)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+
+
+def _read_all(fd: int, offset: int, length: int) -> bytes:
+    """Exactly ``length`` bytes, zeros past the end; loops because one call may return less."""
+    data = pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    parts = [data]
+    done = len(data)
+    while data and done < length:
+        data = pread(fd, length - done, offset + done)
+        parts.append(data)
+        done += len(data)
+    parts.append(bytes(length - done))
+    return b"".join(parts)
+
+
+def _write_all(fd: int, offset: int, data: Buffer) -> None:
+    """Writes everything; a write that makes no progress is a full device (ENOSPC)."""
+    view = memoryview(data)
+    while view:
+        count = pwrite(fd, view, offset)
+        if count == 0:
+            raise OSError(errno.ENOSPC, "the device took no more bytes")
+        view = view[count:]
+        offset += count
+
+
+def _write_zeros(fd: int, offset: int, length: int) -> None:
+    view = memoryview(ZEROS)
+    end = offset + length
+    while offset < end:
+        count = min(MIB, end - offset)
+        _write_all(fd, offset, view[:count])
+        offset += count
+
+
+def _size(fd: int, block_device: bool) -> int:
+    if not block_device:
+        return os.fstat(fd).st_size
+    (size,) = struct.unpack("=Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
+    assert isinstance(size, int)
+    return size
+
+
+def _clear(fd: int, block_device: bool, mode: int, offset: int, length: int) -> None:
+    """Makes a range read as zeros by fallocate, or by writing zeros where that is not offered.
+
+    fallocate serves block devices too, and unlike BLKDISCARD it promises that zeros are read and
+    drops what the page cache still holds.
+    """
+    length = min(length, _size(fd, block_device) - offset)
+    if length <= 0:
+        return
+    while _fallocate(fd, mode | KEEP_SIZE, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number in UNSUPPORTED:
+            _write_zeros(fd, offset, length)
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+class LinuxFile:
+    """One open file or block device; one descriptor for its whole life, opened before any write.
+
+    That descriptor is what the kernel reports a failed writeback to, once: the failure is kept
+    here, and every later ``sync`` raises it again (O16).
+    """
+
+    __slots__ = (
+        "_closed",
+        "_disk",
+        "_failure",
+        "_fd",
+        "_lock",
+        "_nowait",
+        "_open_fd",
+        "_pending",
+        "_sync_lock",
+        "block_device",
+        "path",
+    )
+
+    def __init__(self, disk: LinuxDisk, path: str, fd: int, *, block_device: bool) -> None:
+        self.path = path
+        self.block_device = block_device
+        self._disk = disk
+        self._fd = fd
+        self._open_fd = fd  # what is left to close
+        self._nowait = True
+        self._failure: OSError | None = None
+        self._closed = False
+        self._pending = 0  # calls in threads; the descriptor is closed after the last one
+        self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+
+    def size(self) -> int:
+        """The length in bytes; of a block device its capacity."""
+        return _size(self._fd, self.block_device)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes, zeros past the end; may block."""
+        return _read_all(self._fd, offset, length)
+
+    def try_pread(self, offset: int, length: int) -> bytes | None:
+        """As ``pread`` if the page cache holds all of it, else ``None`` at once.
+
+        Always ``None`` where the filesystem does not offer RWF_NOWAIT: it might stall the loop.
+        """
+        if not self._nowait:
+            return None
+        buffer = bytearray(length)
+        try:
+            count = preadv(self._fd, (buffer,), offset, NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            self._nowait = False
+            return None
+        if count == length or offset + count >= self.size():
+            return bytes(buffer)
+        return None
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """As ``pread``, in a thread."""
+        return await self._offload(self._disk.io_threads, _read_all, self._fd, offset, length)
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Writes all of ``data`` into the page cache; OSError if not all of it fits."""
+        count = pwrite(self._fd, data, offset)
+        if count != len(data):
+            _write_all(self._fd, offset + count, memoryview(data)[count:])
+
+    def pwritev(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Writes the parts one behind the other, IOV_MAX of them in a system call."""
+        if len(parts) > IOV_MAX:
+            for first in range(0, len(parts), IOV_MAX):
+                batch = parts[first : first + IOV_MAX]
+                self.pwritev(offset, batch)
+                offset += sum(map(len, batch))
+            return
+        count = pwritev(self._fd, parts, offset)
+        if count != sum(map(len, parts)):
+            _write_all(self._fd, offset + count, memoryview(b"".join(parts))[count:])
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """As ``pwrite``, in a thread; ``data`` must not change until it returns."""
+        await self._offload(self._disk.io_threads, _write_all, self._fd, offset, data)
+
+    async def sync(self) -> None:
+        """fdatasync in a thread; a failure is final for this object (O16)."""
+        self._check()
+        await self._offload(self._disk.sync_threads, self._sync_now, self._fd)
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Zeros, with the space given back where the filesystem or device can."""
+        await self._clear(PUNCH_HOLE, offset, length)
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Zeros, with the space kept where the filesystem or device can."""
+        await self._clear(ZERO_RANGE, offset, length)
+
+    async def allocate(self, length: int) -> None:
+        """Writes zeros over [0, length) and syncs (O18: fallocate alone can lose data later).
+
+        After ENOSPC the part that fitted is still there; the caller removes the file.
+        """
+        await self._offload(self._disk.io_threads, self._allocate_now, self._fd, length)
+
+    def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """What SEEK_DATA and SEEK_HOLE tell; all of the range where they are not offered."""
+        end = min(offset + length, self.size())
+        while offset < end:
+            try:
+                start = os.lseek(self._fd, offset, os.SEEK_DATA)
+                stop = min(os.lseek(self._fd, start, os.SEEK_HOLE), end)
+            except OSError as error:
+                if error.errno in UNSUPPORTED:
+                    yield offset, end - offset
+                elif error.errno != errno.ENXIO:  # which says: nothing but a hole from here on
+                    raise
+                return
+            if start >= end:
+                return
+            yield start, stop - start
+            offset = stop
+
+    def truncate(self, length: int) -> None:
+        """Sets the length; a block device refuses with EINVAL."""
+        os.ftruncate(self._fd, length)
+
+    def close(self) -> None:
+        """Closes once no thread uses the descriptor any more; later calls raise EBADF."""
+        with self._lock:
+            self._fd = CLOSED_FD
+            self._closed = True
+            self._close_unused()
+
+    # Threads.
+
+    async def _offload(
+        self, pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        with self._lock:
+            self._pending += 1
+        future = pool.submit(work, *args, **kwargs)
+        future.add_done_callback(self._leave)
+        return await asyncio.wrap_future(future)
+
+    def _leave(self, _future: Future[T]) -> None:
+        """Runs in the thread (or in the loop, for a call cancelled before it started)."""
+        with self._lock:
+            self._pending -= 1
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        if self._closed and self._pending == 0 and self._open_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._open_fd)
+            self._open_fd = -1
+
+    async def _clear(self, mode: int, offset: int, length: int) -> None:
+        pool = self._disk.io_threads
+        await self._offload(pool, _clear, self._fd, self.block_device, mode, offset, length)
+
+    def _allocate_now(self, fd: int, length: int) -> None:
+        _write_zeros(fd, 0, length)
+        self._sync_now(fd)
+
+    def _sync_now(self, fd: int) -> None:
+        """One at a time: the kernel tells a failure once, and only the first to ask."""
+        with self._sync_lock:
+            self._check()
+            try:
+                fdatasync(fd)
+            except OSError as error:
+                self._failure = error
+                raise OSError(error.errno, error.strerror, self.path) from None
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            reason = f"an earlier sync failed: {self._failure.strerror}"
+            raise OSError(self._failure.errno, reason, self.path)
+
+
+class LinuxDisk:
+    """``ports.Disk`` over this host's file systems.
+
+    ``threads_max`` bounds the threads for reads and large writes, and separately those for syncs,
+    so that a facet whose reads hang does not keep the log from being synced.
+    """
+
+    def __init__(self, threads_max: int = THREADS_MAX) -> None:
+        self.io_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-io")
+        self.sync_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-sync")
+
+    def exists(self, path: str) -> bool:
+        """Whether there is anything of that name."""
+        return os.path.lexists(path)
+
+    def open(self, path: str, *, create: bool = False, read_only: bool = False) -> LinuxFile:
+        """Opens a regular file or block device (EINVAL for anything else).
+
+        A block device is claimed (EBUSY if it is mounted or claimed by another writer).
+        """
+        assert not (create and read_only), "a new file is for writing"
+        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        if create:
+            flags |= os.O_CREAT | os.O_EXCL
+        elif not read_only and stat.S_ISBLK(os.stat(path).st_mode):
+            flags |= os.O_EXCL
+        fd = os.open(path, flags | os.O_NONBLOCK, 0o600)  # a FIFO must not stall us
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
+        return LinuxFile(self, path, fd, block_device=stat.S_ISBLK(mode))
+
+    def list(self, directory: str) -> list[str]:
+        """The names in a directory, sorted."""
+        return sorted(os.listdir(directory))
+
+    def make_directory(self, path: str) -> None:
+        """Makes a directory and its parents, mode 0700 and durable."""
+        parent = os.path.dirname(path.rstrip("/")) or "/"
+        if not os.path.isdir(parent):
+            self.make_directory(parent)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+        else:
+            _sync_directory(parent)
+
+    def rename(self, old: str, new: str) -> None:
+        """Renames, replacing what is there; durable after ``sync_directory``."""
+        os.rename(old, new)
+
+    def unlink(self, path: str) -> None:
+        """Removes a name; durable after ``sync_directory``."""
+        os.unlink(path)
+
+    async def sync_directory(self, path: str) -> None:
+        """fsync of the directory, in a thread."""
+        await asyncio.wrap_future(self.sync_threads.submit(_sync_directory, path))
+
+    def close(self) -> None:
+        """Lets the threads end; waits for none of them."""
+        self.io_threads.shutdown(wait=False)
+        self.sync_threads.shutdown(wait=False)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,108 @@
+"""The active map on disk: an extent stands there durably before a write may land in it (O1)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from nbdmirror.codec import mappage
+from nbdmirror.core.active import ActiveMap
+from nbdmirror.errors import DiskFailed, FormatError
+from nbdmirror.ports import Disk, File
+
+FILE_NAME = "active"
+
+
+class ActiveMapFile:
+    """The active map of a group with its file; ``hot`` is what the data path looks at."""
+
+    def __init__(self, file: File, slots_max: int, extent_size: int) -> None:
+        self._file = file
+        self.safe_seq: Callable[[], int] = lambda: 0
+        """Writes up to here are safe: in the durable log and in every durable DCM."""
+        self.make_safe: Callable[[], Awaitable[None]] | None = None
+        """Makes every write so far safe; both are set by the group."""
+        self.map = ActiveMap(slots_max)
+        self.extent_size = extent_size
+        self.hot = self.map.hot
+        self._lock = asyncio.Lock()
+        self.damaged: str | None = None
+        """Why the map could not be read: then every extent may differ."""
+
+    @classmethod
+    async def create(cls, disk: Disk, directory: str, slots_max: int) -> None:
+        """Makes the file, preallocated (O18)."""
+        file = disk.open(f"{directory}/{FILE_NAME}", create=True)
+        try:
+            await file.allocate(ActiveMap(slots_max).sectors * mappage.SECTOR_SIZE)
+        finally:
+            file.close()
+
+    @classmethod
+    def open(
+        cls, disk: Disk, directory: str, slots_max: int, extent_size: int
+    ) -> ActiveMapFile:
+        """Opens and loads; a damaged sector is remembered in ``damaged``, not raised."""
+        file = disk.open(f"{directory}/{FILE_NAME}")
+        self = cls(file, slots_max, extent_size)
+        stored = file.size() // mappage.SECTOR_SIZE
+        for number in range(min(stored, self.map.sectors)):
+            data = file.pread(number * mappage.SECTOR_SIZE, mappage.SECTOR_SIZE)
+            try:
+                self.map.load(number, mappage.decode_sector(number, data))
+            except FormatError as error:
+                self.damaged = f"{file.path}: {error}"
+        if stored > self.map.sectors:
+            self._check_shrunk(stored)
+        return self
+
+    def _check_shrunk(self, stored: int) -> None:
+        """The limit was lowered: extents beyond it cannot be kept, so all count as damaged."""
+        for number in range(self.map.sectors, stored):
+            data = self._file.pread(number * mappage.SECTOR_SIZE, mappage.SECTOR_SIZE)
+            try:
+                if any(mappage.decode_sector(number, data)):
+                    self.damaged = "the active map was larger before"
+            except FormatError as error:
+                self.damaged = f"{self._file.path}: {error}"
+
+    async def activate(self, keys: list[int]) -> None:
+        """Returns when all ``keys`` are durably in the map. DiskFailed if they cannot be."""
+        async with self._lock:
+            cold = [key for key in dict.fromkeys(keys) if key not in self.hot]
+            while cold:
+                batch = cold[: self.map.slots_max]
+                sectors = self.map.admit(batch, self.safe_seq())
+                if sectors is None:
+                    assert self.make_safe is not None
+                    await self.make_safe()
+                    continue
+                try:
+                    await self._write(sectors)
+                except DiskFailed:
+                    self.map.withdraw(batch)
+                    raise
+                self.map.enter(batch)
+                cold = cold[len(batch) :]
+
+    async def _write(self, sectors: list[int]) -> None:
+        try:
+            for number in sectors:
+                data = mappage.encode_sector(number, self.map.sector(number))
+                self._file.pwrite(number * mappage.SECTOR_SIZE, data)
+            await self._file.sync()
+        except OSError as error:
+            raise DiskFailed(
+                f"the active map {self._file.path} cannot be written: {error.strerror or error}",
+                number=error.errno or 5,
+                hint="replace the disk of state_dir, then restart the node",
+            ) from error
+
+    async def drop_safe(self) -> None:
+        """Lets go of every extent that is safe: at a clean stop, of all."""
+        async with self._lock:
+            await self._write(self.map.drop_safe(self.safe_seq()))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

@@ -1,0 +1,236 @@
+"""The control socket: one connection's lines in, calls on the node, lines out.
+
+Owns the life of admin connections; what can be called is in ``methods``. Decides nothing about
+replication: that is the ``NodeApi`` behind it. ``engine.node`` makes one ``ControlServer`` and
+gives its ``connection`` to ``Network.listen``.
+
+A connection has one request at work; a few more may be sent ahead. A client that hangs up ends its
+``wait`` and its ``events``; every other request is carried out to its end. Whatever changes
+something becomes an event with the user id of the peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+from nbdmirror.codec.admin import (
+    INTERNAL_ERROR,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    Json,
+    LineFramer,
+    RpcError,
+    encode_error,
+    encode_notification,
+    encode_result,
+    parse_request,
+)
+from nbdmirror.config import Limits
+from nbdmirror.engine.methods import METHODS, Call, Method, NodeApi, check_params
+from nbdmirror.errors import FormatError, NbdmirrorError
+
+__all__ = ["ControlConnection", "ControlServer", "NodeApi", "PeerUid"]
+
+PeerUid = Callable[[asyncio.BaseTransport], int | None]
+
+RECEIVE_BYTES = 16 * 1024
+
+
+class ControlServer:
+    """All admin connections of a node; ``connection`` is the protocol factory for a listener."""
+
+    def __init__(self, node: NodeApi, limits: Limits, peer_uid: PeerUid) -> None:
+        self.node = node
+        self.limits = limits
+        self.peer_uid = peer_uid
+        self.connections: list[ControlConnection] = []
+
+    def connection(self) -> ControlConnection:
+        """A protocol for one connection that was just accepted."""
+        return ControlConnection(self)
+
+    async def close(self) -> None:
+        """Drops every connection and ends what they were at; the listener is closed before."""
+        tasks = [task for connection in self.connections if (task := connection.drop())]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class ControlConnection(asyncio.BufferedProtocol):
+    """One admin connection. It lives until its transport is gone and its request has ended."""
+
+    def __init__(self, server: ControlServer) -> None:
+        self._server = server
+        self._node = server.node
+        self._framer = LineFramer(server.limits.admin_line_bytes_max)
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._transport: asyncio.Transport | None = None
+        self._uid: int | None = None
+        self._lines: deque[bytes] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._waiting = False
+        self._hung_up = False
+        self._closing = False
+        self._room: asyncio.Future[None] | None = None
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # A cast, not an assert: uvloop's transports are not subclasses of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        connections_max = self._server.limits.admin_connections_max
+        if len(self._server.connections) >= connections_max:
+            self._refuse(NbdmirrorError(f"there are {connections_max} admin connections already"))
+            return
+        self._uid = self._server.peer_uid(transport)
+        self._server.connections.append(self)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._closing:
+            return
+        try:
+            self._lines.extend(self._framer.feed(memoryview(self._buffer)[:nbytes]))
+        except FormatError as error:
+            self._refuse(RpcError(INVALID_REQUEST, error.message))
+            return
+        requests_max = self._server.limits.admin_requests_max
+        if len(self._lines) > requests_max:
+            self._refuse(RpcError(INVALID_REQUEST, f"more than {requests_max} requests sent ahead"))
+            return
+        if self._lines and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+
+    def eof_received(self) -> bool:
+        self._hung_up = True
+        self._end_waiting()
+        # A client that only sends, as ``nc -N`` does, still gets its answers.
+        return self._task is not None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._hung_up = self._closing = True
+        self._lines.clear()
+        self.resume_writing()
+        self._end_waiting()
+        if self._task is None:
+            self._leave()
+
+    def pause_writing(self) -> None:
+        assert self._room is None
+        self._room = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
+
+    # What the server calls.
+
+    def drop(self) -> asyncio.Task[None] | None:
+        """Closes at once and cancels the request; returns the task that is still ending."""
+        assert self._transport is not None
+        self._transport.abort()
+        if self._task is not None:
+            self._task.cancel()
+        return self._task
+
+    # The one task that works off the lines.
+
+    async def _work(self) -> None:
+        try:
+            while self._lines:
+                await self._answer(self._lines.popleft())
+        finally:
+            self._task = None
+            self._waiting = False
+            assert self._transport is not None
+            if self._hung_up:
+                self._transport.close()
+                self._leave()
+
+    async def _answer(self, line: bytes) -> None:
+        try:
+            request = parse_request(line)
+        except RpcError as error:
+            await self._send(encode_error(error.request_id, error))
+            return
+        request_id, answered = request.id, request.answered
+        try:
+            method = METHODS.get(request.method)
+            if method is None:
+                hint = f"methods: {', '.join(METHODS)}"
+                problem = f"there is no method {request.method!r}"
+                raise RpcError(METHOD_NOT_FOUND, problem, hint=hint)
+            call = Call(self._node, check_params(request.method, request.params), self._notify)
+            result = await self._run(request.method, method, call)
+        except NbdmirrorError as error:
+            if answered:
+                await self._send(encode_error(request_id, error))
+            return
+        if answered:
+            await self._send(encode_result(request_id, result))
+        if method.stream is not None:
+            self._begin_waiting()
+            await method.stream(call, result)
+
+    async def _run(self, name: str, method: Method, call: Call) -> Any:
+        """The result of a call; a defect in the node is reported and becomes an error as well."""
+        if method.waiting:
+            self._begin_waiting()
+        failure: str | None = "not carried out to its end"
+        try:
+            result = await method.handler(call)
+            failure = None
+            return result
+        except NbdmirrorError as error:
+            failure = error.message
+            raise
+        except Exception as error:
+            failure = f"internal error: {error!r}"
+            context = {"message": f"admin method {name} failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+            hint = "this is a defect of nbdmirror; the daemon's log has the details"
+            raise RpcError(INTERNAL_ERROR, failure, hint=hint) from error
+        finally:
+            self._waiting = False
+            if method.changing:
+                self._node.events.emit(
+                    "admin", method=name, params=call.params, uid=self._uid, error=failure
+                )
+
+    def _begin_waiting(self) -> None:
+        if self._hung_up:
+            raise asyncio.CancelledError
+        self._waiting = True
+
+    def _end_waiting(self) -> None:
+        if self._waiting and self._task is not None:
+            self._task.cancel()
+
+    async def _notify(self, events: list[Json]) -> None:
+        if events:
+            await self._send(b"".join(encode_notification("event", event) for event in events))
+
+    async def _send(self, data: bytes) -> None:
+        """Writes, and returns when the transport takes more."""
+        assert self._transport is not None
+        if self._transport.is_closing():
+            return
+        self._transport.write(data)
+        if self._room is not None:
+            await self._room
+
+    def _refuse(self, error: NbdmirrorError) -> None:
+        """Says why, and closes: the stream is of no more use."""
+        assert self._transport is not None
+        self._closing = True
+        self._transport.write(encode_error(None, error))
+        self._transport.close()
+
+    def _leave(self) -> None:
+        if self in self._server.connections:
+            self._server.connections.remove(self)

@@ -1,0 +1,142 @@
+"""Makes a node's durable state: superblock, log, active map, missing facet files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbdmirror.config import Config
+from nbdmirror.engine import activemap, store
+from nbdmirror.engine.facet import FacetState
+from nbdmirror.engine.log import Log
+from nbdmirror.errors import ConfigError, NbdmirrorError, Refused
+from nbdmirror.ports import Env
+
+MARK = "incomplete"
+"""A file of this name stands in the state directory until everything in it is durable."""
+
+
+def log_path(config: Config) -> str:
+    """Where the log lies: ``log.path``, or in the state directory."""
+    return config.log.path or f"{config.state_dir}/log"
+
+
+def is_created(env: Env, config: Config) -> bool:
+    """Whether the state directory holds a node, whole or in part."""
+    return env.disk.exists(f"{config.state_dir}/{store.FILE_NAME}") or env.disk.exists(
+        f"{config.state_dir}/{MARK}"
+    )
+
+
+async def create(env: Env, config: Config, role: str, *, force: bool = False) -> dict[str, Any]:
+    """Makes the state; Refused if there is some already, unless ``force``.
+
+    Returns what was made. Facet files that exist keep their content: a first synchronisation
+    compares before it copies (X1)."""
+    if role not in ("primary", "secondary"):
+        raise ConfigError(f"role {role!r}: it is either primary or secondary")
+    disk, directory = env.disk, config.state_dir
+    if is_created(env, config):
+        if not force:
+            raise Refused(
+                f"{directory} already holds the state of a node",
+                hint="--force replaces it: what it knows of the remotes is lost",
+            )
+        _remove(env, config)
+    try:
+        disk.make_directory(directory)
+        disk.open(f"{directory}/{MARK}", create=True).close()
+        await disk.sync_directory(directory)
+        await Log.create(disk, log_path(config), config.log.size)
+        await activemap.ActiveMapFile.create(disk, directory, config.log.hot_extents)
+        facets = [await _facets(env, volume.facets, volume.size) for volume in config.volumes]
+        state = _state(env, config, role, facets)
+        (await store.Store.create(disk, directory, state)).close()
+        await disk.sync_directory(log_path(config).rpartition("/")[0])
+        disk.unlink(f"{directory}/{MARK}")
+        await disk.sync_directory(directory)
+    except OSError as error:
+        raise NbdmirrorError(
+            f"cannot create the node in {directory}: {error.strerror or error}"
+            + (f" ({error.filename})" if error.filename else ""),
+            hint="free space or mend the path, then create again with --force",
+        ) from error
+    return {
+        "group": config.group,
+        "node": config.node,
+        "role": role,
+        "state_dir": directory,
+        "log": log_path(config),
+        "facets": [facet for volume in facets for facet in volume],
+    }
+
+
+def _remove(env: Env, config: Config) -> None:
+    disk, directory = env.disk, config.state_dir
+    names = [store.FILE_NAME, activemap.FILE_NAME, MARK]
+    paths = [f"{directory}/{name}" for name in names] + [log_path(config)]
+    if disk.exists(f"{directory}/dcm"):
+        paths += [f"{directory}/dcm/{name}" for name in disk.list(f"{directory}/dcm")]
+    for path in paths:
+        if disk.exists(path):
+            disk.unlink(path)
+
+
+async def _facets(env: Env, paths: tuple[str, ...], size: int) -> list[dict[str, Any]]:
+    made = []
+    for path in paths:
+        exists = env.disk.exists(path)
+        directory = path.rpartition("/")[0]
+        if not exists:
+            env.disk.make_directory(directory)
+        file = env.disk.open(path, create=not exists)
+        try:
+            if file.size() < size:
+                if file.block_device:
+                    raise ConfigError(
+                        f"the device {path} has {file.size()} bytes, the volume {size}",
+                        hint="make the volume smaller, or use a larger device",
+                    )
+                file.truncate(size)
+                await file.sync()
+        finally:
+            file.close()
+        if not exists:
+            await env.disk.sync_directory(directory)
+        made.append({"path": path, "created": not exists})
+    return made
+
+
+def _state(
+    env: Env, config: Config, role: str, facets: list[list[dict[str, Any]]]
+) -> dict[str, Any]:
+    def fresh() -> str:
+        return f"{env.random.getrandbits(128):032x}"
+
+    primary = role == "primary"
+    trusted = FacetState.SYNCHRONISED.value
+    return {
+        "format": store.FORMAT,
+        "group": config.group,
+        "node": config.node,
+        "uuid": fresh() if primary else None,
+        "role": role,
+        "generation": fresh() if primary else None,
+        "history": [],
+        "epoch": 1 if primary else 0,
+        "forks": [],
+        "boot_id": env.clock.boot_id(),
+        "clean": True,
+        "tail": {"position": 0, "seq": 1},
+        "volumes": [
+            {
+                "name": volume.name,
+                "uuid": fresh() if primary else "",
+                "size": volume.size,
+                "region_size": volume.region_size,
+                "facets": [{"path": facet["path"], "state": trusted} for facet in made],
+            }
+            for volume, made in zip(config.volumes, facets, strict=True)
+        ],
+        "remotes": {},
+        "upstream": None,
+    }

@@ -1,0 +1,341 @@
+"""One NBD connection: requests from ``codec.nbdserver`` to the group, replies back.
+
+All complete requests of one receive are a batch. Writes of a batch go to the group together and
+are answered together; reads that are in memory are answered in the same step. What has to wait
+becomes a task of its own, bounded in number; a client that does not read its replies is not read
+from either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, cast
+
+from nbdmirror.codec import nbd, nbdreply, record
+from nbdmirror.codec.nbd import ExportInfo, Request
+from nbdmirror.codec.nbdserver import ServerSession
+from nbdmirror.config import Limits
+from nbdmirror.engine.group import Group
+from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.volume import Change, Volume
+from nbdmirror.errors import NbdmirrorError, VolumeFailed
+
+DIRTY_CONTEXT = "nbdmirror:dirty:"
+ALLOCATION_CONTEXT = "base:allocation"
+BLOCK_STATUS_EXTENTS_MAX = 4096
+SPARSE_READ_MIN = 64 << 10
+"""Structured reads from here on are answered with holes where the facet has them."""
+
+
+class ExportServer:
+    """What all NBD connections of a node share: the exports and the limits."""
+
+    def __init__(self, group: Group | None, remotes: list[Remote], limits: Limits) -> None:
+        self.group = group
+        self.remotes = remotes
+        self.limits = limits
+        self.connections: list[ExportConnection] = []
+        self.stopping = False
+
+    def connection(self) -> asyncio.BufferedProtocol:
+        """The protocol for an accepted connection (see ``ports.Network.listen``)."""
+        return ExportConnection(self)
+
+    def exports(self) -> list[ExportInfo]:
+        """What a client may attach: every volume of a primary, nothing of a secondary."""
+        return [self._info(v) for v in self.group.volumes] if self.group else []
+
+    def find(self, name: str) -> ExportInfo | None:
+        """The export of that name; the empty name is the only volume, or the first."""
+        volume = self.volume(name)
+        return self._info(volume) if volume else None
+
+    def volume(self, name: str) -> Volume | None:
+        """The volume behind an export name."""
+        volumes = self.group.volumes if self.group else []
+        if not name and volumes:
+            return volumes[0]
+        return next((v for v in volumes if v.name == name), None)
+
+    def _info(self, volume: Volume) -> ExportInfo:
+        dirty = tuple(DIRTY_CONTEXT + remote.name for remote in self.remotes)
+        return ExportInfo(
+            name=volume.name,
+            description=f"nbdmirror volume {volume.name}",
+            size=volume.size,
+            contexts=(ALLOCATION_CONTEXT, *dirty),
+        )
+
+    async def stop(self, seconds: float) -> None:
+        """Lets requests in flight finish, refuses new ones, then closes every connection."""
+        self.stopping = True
+        for connection in list(self.connections):
+            connection.shutdown()
+        busy = [task for c in self.connections for task in c.tasks]
+        if busy:
+            await asyncio.wait(busy, timeout=seconds)
+        for connection in list(self.connections):
+            connection.close()
+
+
+class ExportConnection(asyncio.BufferedProtocol):
+    """One client."""
+
+    def __init__(self, server: ExportServer) -> None:
+        self._server = server
+        self._session = ServerSession(server.find, server.exports, server.limits)
+        self._transport: asyncio.Transport | None = None
+        self._volume: Volume | None = None
+        self._group: Group | None = None
+        self.tasks: dict[asyncio.Task[None], None] = {}
+        self._writable = True
+        self._reading = True
+        self._deadline: asyncio.TimerHandle | None = None
+
+    # -- transport callbacks -----------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greets, unless there are too many connections already."""
+        self._transport = cast(asyncio.Transport, transport)
+        server = self._server
+        if server.stopping or len(server.connections) >= server.limits.connections_max:
+            self._transport.abort()
+            return
+        server.connections.append(self)
+        self._transport.write(self._session.greeting)
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(server.limits.handshake_seconds, self._too_slow)
+
+    def _too_slow(self) -> None:
+        if not self._session.in_transmission and self._transport is not None:
+            self._transport.abort()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the transport puts what comes in."""
+        return self._session.get_buffer(sizehint)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Executes everything that is complete, and sends what can be answered at once."""
+        session = self._session
+        requests = session.received(nbytes)
+        if self._volume is None and session.export is not None:
+            self._begin(session.export)
+        if requests:
+            self._execute(requests)
+        self._send()
+
+    def _begin(self, export: ExportInfo) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._volume = self._server.volume(export.name)
+        self._group = self._server.group
+        assert self._volume is not None
+        self._volume.clients += 1
+
+    def _send(self) -> None:
+        transport, session = self._transport, self._session
+        if transport is None:
+            session.take_output()
+            return
+        output = session.take_output()
+        if output:
+            if len(output) == 1:
+                transport.write(output[0])
+            else:
+                transport.writelines(output)
+        if session.closing or (session.disconnect_requested and not self.tasks):
+            transport.close()
+        else:
+            self._throttle()
+
+    def pause_writing(self) -> None:
+        """The client does not read its replies."""
+        self._writable = False
+        self._throttle()
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._writable = True
+        self._throttle()
+
+    def _throttle(self) -> None:
+        """Takes more from the client only while its replies go out and its requests are few."""
+        reading = self._writable and len(self.tasks) < self._server.limits.requests_max
+        if reading != self._reading and self._transport is not None:
+            self._reading = reading
+            if reading:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Requests in flight run to their end; their replies go nowhere."""
+        self._transport = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._volume is not None:
+            self._volume.clients -= 1
+            self._volume = None
+        if self in self._server.connections:
+            self._server.connections.remove(self)
+
+    def shutdown(self) -> None:
+        """Refuses what comes from now on (ESHUTDOWN)."""
+        self._session.shutdown()
+
+    def close(self) -> None:
+        """Sends what is answered and closes."""
+        if self._transport is not None:
+            self._send()
+            if self._transport is not None:
+                self._transport.close()
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def _execute(self, requests: list[Request]) -> None:
+        volume, group = self._volume, self._group
+        assert volume is not None and group is not None
+        writes: list[Request] = []
+        changes: list[Change] = []
+        for request in requests:
+            kind = request.type
+            if not request.length and kind != nbd.FLUSH:
+                self._session.reply(request)
+            elif kind == nbd.WRITE:
+                change = Change(record.WRITE, 0, request.offset, request.length, request.payload)
+                if request.flags & nbd.FUA:
+                    self._start(request, self._write(volume, [request], [change], True))
+                else:
+                    writes.append(request)
+                    changes.append(change)
+            elif kind == nbd.READ:
+                self._read_now(volume, request)
+            else:
+                self._start(request, self._other(volume, group, request))
+        if changes:
+            self._write_now(volume, group, writes, changes)
+
+    def _write_now(
+        self, volume: Volume, group: Group, writes: list[Request], changes: list[Change]
+    ) -> None:
+        try:
+            rest = group.write(volume, changes)
+        except VolumeFailed as error:
+            for request in writes:
+                self._session.reply(request, error.errno, error.message)
+            return
+        if rest is None:
+            self._session.reply_many(writes)
+        else:
+            self._start(writes[0], self._complete(rest, writes), writes)
+
+    async def _complete(
+        self, rest: Coroutine[Any, Any, None], writes: list[Request]
+    ) -> None:
+        await rest
+        self._session.reply_many(writes)
+
+    async def _write(
+        self, volume: Volume, writes: list[Request], changes: list[Change], durable: bool
+    ) -> None:
+        assert self._group is not None
+        rest = self._group.write(volume, changes, durable=durable)
+        if rest is not None:
+            await rest
+        self._session.reply_many(writes)
+
+    def _read_now(self, volume: Volume, request: Request) -> None:
+        if request.length <= SPARSE_READ_MIN or request.flags & nbd.DF:
+            try:
+                data = volume.try_read(request.offset, request.length)
+            except VolumeFailed as error:
+                self._session.reply(request, error.errno, error.message)
+                return
+            if data is not None:
+                self._session.reply_read(request, data)
+                return
+        self._start(request, self._read(volume, request))
+
+    async def _read(self, volume: Volume, request: Request) -> None:
+        if request.flags & nbd.DF or request.length <= SPARSE_READ_MIN:
+            data = await volume.read(request.offset, request.length)
+            self._session.reply_read(request, data)
+            return
+        pieces: list[nbdreply.Piece] = []
+        for offset, length, hole in volume.allocation(request.offset, request.length):
+            data_or_hole = None if hole else await volume.read(offset, length)
+            pieces.append((offset, length, data_or_hole))
+        self._session.reply_read_extents(request, pieces)
+
+    async def _other(self, volume: Volume, group: Group, request: Request) -> None:
+        kind, flags = request.type, request.flags
+        durable = bool(flags & nbd.FUA)
+        if kind == nbd.FLUSH:
+            await group.flush()
+        elif kind == nbd.TRIM:
+            change = Change(record.TRIM, 0, request.offset, request.length, None)
+            await group.clear(volume, change, durable=durable)
+        elif kind == nbd.WRITE_ZEROES:
+            keep = record.NO_HOLE if flags & nbd.NO_HOLE else 0
+            change = Change(record.ZERO, keep, request.offset, request.length, None)
+            await group.clear(volume, change, durable=durable)
+        elif kind == nbd.BLOCK_STATUS:
+            self._session.reply_block_status(request, await self._status(volume, request))
+            return
+        elif kind == nbd.CACHE:
+            await self._cache(volume, request)
+        self._session.reply(request)
+
+    async def _cache(self, volume: Volume, request: Request) -> None:
+        """Reads the range, so that the page cache has it; in bounded pieces."""
+        end = request.offset + request.length
+        for at in range(request.offset, end, 1 << 20):
+            await volume.read(at, min(1 << 20, end - at))
+
+    async def _status(
+        self, volume: Volume, request: Request
+    ) -> dict[str, list[tuple[int, int]]]:
+        result = {}
+        for context in self._session.contexts:
+            if context == ALLOCATION_CONTEXT:
+                pieces = volume.allocation(request.offset, request.length)
+                flag = nbd.STATE_HOLE | nbd.STATE_ZERO
+            else:
+                name = context.removeprefix(DIRTY_CONTEXT)
+                remote = next((r for r in self._server.remotes if r.name == name), None)
+                if remote is None:  # removed since: all of it is what the remote lacks
+                    pieces = [(request.offset, request.length, True)]
+                else:
+                    pieces = await remote.lacking(volume.index, request.offset, request.length)
+                flag = 1
+            pieces = pieces[:BLOCK_STATUS_EXTENTS_MAX]
+            result[context] = [(length, flag if on else 0) for _, length, on in pieces]
+        return result
+
+    # -- tasks -------------------------------------------------------------------------------
+
+    def _start(
+        self,
+        request: Request,
+        work: Coroutine[Any, Any, None],
+        requests: list[Request] | None = None,
+    ) -> None:
+        task = asyncio.ensure_future(self._guard(requests or [request], work))
+        self.tasks[task] = None
+        task.add_done_callback(self._ended)
+
+    async def _guard(self, requests: list[Request], work: Coroutine[Any, Any, None]) -> None:
+        """Whatever goes wrong with a request is its reply, never silence (I8)."""
+        try:
+            await work
+        except NbdmirrorError as error:
+            number = getattr(error, "errno", 5)
+            for request in requests:
+                self._session.reply(request, number, error.message)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self.tasks[task]
+        if not task.cancelled():
+            task.result()
+        self._send()

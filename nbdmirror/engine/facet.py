@@ -1,0 +1,120 @@
+"""A local facet: one copy of a volume's data in a file or on a block device of this host.
+
+Owns the file and the three states of M6; knows nothing of logs and remotes. An I/O error that is
+final for the file marks the facet failed; what follows from that is the group's decision.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from nbdmirror.codec.record import NO_HOLE, ZERO, Record
+from nbdmirror.errors import DiskFailed, StateError
+from nbdmirror.ports import Buffer, Disk, File
+
+
+class FacetState(Enum):
+    """Whether a copy may be trusted (M6); only the first is read."""
+
+    SYNCHRONISED = "synchronised"
+    BEING_SYNCHRONISED = "being-synchronised"
+    NOT_SYNCHRONISED = "not-synchronised"
+
+
+class LocalFacet:
+    """An open facet; offsets and lengths in bytes, checked by the caller."""
+
+    def __init__(self, file: File, path: str, size: int, state: FacetState) -> None:
+        self.file = file
+        self.path = path
+        self.size = size
+        self.state = state
+        self.errors = 0
+        self.failed: DiskFailed | None = None
+        self.written_seq = 0
+        """The last record that was applied."""
+        self.synced_seq = 0
+        """Every record up to here is durable in this facet (O5)."""
+        self.pending: dict[int, None] = {}
+        """Records being applied off the loop: a sync does not cover them."""
+        self.pwrite = file.pwrite
+        self.try_pread = file.try_pread
+
+    @classmethod
+    def open(cls, disk: Disk, path: str, size: int, state: FacetState) -> LocalFacet:
+        """Opens an existing file or device that must hold ``size`` bytes; StateError if not."""
+        if not disk.exists(path):
+            raise StateError(
+                f"the facet {path} is missing", hint="restore it, or create the node anew"
+            )
+        file = disk.open(path)
+        if file.size() < size:
+            found = file.size()
+            file.close()
+            raise StateError(
+                f"the facet {path} has {found} bytes, the volume {size}",
+                hint="a facet must not be smaller than its volume",
+            )
+        return cls(file, path, size, state)
+
+    @property
+    def in_service(self) -> bool:
+        """Whether it takes writes and serves reads."""
+        return self.state is FacetState.SYNCHRONISED and self.failed is None
+
+    def fail(self, what: str, error: OSError) -> DiskFailed:
+        """Takes the facet out for good (O16); returns what to raise or report."""
+        self.errors += 1
+        self.failed = DiskFailed(
+            f"{what} of facet {self.path} failed: {error.strerror or error}",
+            number=error.errno or 5,
+            hint="replace its disk, then restart the node",
+        )
+        return self.failed
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes of a range; OSError if the disk cannot give them."""
+        data = self.file.try_pread(offset, length)
+        return data if data is not None else await self.file.read(offset, length)
+
+    async def clear(self, seq: int, offset: int, length: int, *, keep_space: bool) -> None:
+        """Record ``seq``: the range reads as zeros; gives space back unless ``keep_space``."""
+        self.pending[seq] = None
+        try:
+            if keep_space:
+                await self.file.zero(offset, length)
+            else:
+                await self.file.punch(offset, length)
+            self.written_seq = max(self.written_seq, seq)
+        finally:
+            del self.pending[seq]
+
+    async def apply(self, record: Record) -> None:
+        """Carries a log record into the facet; OSError if the disk refuses."""
+        if record.payload is not None:
+            self.pwrite(record.offset, record.payload)
+            self.written_seq = max(self.written_seq, record.seq)
+        else:
+            keep_space = record.kind == ZERO and bool(record.flags & NO_HOLE)
+            await self.clear(record.seq, record.offset, record.length, keep_space=keep_space)
+
+    def floor(self, applied_seq: int) -> int:
+        """The log up to here is not needed for this facet, all up to ``applied_seq`` being in."""
+        if self.written_seq > self.synced_seq or self.pending:
+            return self.synced_seq
+        return applied_seq
+
+    async def sync(self) -> None:
+        """Makes durable what was written before; raises DiskFailed and fails the facet (O16)."""
+        if self.failed is not None:
+            raise self.failed
+        upto = min([self.written_seq, *(seq - 1 for seq in self.pending)])
+        try:
+            await self.file.sync()
+        except OSError as error:
+            raise self.fail("sync", error) from error
+        self.synced_seq = max(self.synced_seq, upto)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()

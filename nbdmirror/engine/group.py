@@ -1,0 +1,295 @@
+"""The data path of the primary: admission, active map, log, facets, reply.
+
+A batch of requests whose extents are hot, whose ranges are free and for which the log has room
+goes through ``write`` in one step of the event loop: one append to the log, then the facets, in
+that order (V5). Whatever has to wait, waits in a coroutine, and takes the same step afterwards.
+The order of records in the log is the order of the steps, over all volumes of the group (V4).
+
+Asynchronous remotes are never waited for (M2): they read the log at their own rate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nbdmirror.codec import record as codec
+from nbdmirror.core.active import key_of
+from nbdmirror.core.timeline import Timeline
+from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.volume import Change, Volume
+from nbdmirror.errors import DiskFailed, NbdmirrorError, VolumeFailed
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.log import Log
+    from nbdmirror.ports import Buffer, Clock
+
+
+CLEAR_EXTENTS_MAX = 32
+"""Extents that one TRIM or WRITE_ZEROES record may touch."""
+
+
+class Tracker(Protocol):
+    """A remote in DCM logging, as the data path sees it."""
+
+    def mark(self, volume: int, offset: int, length: int) -> None:
+        """Marks the regions of a change in the remote's DCM; DiskFailed if it cannot."""
+
+
+class Group:
+    """The volumes of a group on its primary, and the one way to change them."""
+
+    def __init__(
+        self, volumes: Sequence[Volume], log: Log, active: ActiveMapFile, clock: Clock, epoch: int
+    ) -> None:
+        self.volumes = list(volumes)
+        self.log = log
+        self.active = active
+        self.epoch = epoch
+        self._clock = clock
+        self.trackers: list[Tracker] = []
+        """Remotes in DCM logging: marked with every change instead of reading it from the log."""
+        self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
+        """Awaited when the log is full; returns when there may be room. Set by housekeeping."""
+        self.facet_lost: Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]] = _nothing
+        """Awaited, before the reply, when a facet went out of service (M12)."""
+        self.failed: NbdmirrorError | None = None
+        self.timeline = Timeline()
+        self.bytes_written = 0
+        self.pressure_at = log.capacity // 4
+        self.on_pressure: Callable[[], None] = lambda: None
+        """Called when this much log was written since the last housekeeping."""
+        self._written_since = 0
+
+    # -- entry points ------------------------------------------------------------------------
+
+    def write(
+        self, volume: Volume, changes: Sequence[Change], *, durable: bool = False
+    ) -> Coroutine[Any, Any, None] | None:
+        """Writes a batch, in order. ``None``: all is done and may be replied to; else a coroutine
+        that completes it. ``durable``: not before the log is durable past it (FUA).
+
+        VolumeFailed (raised here or by the coroutine) carries the client's errno."""
+        if self._must_wait(volume, changes):
+            return self._write_later(volume, changes, durable)
+        try:
+            after = self._commit(volume, changes)
+        except DiskFailed as error:
+            raise self._client_error(error) from error
+        if durable or after is not None:
+            return self._finish(after, self.log.next_seq - 1 if durable else 0)
+        return None
+
+    async def clear(self, volume: Volume, change: Change, *, durable: bool = False) -> None:
+        """TRIM and WRITE_ZEROES: a record like any other (O22); the facets follow off the loop,
+        under a lock that keeps later writes behind it."""
+        try:
+            for piece in self._clear_pieces(change):
+                await self._clear(volume, piece)
+            if durable:
+                await self.log.sync(self.log.next_seq - 1)
+        except DiskFailed as error:
+            raise self._client_error(error) from error
+
+    async def _clear(self, volume: Volume, change: Change) -> None:
+        async with volume.locked(change.offset, change.length, exclusive=True):
+            await self._admit(volume, change, locked=True)
+            self._append(volume, [change])
+            keep_space = change.kind == codec.ZERO and bool(change.flags & codec.NO_HOLE)
+            seq = self.log.next_seq - 1
+            for facet in volume.in_service():
+                try:
+                    await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
+                except OSError as error:
+                    facet.fail("clear", error)
+                    await self._facet_failed(volume, facet)
+
+    def _clear_pieces(self, change: Change) -> list[Change]:
+        """A large TRIM or WRITE_ZEROES cut so that all its extents can be hot at once."""
+        step = CLEAR_EXTENTS_MAX * self.active.extent_size
+        return [
+            change._replace(offset=change.offset + at, length=min(step, change.length - at))
+            for at in range(0, change.length, step)
+        ]
+
+    async def flush(self) -> None:
+        """Every write that was replied to is durable: in the log, from which redo carries it into
+        the facets (O15). VolumeFailed if that cannot be promised."""
+        if self.failed is not None:
+            raise self._client_error(self.failed)
+        try:
+            await self.log.sync(self.log.next_seq - 1)
+        except DiskFailed as error:
+            raise self._client_error(error) from error
+
+    # -- admission ---------------------------------------------------------------------------
+
+    def _must_wait(self, volume: Volume, changes: Sequence[Change]) -> bool:
+        hot, extent_size = self.active.hot, self.active.extent_size
+        base = key_of(volume.index, 0)
+        held = volume.locks.held
+        size = largest = 0
+        for _, _, offset, length, _ in changes:
+            first, last = offset // extent_size, (offset + length - 1) // extent_size
+            if base | first not in hot or (last != first and base | last not in hot):
+                return True
+            if held and volume.locks.conflict(offset, offset + length, exclusive=True):
+                return True
+            size += length + 128
+            if length > largest:
+                largest = length
+        return largest > self.log.payload_max or not self.log.fits(size, largest + 128)
+
+    async def _admit(self, volume: Volume, change: Change, *, locked: bool = False) -> None:
+        """Waits until nothing stands against this change: returns in the step it may be made."""
+        size = codec.stored_size(change.kind, change.length)
+        first = change.offset // self.active.extent_size
+        last = (change.offset + change.length - 1) // self.active.extent_size
+        while True:
+            if not locked:
+                end = change.offset + change.length
+                if volume.locks.conflict(change.offset, end, exclusive=True) is not None:
+                    await volume.wait_unlocked(change.offset, end)
+                    continue
+            keys = [key_of(volume.index, extent) for extent in range(first, last + 1)]
+            if any(key not in self.active.hot for key in keys):
+                await self.active.activate(keys)
+                continue
+            if not self.log.fits(size, size):
+                await self.need_space()
+                continue
+            return
+
+    async def _write_later(
+        self, volume: Volume, changes: Sequence[Change], durable: bool
+    ) -> None:
+        try:
+            for change in changes:
+                for piece in self._pieces(change):
+                    await self._admit(volume, piece)
+                    await self._finish(self._commit(volume, [piece]), 0)
+            if durable:
+                await self.log.sync(self.log.next_seq - 1)
+        except DiskFailed as error:
+            raise self._client_error(error) from error
+
+    def _pieces(self, change: Change) -> list[Change]:
+        """A change cut to records that a log of this size can hold."""
+        limit = self.log.payload_max
+        if change.kind != codec.WRITE or change.length <= limit:
+            return [change]
+        assert change.payload is not None
+        payload = memoryview(change.payload)
+        return [
+            Change(
+                change.kind,
+                change.flags,
+                change.offset + at,
+                min(limit, change.length - at),
+                payload[at : at + limit],
+            )
+            for at in range(0, change.length, limit)
+        ]
+
+    # -- the step ----------------------------------------------------------------------------
+
+    def _commit(
+        self, volume: Volume, changes: Sequence[Change]
+    ) -> Coroutine[Any, Any, None] | None:
+        """Log, then facets, in one step. Returns what must be awaited before the reply, if any."""
+        self._append(volume, changes)
+        seq = self.log.next_seq - 1
+        after = None
+        for facet in volume.facets:
+            if not facet.in_service:
+                continue
+            pwrite = facet.pwrite
+            try:
+                for _, _, offset, _, payload in changes:
+                    assert payload is not None
+                    pwrite(offset, payload)
+                facet.written_seq = seq
+            except OSError as error:
+                facet.fail("write", error)
+                after = self._facet_failed(volume, facet)
+        return after
+
+    def _append(self, volume: Volume, changes: Sequence[Change]) -> None:
+        """Encodes and appends; marks the maps of remotes in DCM logging."""
+        if self.failed is not None:
+            raise self._client_error(self.failed)
+        if not volume.in_service():
+            volume.source()  # raises
+        log, active = self.log, self.active
+        hot, extent_size, base = active.hot, active.extent_size, key_of(volume.index, 0)
+        epoch, index = self.epoch, volume.index
+        now = self._clock.time_ns()
+        seq = log.next_seq
+        parts: list[Buffer] = []
+        sizes: list[int] = []
+        total = 0
+        encode, padding = codec.encode_header, codec.padding
+        for kind, flags, offset, length, payload in changes:
+            parts.append(encode(kind, flags, epoch, index, seq, offset, length, now, payload))
+            size = 64
+            if payload is not None:
+                parts.append(payload)
+                size += length
+                if length & 63:
+                    pad = padding(length)
+                    parts.append(pad)
+                    size += len(pad)
+            sizes.append(size)
+            total += size
+            for extent in range(offset // extent_size, (offset + length - 1) // extent_size + 1):
+                hot[base | extent] = seq
+            seq += 1
+        if self.trackers:
+            for tracker in self.trackers:
+                for _, _, offset, length, _ in changes:
+                    tracker.mark(index, offset, length)
+        try:
+            log.append(parts, total, len(changes), sizes)
+        except DiskFailed as error:
+            raise self._client_error(error) from error
+        self.timeline.add(seq - len(changes), now)
+        self.bytes_written += total
+        self._written_since += total
+        if self._written_since >= self.pressure_at:
+            self._written_since = 0
+            self.on_pressure()
+
+    async def _facet_failed(self, volume: Volume, facet: LocalFacet) -> None:
+        """Out of service, durably, before the write that saw it is acknowledged (M12)."""
+        facet.state = FacetState.NOT_SYNCHRONISED
+        await self.facet_lost(volume, facet)
+        volume.source()  # no facet left: the client's error
+
+    async def _finish(self, after: Coroutine[Any, Any, None] | None, sync_seq: int) -> None:
+        try:
+            if after is not None:
+                await after
+            if sync_seq:
+                await self.log.sync(sync_seq)
+        except DiskFailed as error:
+            raise self._client_error(error) from error
+
+    def fail(self, error: NbdmirrorError) -> None:
+        """No write is taken any more: what it promised could not be kept (O16)."""
+        if self.failed is None:
+            self.failed = error
+
+    def _client_error(self, error: NbdmirrorError) -> VolumeFailed:
+        if error is self.log.failed:
+            self.fail(error)
+        return VolumeFailed(error.message, number=getattr(error, "errno", 5), hint=error.hint)
+
+
+async def _no_space() -> None:
+    await asyncio.sleep(0.01)
+
+
+async def _nothing(volume: Volume, facet: LocalFacet) -> None:
+    return None

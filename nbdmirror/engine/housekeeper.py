@@ -1,0 +1,212 @@
+"""Gives log space back: syncs facets in the background, moves the tail, forces remotes out.
+
+The only one that releases records. A record is needed until every remote that reads the log has
+it durably and every facet was synced past it (O5); the tail is durable before its space is used
+again. When that is not enough for a waiting write, the policy decides (M7): the remote furthest
+behind moves to DCM logging (``dcm``), or the write goes on waiting (``block``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.log import Log
+from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import DiskFailed, NbdmirrorError
+
+INTERVAL_SECONDS = 5.0
+"""Facets are synced, and the log released, at least this often while there is work."""
+HIGH_WATER = 0.9
+"""Of the log: a remote that holds more is forced out before writes have to wait for it."""
+
+
+class Housekeeper:
+    """The background work of a node on its log."""
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        log: Log,
+        store: Store,
+        events: EventLog,
+        applied_seq: Callable[[], int],
+    ) -> None:
+        self._volumes = volumes
+        self._log = log
+        self._store = store
+        self._events = events
+        self._applied_seq = applied_seq
+        self.remotes: list[Remote] = []
+        self.on_full = "dcm"
+        self.failed: NbdmirrorError | None = None
+        self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
+        self._kick = asyncio.Event()
+        self._released = asyncio.Event()
+        self._waiting = 0
+        self._stalled = False
+        self._forcing: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Starts the background task."""
+        self._task = asyncio.ensure_future(self._run())
+
+    async def stop(self) -> None:
+        """Ends it; what it had begun is left as a crash would leave it, which is safe."""
+        tasks = [task for task in (self._task, self._forcing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def kick(self) -> None:
+        """There is reason to look now."""
+        self._kick.set()
+
+    def remote_moved(self) -> None:
+        """A remote acknowledged more: worth a look if somebody waits for space."""
+        if self._waiting:
+            self._kick.set()
+
+    async def need_space(self) -> None:
+        """The log is full: returns when some of it was released; raises if that cannot be."""
+        if self.failed is not None:
+            raise self.failed
+        self._waiting += 1
+        try:
+            self._released.clear()
+            self._kick.set()
+            await self._released.wait()
+            if self.failed is not None:
+                raise self.failed
+        finally:
+            self._waiting -= 1
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(INTERVAL_SECONDS):
+                    await self._kick.wait()
+            except TimeoutError:
+                pass
+            self._kick.clear()
+            try:
+                await self.cycle()
+            except NbdmirrorError as error:
+                self._fail(error)
+                return
+
+    def _fail(self, error: NbdmirrorError) -> None:
+        self.failed = error
+        self._released.set()
+        self.on_failed(error)
+
+    async def cycle(self) -> None:
+        """Syncs what is dirty, releases what is not needed, and applies the policy if that does
+        not leave room."""
+        await self._release()
+        if self._waiting or self._log.ring.used > self._log.capacity // 4:
+            await self._sync_facets()
+            await self._release()
+        elif any(f.written_seq > f.synced_seq for v in self._volumes for f in v.facets):
+            await self._sync_facets()
+            await self._release()
+        self._police()
+
+    async def _sync_facets(self) -> None:
+        dirty = [
+            facet
+            for volume in self._volumes
+            for facet in volume.in_service()
+            if facet.written_seq > facet.synced_seq
+        ]
+        for result in await asyncio.gather(*(f.sync() for f in dirty), return_exceptions=True):
+            if isinstance(result, DiskFailed):
+                raise result
+            if isinstance(result, BaseException):
+                raise result
+
+    def _floor(self) -> int:
+        applied = self._applied_seq()
+        floors = [f.floor(applied) for v in self._volumes for f in v.in_service()]
+        floors += [remote.floor(applied) for remote in self.remotes]
+        return min([applied, *floors])
+
+    async def _release(self) -> None:
+        ring = self._log.ring
+        seq = self._floor() + 1
+        if seq > ring.tail_seq:
+            position = await self._log.position_of(seq)
+            if seq <= ring.tail_seq or seq > ring.next_seq:
+                return  # the log was reset meanwhile
+            self._log.release(seq, position)
+        if ring.durable_tail < ring.tail:
+            await self._confirm()
+
+    async def _confirm(self) -> None:
+        """Makes the tail durable; only then is the space free (O5)."""
+        ring = self._log.ring
+        for remote in self.remotes:
+            if remote.tracking:
+                await remote.sync_maps()  # what was pending is in the DCM before it goes (O12)
+        position = ring.tail
+        self._store.state["tail"] = {"position": position, "seq": ring.tail_seq}
+        await self._store.save()
+        if self._log.ring is ring:
+            self._log.confirm_tail(position)
+        self._released.set()
+        self._released.clear()
+        self._stalled = False
+
+    # -- policy ------------------------------------------------------------------------------
+
+    def _police(self) -> None:
+        """Forces out the remote furthest behind, if the log is full because of it (M7)."""
+        ring = self._log.ring
+        full = ring.used > self._log.capacity * HIGH_WATER or self._waiting > 0
+        if not full or (self._forcing is not None and not self._forcing.done()):
+            return
+        holding = [r for r in self.remotes if not r.tracking or r.starting]
+        behind = min(holding, key=lambda r: r.durable_seq, default=None)
+        if behind is None or behind.durable_seq + 1 > ring.tail_seq:
+            return  # it is not a remote that holds the tail
+        if self.on_full == "block":
+            if self._waiting and not self._stalled:
+                self._stalled = True
+                self._events.emit("log-full", remote=behind.name, policy="block")
+            return
+        if behind.tracking:
+            behind.cancel_start()
+            self._kick.set()
+        else:
+            self._forcing = asyncio.ensure_future(self._force(behind))
+
+    async def _force(self, remote: Remote) -> None:
+        work = asyncio.ensure_future(remote.overflow("the log was full"))
+        try:
+            while not work.done():
+                await asyncio.wait([work], timeout=0.05)
+                await self._release()
+            work.result()
+            await self._release()
+        except NbdmirrorError as error:
+            self._fail(error)
+        finally:
+            work.cancel()
+
+    def status(self) -> dict[str, Any]:
+        """The ``log`` object of the status."""
+        ring = self._log.ring
+        return {
+            "size": self._log.capacity,
+            "used": ring.used,
+            "first_seq": ring.tail_seq,
+            "next_seq": ring.next_seq,
+            "durable_seq": self._log.durable_seq,
+            "waiting_writes": self._waiting,
+            "full": self._stalled,
+        }

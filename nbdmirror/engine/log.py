@@ -1,0 +1,370 @@
+"""The transaction queue: an ordered ring of records in one preallocated file, shared by all (V2).
+
+The only writer of the log file. It appends whole batches with one write, commits for many with
+one sync, reads back from memory when the reader is near and from the file when it is far (each
+record verified, X6), and gives space back once a durable tail says that it is not needed (O5).
+Who may release what is decided in ``engine.housekeeper``.
+
+The file: 4 KiB of header (magic "NMLOG001", capacity), then the ring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nbdmirror.codec import record as codec
+from nbdmirror.codec.record import Record
+from nbdmirror.core.ring import Ring
+from nbdmirror.engine.groupcommit import GroupCommit
+from nbdmirror.errors import DiskFailed, FormatError, StateError
+from nbdmirror.ports import Buffer, Disk, File
+
+RING_AT = 4096
+RECENT_BYTES_MAX = 8 << 20
+"""Records kept in memory for readers that are near the head."""
+READ_BYTES = 256 << 10
+"""What one read for a far reader takes at a time."""
+_HEADER = struct.Struct("<8sQ")
+_MAGIC = b"NMLOG001"
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive records: their bytes, as stored and as sent, and where the next one lies."""
+
+    first_seq: int
+    last_seq: int
+    parts: list[Buffer]
+    size: int
+    next_position: int
+    records: list[Record] | None = None
+
+    def parsed(self) -> list[Record]:
+        """The records; parsed once."""
+        if self.records is None:
+            view = memoryview(b"".join(self.parts))
+            self.records = list(codec.parse_all(view))
+        return self.records
+
+
+@dataclass(slots=True)
+class Cursor:
+    """A reader's place: the next seq to read, and its position when known."""
+
+    seq: int
+    position: int | None = None
+
+
+class Log:
+    """The open log of a node. Appends are immediate; durability is ``sync``'s business."""
+
+    def __init__(self, file: File, capacity: int, tail_position: int, tail_seq: int) -> None:
+        self._file = file
+        self.ring = Ring(capacity, tail_position, tail_seq)
+        self.payload_max = min(codec.PAYLOAD_MAX, capacity // 8 // 4096 * 4096)
+        self.durable_seq = tail_seq - 1
+        self._recent: dict[int, Chunk] = {}
+        self._recent_bytes = 0
+        self._commit = GroupCommit(self._sync_head)
+        self.failed: DiskFailed | None = None
+        self.appended = asyncio.Event()
+        """Set with every append; readers at the head clear it and wait."""
+
+    @classmethod
+    async def create(cls, disk: Disk, path: str, size: int) -> None:
+        """Preallocates the file with written zeros (O18); OSError (ENOSPC) if it does not fit."""
+        capacity = (size - RING_AT) // 4096 * 4096
+        file = disk.open(path, create=True)
+        try:
+            await file.allocate(RING_AT + capacity)
+            file.pwrite(0, _HEADER.pack(_MAGIC, capacity))
+            await file.sync()
+        finally:
+            file.close()
+
+    @classmethod
+    def open(
+        cls, disk: Disk, path: str, tail_position: int, tail_seq: int, *, read_only: bool = False
+    ) -> Log:
+        """Opens with an empty content at the tail; ``recover`` finds what follows."""
+        if not disk.exists(path):
+            raise StateError(
+                f"the log {path} is missing", hint="restore it, or create the node anew"
+            )
+        file = disk.open(path, read_only=read_only)
+        magic, capacity = _HEADER.unpack(file.pread(0, _HEADER.size))
+        if magic != _MAGIC or RING_AT + capacity > file.size():
+            file.close()
+            raise StateError(f"{path} is not a log of this program, or was cut short")
+        return cls(file, capacity, tail_position, tail_seq)
+
+    # -- state -------------------------------------------------------------------------------
+
+    @property
+    def next_seq(self) -> int:
+        """The seq of the next record."""
+        return self.ring.next_seq
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the ring."""
+        return self.ring.capacity
+
+    def bytes_between(self, seq: int) -> int:
+        """About how many bytes of log lie from ``seq`` to the head (to one index step)."""
+        if not self.ring.tail_seq <= seq < self.ring.next_seq:
+            return 0
+        chunk = self._recent.get(seq)
+        if chunk is not None:
+            return self.ring.head - chunk.next_position + chunk.size
+        return self.ring.head - self.ring.locate(seq)[1]
+
+    def fits(self, size: int, largest: int) -> bool:
+        """Whether records of ``size`` bytes in all, none above ``largest``, can be appended now."""
+        rest = self.ring.capacity - self.ring.head % self.ring.capacity
+        return size + (largest if size > rest else 0) <= self.ring.room()
+
+    # -- appending ---------------------------------------------------------------------------
+
+    def append(
+        self,
+        parts: list[Buffer],
+        size: int,
+        count: int,
+        sizes: list[int],
+        records: list[Record] | None = None,
+    ) -> None:
+        """Appends ``count`` encoded records (``sizes`` their stored sizes, ``parts`` all their
+        bytes, ``records`` them parsed if at hand) that continue at ``next_seq``. Room must have
+        been checked with ``fits``.
+
+        Raises DiskFailed; the log is then failed for good (O16)."""
+        if self.failed is not None:
+            raise self.failed
+        ring = self.ring
+        first = ring.next_seq
+        rest = ring.capacity - ring.head % ring.capacity
+        try:
+            if size <= rest:
+                self._file.pwritev(RING_AT + ring.head % ring.capacity, parts)
+                ring.advance(first, count, size)
+            else:
+                self._append_wrapping(parts, sizes)
+        except OSError as error:
+            raise self._fail("write", error) from error
+        self._remember(Chunk(first, first + count - 1, parts, size, ring.head, records))
+        self.appended.set()
+
+    def _append_wrapping(self, parts: list[Buffer], sizes: list[int]) -> None:
+        """Appends record by record, with a fill where the ring ends."""
+        ring = self.ring
+        data = memoryview(b"".join(parts))
+        at = 0
+        for size in sizes:
+            gap = ring.gap(size)
+            if gap:
+                # Only its header is needed: what lies behind it is never looked at.
+                (epoch,) = struct.unpack_from("<I", data, at + 8)
+                filler = codec.fill(epoch, ring.next_seq, gap)
+                self._file.pwrite(RING_AT + ring.head % ring.capacity, filler)
+                ring.head += gap
+            self._file.pwrite(RING_AT + ring.head % ring.capacity, data[at : at + size])
+            ring.advance(ring.next_seq, 1, size)
+            at += size
+
+    def _remember(self, chunk: Chunk) -> None:
+        self._recent[chunk.first_seq] = chunk
+        self._recent_bytes += chunk.size
+        while self._recent_bytes > RECENT_BYTES_MAX:
+            oldest = self._recent.pop(next(iter(self._recent)))
+            self._recent_bytes -= oldest.size
+
+    # -- durability --------------------------------------------------------------------------
+
+    async def sync(self, seq: int) -> None:
+        """Returns when every record up to ``seq`` is durable; DiskFailed if that cannot be."""
+        while self.durable_seq < seq:
+            if self.failed is not None:
+                raise self.failed
+            await self._commit()
+
+    async def _sync_head(self) -> None:
+        upto = self.ring.next_seq - 1
+        if self.failed is not None:
+            raise self.failed
+        if upto <= self.durable_seq:
+            return
+        try:
+            await self._file.sync()
+        except OSError as error:
+            raise self._fail("sync", error) from error
+        self.durable_seq = max(self.durable_seq, upto)
+
+    def _fail(self, what: str, error: OSError) -> DiskFailed:
+        self.failed = DiskFailed(
+            f"{what} of the log {self._file.path} failed: {error.strerror or error}",
+            number=error.errno or 5,
+            hint="the log's disk is not trusted any more; replace it and restart the node",
+        )
+        self.appended.set()
+        return self.failed
+
+    # -- reading back ------------------------------------------------------------------------
+
+    def near(self, seq: int) -> Chunk | None:
+        """The chunk in memory that starts with ``seq``, if there is one."""
+        return self._recent.get(seq)
+
+    async def read(self, cursor: Cursor, size_max: int = READ_BYTES) -> Chunk:
+        """The next records from the cursor, which must be within tail and head; from memory or
+        from the file. Advances the cursor. FormatError names a record that rotted in the log."""
+        assert self.ring.tail_seq <= cursor.seq < self.next_seq
+        chunk = self._recent.get(cursor.seq)
+        if chunk is None:
+            chunk = await self._read_far(cursor, size_max)
+        cursor.seq, cursor.position = chunk.last_seq + 1, chunk.next_position
+        return chunk
+
+    async def _read_far(self, cursor: Cursor, size_max: int) -> Chunk:
+        if cursor.position is None:
+            await self._seek(cursor)
+        position = cursor.position
+        assert position is not None
+        ring = self.ring
+        at = position % ring.capacity
+        length = min(size_max, ring.capacity - at, ring.head - position)
+        view = memoryview(await self._file.read(RING_AT + at, length))
+        chunk = self._gather(view, cursor.seq, position)
+        if chunk.first_seq <= chunk.last_seq:
+            return chunk
+        if chunk.next_position > position:  # nothing but a fill
+            return await self._read_far(Cursor(cursor.seq, chunk.next_position), size_max)
+        kind, length = _peek(view)
+        size = codec.stored_size(kind, length)
+        if size <= size_max:
+            raise FormatError(f"log {self._file.path}: record {cursor.seq} cannot be read back")
+        return await self._read_far(cursor, size)
+
+    def _gather(self, view: memoryview, seq: int, position: int) -> Chunk:
+        """The whole records at the start of ``view``; stops where memory takes over."""
+        records: list[Record] = []
+        at = 0
+        first = seq
+        while at + codec.HEADER_SIZE <= len(view):
+            kind, length = _peek(view[at:])
+            size = codec.stored_size(kind, length)
+            if kind == codec.FILL:
+                self._verify(view, at, seq)
+                if not records:
+                    return Chunk(seq, seq - 1, [], 0, position + size)
+                break
+            if at + size > len(view):
+                break
+            records.append(self._verify(view, at, seq))
+            seq, at = seq + 1, at + size
+            if seq in self._recent:
+                break
+        return Chunk(first, seq - 1, [view[:at]], at, position + at, records)
+
+    def _verify(self, view: memoryview, at: int, seq: int) -> Record:
+        try:
+            record = codec.parse(view, at)
+        except FormatError as error:
+            raise FormatError(f"log {self._file.path}, record {seq}: {error}") from error
+        if record.seq != seq:
+            raise FormatError(f"log {self._file.path}: found record {record.seq}, wanted {seq}")
+        return record
+
+    async def _seek(self, cursor: Cursor) -> None:
+        """Finds the position of ``cursor.seq`` from the index, over headers only."""
+        seq, position = self.ring.locate(cursor.seq)
+        ring = self.ring
+        while seq < cursor.seq:
+            at = position % ring.capacity
+            head = await self._file.read(RING_AT + at, codec.HEADER_SIZE)
+            kind, length = _peek(memoryview(head))
+            position += codec.stored_size(kind, length)
+            seq += kind != codec.FILL
+        cursor.position = position
+
+    async def position_of(self, seq: int) -> int:
+        """Where the record ``seq`` lies, or will lie."""
+        if seq == self.next_seq:
+            return self.ring.head
+        cursor = Cursor(seq)
+        await self._seek(cursor)
+        assert cursor.position is not None
+        return cursor.position
+
+    # -- release and reset -------------------------------------------------------------------
+
+    def release(self, seq: int, position: int) -> None:
+        """Records before ``seq`` are not needed; their space is free after ``confirm_tail``."""
+        self.ring.release(seq, position)
+
+    def confirm_tail(self, position: int) -> None:
+        """The superblock with this tail is durable: the space before it may be used again."""
+        assert self.ring.durable_tail <= position <= self.ring.tail
+        self.ring.durable_tail = position
+
+    def reset(self, seq: int) -> None:
+        """Empties the log, to go on with ``seq``: a secondary starts a new stream. The superblock
+        must be saved with the new tail before anything is appended."""
+        capacity, head = self.ring.capacity, self.ring.head
+        self.ring = Ring(capacity, head, seq)
+        self.durable_seq = seq - 1
+        self._recent.clear()
+        self._recent_bytes = 0
+
+    # -- recovery ----------------------------------------------------------------------------
+
+    def scan(self, forks: list[tuple[int, int]], epoch_max: int) -> Iterator[Record]:
+        """Finds the valid records from the tail on, moving the head behind each (O10).
+
+        Stops at the first whose checksum fails, whose seq is not the next, whose epoch goes back,
+        is above ``epoch_max``, or belongs to an epoch that ended before it (``forks``)."""
+        ring = self.ring
+        window, base = memoryview(b""), 0
+        epoch = 0
+        while ring.head - ring.tail <= ring.capacity:
+            at = ring.head % ring.capacity
+            if not base <= at < base + len(window):
+                window, base = self._window(at), at
+            try:
+                record = codec.parse(window, at - base)
+            except FormatError:
+                if base == at:
+                    return
+                window, base = self._window(at), at
+                continue
+            if record.seq != ring.next_seq or not epoch <= record.epoch <= epoch_max:
+                return
+            if any(record.seq > end and record.epoch <= old for old, end in forks):
+                return
+            epoch = record.epoch
+            size = codec.stored_size(record.kind, record.length)
+            if ring.head + size - ring.tail > ring.capacity:
+                return
+            if record.kind == codec.FILL:
+                ring.head += size
+                continue
+            ring.advance(record.seq, 1, size)
+            yield record
+
+    def _window(self, at: int) -> memoryview:
+        length = min(4 << 20, self.ring.capacity - at)
+        return memoryview(self._file.pread(RING_AT + at, length))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _peek(view: memoryview) -> tuple[int, int]:
+    """(kind, length) from a header, unverified: enough to know how much to read."""
+    (kind,) = struct.unpack_from("<B", view, 5)
+    (length,) = struct.unpack_from("<Q", view, 32)
+    return kind, length

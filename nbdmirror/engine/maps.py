@@ -1,0 +1,162 @@
+"""DCMs on disk: one sparse file per remote and volume, written page by page (V1, O12).
+
+A mark is in the page cache before the write that it stands for goes on, so it survives the
+process; ``sync`` makes it survive the machine. Between the two the active map covers it. The
+default bit of a map lives in the superblock, because ``fill`` voids the pages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from nbdmirror.codec import mappage
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.errors import DiskFailed, FormatError
+from nbdmirror.ports import Disk, File
+
+
+class DcmFile:
+    """One DCM with its file."""
+
+    def __init__(self, disk: Disk, path: str, regions: int, region_size: int) -> None:
+        self._disk = disk
+        self.path = path
+        self.region_size = region_size
+        self.map = Dcm(regions)
+        self._file: File | None = None
+        self._unsynced = False
+        self.damage: str | None = None
+        """Why the map could not be read back; it was filled then, so nothing is missed (X1)."""
+
+    def open(self, default: bool, *, read_only: bool = False) -> None:
+        """Opens or makes the file and loads the pages that were written. O(pages written).
+
+        A damaged map is filled, unless ``read_only``; ``damage`` says so."""
+        directory = self.path.rpartition("/")[0]
+        exists = self._disk.exists(self.path)
+        if not read_only:
+            self._disk.make_directory(directory)
+        self._file = self._disk.open(self.path, create=not exists, read_only=read_only)
+        if not exists:
+            self._file.truncate(self.map.page_count * mappage.PAGE_SIZE)
+            self._unsynced = True
+        if default:
+            self.map.fill()
+        try:
+            self._load()
+        except FormatError as error:
+            self.damage = f"{self.path}: {error}"
+            if not read_only:
+                self.fill()
+
+    def _load(self) -> None:
+        assert self._file is not None
+        for number in self._written_pages():
+            data = self._file.pread(number * mappage.PAGE_SIZE, mappage.PAGE_SIZE)
+            bits = mappage.decode_page(number, data)
+            if bits is not None:
+                self.map.load_page(number, bits)
+
+    def _written_pages(self) -> Iterator[int]:
+        assert self._file is not None
+        pages = self.map.page_count
+        for start, length in self._file.data_ranges(0, pages * mappage.PAGE_SIZE):
+            end = -(-(start + length) // mappage.PAGE_SIZE)
+            yield from range(start // mappage.PAGE_SIZE, min(end, pages))
+
+    def mark(self, offset: int, length: int) -> None:
+        """Marks the regions that [offset, offset + length) touches; DiskFailed if it cannot be
+        written down."""
+        assert length > 0
+        self._write(
+            self.map.mark(offset // self.region_size, (offset + length - 1) // self.region_size)
+        )
+
+    def finish(self, region: int, token: int) -> None:
+        """The remote has this region on disk, as read under ``token``."""
+        page = self.map.finish(region, token)
+        if page is not None:
+            self._write([page])
+
+    def _write(self, pages: list[int]) -> None:
+        assert self._file is not None
+        try:
+            for number in pages:
+                data = mappage.encode_page(number, self.map.page_bits(number))
+                self._file.pwrite(number * mappage.PAGE_SIZE, data)
+        except OSError as error:
+            raise self._failed("write", error) from error
+        if pages:
+            self._unsynced = True
+
+    def fill(self) -> None:
+        """Every region differs, or may. The caller saves the default bit (1) durably.
+
+        Pages are filled, not removed: until the default is durable, what is on disk must not
+        read as fewer marks than before."""
+        assert self._file is not None
+        try:
+            for number in self._written_pages():
+                data = mappage.encode_page(number, b"\xff" * mappage.BITMAP_BYTES)
+                self._file.pwrite(number * mappage.PAGE_SIZE, data)
+        except OSError as error:
+            raise self._failed("write", error) from error
+        self._unsynced = True
+        self.map.fill()
+
+    def clear(self) -> None:
+        """No region differs. The caller saves the default bit (0) durably; until then the map
+        reads as its default, which is more than there is, never less."""
+        assert self._file is not None
+        self.map.clear()
+        self._file.truncate(0)
+        self._file.truncate(self.map.page_count * mappage.PAGE_SIZE)
+        self._unsynced = True
+
+    async def sync(self) -> None:
+        """Makes every mark so far durable; DiskFailed if it cannot."""
+        if not self._unsynced or self._file is None:
+            return
+        self._unsynced = False
+        try:
+            await self._file.sync()
+        except OSError as error:
+            raise self._failed("sync", error) from error
+
+    def _failed(self, what: str, error: OSError) -> DiskFailed:
+        return DiskFailed(
+            f"{what} of the map {self.path} failed: {error.strerror or error}",
+            number=error.errno or 5,
+            hint="replace the disk of state_dir, then restart the node",
+        )
+
+    def dirty_runs(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """See the function of that name."""
+        return dirty_runs(self.map, self.region_size, offset, length)
+
+    def close(self, *, unlink: bool = False) -> None:
+        """Closes the file, and removes it with ``unlink`` (the remote is gone)."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if unlink and self._disk.exists(self.path):
+            self._disk.unlink(self.path)
+
+
+def dirty_runs(dcm: Dcm, region: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
+    """(offset, length, marked) pieces that cover the range, for a block-status reply."""
+    pieces: list[tuple[int, int, bool]] = []
+    at, end = offset, offset + length
+    for first, count in itertools.takewhile(
+        lambda run: run[0] * region < end, dcm.runs(offset // region)
+    ):
+        low = max(first * region, at)
+        high = min((first + count) * region, end)
+        if low > at:
+            pieces.append((at, low - at, False))
+        pieces.append((low, high - low, True))
+        at = high
+    if at < end:
+        pieces.append((at, end - at, False))
+    return pieces

@@ -1,0 +1,244 @@
+"""The methods of the control socket: names, parameters, and the calls on the node behind them.
+
+Owns the table ``METHODS`` and ``NodeApi``, the port to the node. Decides nothing about
+replication and knows no socket. Called by ``engine.control``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from nbdmirror.codec.admin import INVALID_PARAMS, Json, RpcError
+from nbdmirror.config import check_name, parse_address
+from nbdmirror.engine.events import EventLog, Page
+from nbdmirror.errors import ConfigError
+
+TIMEOUT_SECONDS_MAX = 1e9
+CURSOR_MAX = 1 << 62
+
+CONDITIONS = ("in-sync", "connected", "consistent")
+
+
+class NodeApi(Protocol):
+    """What a node does for the people who steer it. Errors are those of ``errors``."""
+
+    @property
+    def events(self) -> EventLog:
+        """The node's events."""
+
+    def status(self) -> Json:
+        """The state of everything, schema 1 of the interface (X4); never waits (I7)."""
+
+    async def wait(self, until: str, remote: str | None, timeout: float | None) -> Json:
+        """Returns when a remote (None: every one) is in the condition ``until``, one of
+        ``CONDITIONS``; TimedOut after ``timeout`` seconds, at once for 0."""
+
+    async def resync(self, remote: str, full: bool) -> Json:
+        """Starts a resync, of every region if ``full``; returns when its state is durable."""
+
+    async def pause(self, remote: str) -> Json | None:
+        """Stops replicating to a remote; its changes are tracked."""
+
+    async def resume(self, remote: str) -> Json | None:
+        """Ends a pause."""
+
+    def remote_list(self) -> list[Json]:
+        """The remotes, as in ``status``."""
+
+    async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
+        """Adds a remote while volumes are in use (M17)."""
+
+    async def remote_remove(self, name: str) -> Json | None:
+        """Forgets a remote; what was kept for it is freed (M17)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One named parameter: its type, and its default unless it is required."""
+
+    kind: type
+    required: bool = False
+    default: Any = None
+    check: Callable[[Any], str | None] = lambda value: None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request at work: checked parameters, and ``notify`` to send events (waits for room)."""
+
+    node: NodeApi
+    params: Json
+    notify: Callable[[list[Json]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method. ``stream`` goes on after the reply; ``changing`` ones become events; ``waiting``
+    ones are cancelled when the client hangs up."""
+
+    handler: Callable[[Call], Awaitable[Any]]
+    params: dict[str, Param]
+    changing: bool = False
+    waiting: bool = False
+    stream: Callable[[Call, Any], Awaitable[None]] | None = None
+
+
+async def _status(call: Call) -> Json:
+    return call.node.status()
+
+
+async def _wait(call: Call) -> Json:
+    params = call.params
+    return await call.node.wait(params["until"], params["remote"], params["timeout"])
+
+
+async def _resync(call: Call) -> Json:
+    return await call.node.resync(call.params["remote"], call.params["full"])
+
+
+async def _pause(call: Call) -> Json:
+    return await call.node.pause(call.params["remote"]) or {}
+
+
+async def _resume(call: Call) -> Json:
+    return await call.node.resume(call.params["remote"]) or {}
+
+
+async def _remote_list(call: Call) -> list[Json]:
+    return call.node.remote_list()
+
+
+async def _remote_add(call: Call) -> Json:
+    params = call.params
+    return await call.node.remote_add(params["name"], params["address"], params["mode"]) or {}
+
+
+async def _remote_remove(call: Call) -> Json:
+    return await call.node.remote_remove(call.params["name"]) or {}
+
+
+async def _events(call: Call) -> Json:
+    """Replays what is held since the cursor; the result's cursor is where the stream begins."""
+    cursor: int = call.params["since"]
+    while True:
+        page = call.node.events.since(cursor)
+        await call.notify(_with_gap(page))
+        cursor = page.cursor
+        if not page.events:
+            return {"cursor": cursor, "following": call.params["follow"]}
+
+
+async def _follow(call: Call, result: Json) -> None:
+    cursor: int = result["cursor"]
+    while call.params["follow"]:
+        page = await call.node.events.follow(cursor)
+        await call.notify(_with_gap(page))
+        cursor = page.cursor
+
+
+def _with_gap(page: Page) -> list[Json]:
+    """The events of a page; a gap before them is told as an event that is in no history."""
+    gap = [{"kind": "gap", "message": "older events are no longer held"}] if page.gap else []
+    return gap + list(page.events)
+
+
+def _one_of(*choices: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        return None if value in choices else f"must be {' or '.join(choices)}, not {value!r}"
+
+    return check
+
+
+def _within(low: float, high: float) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        return None if low <= value <= high else f"must be {low:g} to {high:g}"
+
+    return check
+
+
+def _valid(parse: Callable[[str], object]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        try:
+            parse(value)
+        except ConfigError as error:
+            return error.message
+        return None
+
+    return check
+
+
+_REMOTE = Param(str, required=True)
+_REMOTE_NAME = Param(str, required=True, check=_valid(check_name))
+
+METHODS: dict[str, Method] = {
+    "status": Method(_status, {}),
+    "wait": Method(
+        _wait,
+        {
+            "until": Param(str, required=True, check=_one_of(*CONDITIONS)),
+            "remote": Param(str),
+            "timeout": Param(float, check=_within(0, TIMEOUT_SECONDS_MAX)),
+        },
+        waiting=True,
+    ),
+    "resync": Method(
+        _resync, {"remote": _REMOTE, "full": Param(bool, default=False)}, changing=True
+    ),
+    "pause": Method(_pause, {"remote": _REMOTE}, changing=True),
+    "resume": Method(_resume, {"remote": _REMOTE}, changing=True),
+    "remote.list": Method(_remote_list, {}),
+    "remote.add": Method(
+        _remote_add,
+        {
+            "name": _REMOTE_NAME,
+            "address": Param(str, required=True, check=_valid(parse_address)),
+            "mode": Param(str, default="async", check=_one_of("async")),
+        },
+        changing=True,
+    ),
+    "remote.remove": Method(_remote_remove, {"name": _REMOTE_NAME}, changing=True),
+    "events": Method(
+        _events,
+        {
+            "since": Param(int, default=0, check=_within(0, CURSOR_MAX)),
+            "follow": Param(bool, default=True),
+        },
+        waiting=True,
+        stream=_follow,
+    ),
+}
+
+_KIND_NAMES: dict[type, str] = {
+    str: "a string",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+}
+
+
+def check_params(name: str, params: Json) -> Json:
+    """The parameters of method ``name``, complete and checked; RpcError says what is wrong."""
+    schema = METHODS[name].params
+    for key in params:
+        if key not in schema:
+            known = ", ".join(schema) or "none"
+            raise RpcError(INVALID_PARAMS, f"{name}: no parameter {key!r}; known: {known}")
+    checked = {}
+    for key, param in schema.items():
+        value = params.get(key)
+        if value is None and param.required:
+            raise RpcError(INVALID_PARAMS, f"{name}: parameter {key!r} is missing")
+        problem = None if value is None else _check_value(param, value)
+        if problem is not None:
+            raise RpcError(INVALID_PARAMS, f"{name}: {key} {problem}")
+        checked[key] = param.default if value is None else value
+    return checked
+
+
+def _check_value(param: Param, value: Any) -> str | None:
+    kinds = (int, float) if param.kind is float else param.kind
+    if not isinstance(value, kinds) or isinstance(value, bool) is not (param.kind is bool):
+        return f"must be {_KIND_NAMES[param.kind]}"
+    return param.check(value)

@@ -1,0 +1,419 @@
+"""A node: opens its state, recovers, takes its role, serves, stops. What the simulator boots too.
+
+Holds the parts together and knows their order; what each does is theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from nbdmirror import __version__
+from nbdmirror.config import Config, uris
+from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.control import ControlServer, PeerUid
+from nbdmirror.engine.create import MARK, log_path
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.export import ExportServer
+from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.group import Group
+from nbdmirror.engine.housekeeper import Housekeeper
+from nbdmirror.engine.log import Log
+from nbdmirror.engine.primary import Primary
+from nbdmirror.engine.receiver import Receiver
+from nbdmirror.engine.recovery import (
+    Recovered,
+    doubtful_ranges,
+    facet_state,
+    note_fork,
+    redo,
+)
+from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from nbdmirror.engine.waiting import wait_until
+from nbdmirror.errors import NbdmirrorError, Refused, StateError
+from nbdmirror.ports import Env, Listener
+
+STOP_SECONDS = 30.0
+"""Requests in flight get so long to finish when the node stops."""
+
+
+class Node:
+    """One running node. ``start``, then ``stop``; ``failed`` tells the daemon to end."""
+
+    def __init__(self, env: Env, config: Config, *, peer_uid: PeerUid = lambda t: None) -> None:
+        self.env = env
+        self.config = config
+        self.events = EventLog(env.clock, config.limits.events_max)
+        self.failed: asyncio.Future[NbdmirrorError] | None = None
+        self._peer_uid = peer_uid
+        self._listeners: list[Listener] = []
+        self._receivers: dict[asyncio.Task[None], Receiver] = {}
+        self.primary: Primary | None = None
+        self.secondary: Secondary | None = None
+        self.exports: ExportServer | None = None
+        self._control: ControlServer | None = None
+        self._started_at = 0.0
+
+    # -- start -------------------------------------------------------------------------------
+
+    async def start(self, *, nbd: bool = True) -> None:
+        """Recovers, and serves from the return on. ``nbd``: with the native NBD listeners.
+
+        StateError or DiskFailed say what keeps it from serving."""
+        loop = asyncio.get_running_loop()
+        self._started_at = loop.time()
+        self.failed = loop.create_future()
+        disk, directory = self.env.disk, self.config.state_dir
+        if disk.exists(f"{directory}/{MARK}"):
+            raise StateError(
+                f"the creation of {directory} was not finished",
+                hint="run nbdmirror create CONFIG --force",
+            )
+        self.store = Store.open(disk, directory)
+        self._check_state()
+        self.volumes = self._open_volumes()
+        tail = self.store.state["tail"]
+        self.log = Log.open(disk, log_path(self.config), tail["position"], tail["seq"])
+        recovered = await redo(self.store, self.log, self.volumes, self.env.clock.boot_id())
+        self.housekeeper = Housekeeper(
+            self.volumes, self.log, self.store, self.events, self._applied_seq
+        )
+        self.housekeeper.on_failed = self._fail
+        if self.role == "primary":
+            await self._start_primary(recovered)
+        else:
+            await self._start_secondary(recovered)
+        self.events.emit(
+            "started",
+            role=self.role,
+            clean=recovered.clean,
+            power_loss=recovered.power_loss,
+            records=recovered.records,
+        )
+        self.housekeeper.start()
+        await self._listen(nbd)
+
+    @property
+    def role(self) -> str:
+        """``primary`` or ``secondary``."""
+        return str(self.store.state["role"])
+
+    def _check_state(self) -> None:
+        """The state must be that of the configuration; StateError names both values."""
+        state, config = self.store.state, self.config
+        for key, wanted in (("group", config.group), ("node", config.node)):
+            if state[key] != wanted:
+                raise StateError(
+                    f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
+                    f"{wanted!r}",
+                    hint="point state_dir to the right directory",
+                )
+        kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
+        wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
+        if kept != wanted_volumes:
+            raise StateError(
+                f"{config.state_dir} holds volumes {kept}, the configuration says "
+                f"{wanted_volumes} (name, size, region_size)",
+                hint="volumes cannot be changed in the configuration of an existing node",
+            )
+
+    def _open_volumes(self) -> list[Volume]:
+        volumes = []
+        for index, saved in enumerate(self.store.state["volumes"]):
+            facets = []
+            for facet in saved["facets"]:
+                state = facet_state(facet["state"])
+                facets.append(
+                    LocalFacet.open(self.env.disk, facet["path"], saved["size"], state)
+                )
+            volumes.append(
+                Volume(
+                    index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets
+                )
+            )
+        return volumes
+
+    def _applied_seq(self) -> int:
+        return self.secondary.applied_seq if self.secondary else self.log.next_seq - 1
+
+    async def _start_primary(self, recovered: Recovered) -> None:
+        state, config = self.store.state, self.config
+        note_fork(self.store, recovered)
+        state["epoch"] += 1
+        active = ActiveMapFile.open(
+            self.env.disk, config.state_dir, config.log.hot_extents, config.log.extent_size
+        )
+        group = Group(self.volumes, self.log, active, self.env.clock, state["epoch"])
+        for seq, time_ns in recovered.times:
+            group.timeline.add(seq, time_ns)
+        self.primary = Primary(
+            self.env, config, group, self.store, self.events, self.housekeeper
+        )
+        active.safe_seq = self._safe_seq
+        active.make_safe = self._make_safe
+        await self._mark_doubtful(recovered, active)
+        state.update(clean=False, boot_id=self.env.clock.boot_id())
+        # The new epoch is durable before the first append (O10).
+        await self.store.save()
+        group.need_space = self.housekeeper.need_space
+        group.facet_lost = self._facet_lost
+        group.on_pressure = self.housekeeper.kick
+        self.housekeeper.on_full = config.log.on_full
+        self.primary.start()
+
+    async def _mark_doubtful(self, recovered: Recovered, active: ActiveMapFile) -> None:
+        """What each remote's DCM has to hold after a crash, made durable."""
+        assert self.primary is not None
+        doubtful = doubtful_ranges(active, self.volumes) if recovered.power_loss else []
+        pending = []
+        if any(remote.tracking for remote in self.primary.remotes):
+            pending = await self._pending()
+        for remote in self.primary.remotes:
+            if remote.tracking:
+                # Whether an overflow was finished or not: what the log holds is marked again.
+                for volume, offset, length in pending:
+                    remote.mark(volume, offset, length)
+            for place, offset, length in doubtful:
+                remote.mark(place.index, offset, length)
+            if doubtful:
+                remote.facts.update(compare=True, consistent=False)
+                remote.facts["why"] = remote.facts["why"] or "the primary lost power"
+            remote.save_defaults()
+            await remote.sync_maps()
+
+    async def _pending(self) -> list[tuple[int, int, int]]:
+        from nbdmirror.engine.log import Cursor
+
+        cursor, found = Cursor(self.log.ring.tail_seq), []
+        while cursor.seq < self.log.next_seq:
+            for record in (await self.log.read(cursor)).parsed():
+                found.append((record.volume, record.offset, record.length))
+        return found
+
+    async def _start_secondary(self, recovered: Recovered) -> None:
+        config = self.config
+        self.secondary = Secondary(
+            config.group,
+            config.node,
+            self.volumes,
+            self.log,
+            self.store,
+            self.events,
+            config.replication,
+        )
+        self.store.state.update(clean=False, boot_id=self.env.clock.boot_id())
+        await self.store.save()
+        self.secondary.on_failed = self._fail
+        self.secondary.need_space = self.housekeeper.need_space
+        self.secondary.start()
+
+    async def _listen(self, nbd: bool) -> None:
+        network, config = self.env.network, self.config
+        group = self.primary.group if self.primary else None
+        remotes = self.primary.remotes if self.primary else []
+        self.exports = ExportServer(group, remotes, config.limits)
+        self._control = ControlServer(self, config.limits, self._peer_uid)
+        if config.admin.socket:
+            self._listeners.append(
+                await network.listen(f"unix:{config.admin.socket}", self._control.connection)
+            )
+        if self.secondary is not None and config.replication.listen is not None:
+            self._listeners.append(
+                await network.listen(config.replication.listen, self._accept_primary)
+            )
+        if nbd:
+            for address in config.nbd.listen:
+                self._listeners.append(await network.listen(address, self.exports.connection))
+
+    def _accept_primary(self) -> asyncio.BufferedProtocol:
+        assert self.secondary is not None
+        receiver = Receiver(self.secondary)
+        if len(self._receivers) >= self.config.limits.replication_connections_max:
+            receiver.link.close(ConnectionRefusedError("too many replication connections"))
+            return receiver.link
+        task = asyncio.ensure_future(receiver.run())
+        self._receivers[task] = receiver
+        task.add_done_callback(lambda done: self._receivers.pop(done, None))
+        return receiver.link
+
+    # -- what the parts ask for --------------------------------------------------------------
+
+    def _safe_seq(self) -> int:
+        """Writes up to here stand in the durable log, and in every durable DCM in use."""
+        assert self.primary is not None
+        if self.primary.group.trackers:
+            return min(self.log.durable_seq, self._maps_seq)
+        return self.log.durable_seq
+
+    _maps_seq = 0
+
+    async def _make_safe(self) -> None:
+        assert self.primary is not None
+        upto = self.log.next_seq - 1
+        await self.log.sync(upto)
+        for remote in self.primary.remotes:
+            await remote.sync_maps()
+        self._maps_seq = upto
+
+    async def _facet_lost(self, volume: Volume, facet: LocalFacet) -> None:
+        """A facet went out of service: durable before the write that saw it is acknowledged."""
+        saved = self.store.state["volumes"][volume.index]["facets"]
+        for entry in saved:
+            if entry["path"] == facet.path:
+                entry["state"] = FacetState.NOT_SYNCHRONISED.value
+        why = facet.failed.message if facet.failed else None
+        self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
+        await self.store.save()
+
+    def _fail(self, error: NbdmirrorError) -> None:
+        if self.primary is not None and self.primary.group.failed is None:
+            self.primary.group.fail(error)
+        self.events.emit("failed", why=error.message, hint=error.hint)
+        if self.failed is not None and not self.failed.done():
+            self.failed.set_result(error)
+
+    # -- stop --------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Stops cleanly: requests finish, everything is durable, and the superblock says so."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        if self.exports is not None:
+            await self.exports.stop(STOP_SECONDS)
+        if self.primary is not None:
+            await self.primary.stop()
+        for receiver in list(self._receivers.values()):
+            receiver.link.close(ConnectionResetError("the node stops"))
+        await asyncio.gather(*self._receivers, return_exceptions=True)
+        if self.secondary is not None:
+            await self.secondary.stop()
+        await self.housekeeper.stop()
+        if self._control is not None:
+            await self._control.close()
+        if self.failed is None or not self.failed.done():
+            await self._settle()
+        self._close()
+
+    async def _settle(self) -> None:
+        """Everything durable, the log released as far as remotes allow, marked clean."""
+        await self.log.sync(self.log.next_seq - 1)
+        for volume in self.volumes:
+            for facet in volume.in_service():
+                await facet.sync()
+        await self.housekeeper.cycle()
+        if self.primary is not None:
+            await self._make_safe()
+            await self.primary.group.active.drop_safe()
+        if all(f.failed is None for v in self.volumes for f in v.facets):
+            self.store.state["clean"] = True
+            await self.store.save()
+
+    def _close(self) -> None:
+        if self.primary is not None:
+            self.primary.close()
+            self.primary.group.active.close()
+        for volume in self.volumes:
+            for facet in volume.facets:
+                facet.close()
+        self.log.close()
+        self.store.close()
+
+    # -- for people (NodeApi) ----------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """The status document, schema 1 (X4, I7: nothing here depends on a volume's size)."""
+        state, config = self.store.state, self.config
+        result: dict[str, Any] = {
+            "schema": 1,
+            "group": config.group,
+            "node": config.node,
+            "role": self.role,
+            "version": __version__,
+            "uptime_s": round(asyncio.get_running_loop().time() - self._started_at, 1),
+            "generation": state["generation"],
+            "epoch": state["epoch"],
+            "volumes": [self._volume_status(volume) for volume in self.volumes],
+            "log": {
+                "mode": config.log.mode,
+                "on_full": config.log.on_full,
+                **self.housekeeper.status(),
+            },
+            "remotes": self.primary.status() if self.primary else [],
+            "snapshots": [],
+            "limits": {
+                name: getattr(config.limits, name) for name in config.limits.__slots__
+            },
+        }
+        if self.secondary is not None:
+            result["upstream"] = self.secondary.status()
+        return result
+
+    def _volume_status(self, volume: Volume) -> dict[str, Any]:
+        primary = self.primary is not None
+        return {
+            "name": volume.name,
+            "uuid": volume.uuid,
+            "size": volume.size,
+            "region_size": volume.region_size,
+            "clients": volume.clients,
+            "uris": uris(self.config, volume.name) if primary else [],
+            "facets": [
+                {
+                    "path": facet.path,
+                    "state": self._facet_word(facet),
+                    "errors": facet.errors,
+                }
+                for facet in volume.facets
+            ],
+        }
+
+    def _facet_word(self, facet: LocalFacet) -> str:
+        if facet.failed is not None:
+            return FacetState.NOT_SYNCHRONISED.value
+        if self.secondary is not None:
+            upstream = self.store.state["upstream"]
+            if upstream is None:
+                return FacetState.NOT_SYNCHRONISED.value
+            if not upstream["consistent"]:
+                return FacetState.BEING_SYNCHRONISED.value
+        return facet.state.value
+
+    def _need_primary(self) -> Primary:
+        if self.primary is None:
+            raise Refused(
+                f"{self.config.node} is a secondary: it has no remotes",
+                hint="run this on the primary",
+            )
+        return self.primary
+
+    async def wait(self, until: str, remote: str | None, timeout: float | None) -> dict[str, Any]:
+        """Returns when the remotes (or this secondary) are ``until``; TimedOut otherwise."""
+        await wait_until(self, until, remote, timeout)
+        return self.status()
+
+    async def resync(self, remote: str, full: bool) -> dict[str, Any]:
+        """Begins a resync now."""
+        return await self._need_primary().resync(remote, full)
+
+    async def pause(self, remote: str) -> None:
+        """Ends replication to a remote until ``resume``."""
+        await self._need_primary().pause(remote)
+
+    async def resume(self, remote: str) -> None:
+        """Goes on with a paused remote."""
+        await self._need_primary().resume(remote)
+
+    def remote_list(self) -> list[dict[str, Any]]:
+        """The remotes, as in the status."""
+        return self._need_primary().status()
+
+    async def remote_add(self, name: str, address: str, mode: str) -> None:
+        """Adds a remote while the volumes are in use."""
+        await self._need_primary().add(name, address, mode)
+
+    async def remote_remove(self, name: str) -> None:
+        """Forgets a remote."""
+        await self._need_primary().remove(name)

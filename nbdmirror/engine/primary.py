@@ -1,0 +1,247 @@
+"""The primary's role: the group that clients write to, and its remotes.
+
+Keeps one connection to each remote, tries again with backoff and jitter when it is lost, and
+carries out what people ask of remotes. The data path is ``group``, a connection is ``session``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from nbdmirror.config import Config
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.group import Group
+from nbdmirror.engine.housekeeper import Housekeeper
+from nbdmirror.engine.remote import NEW_FACTS, Remote
+from nbdmirror.engine.session import Context, Session
+from nbdmirror.engine.store import Store
+from nbdmirror.errors import FormatError, NbdmirrorError, Refused, UsageError
+from nbdmirror.ports import Env
+
+REFUSED_PAUSE_SECONDS = 10.0
+"""A handshake that was turned down is tried again so often: somebody may have mended it."""
+FIRST_PAUSE_SECONDS = 0.1
+
+
+class Primary:
+    """The remotes of a group and the tasks that serve them."""
+
+    def __init__(
+        self,
+        env: Env,
+        config: Config,
+        group: Group,
+        store: Store,
+        events: EventLog,
+        housekeeper: Housekeeper,
+    ) -> None:
+        self._env = env
+        self._config = config
+        self.group = group
+        self._store = store
+        self._events = events
+        self._housekeeper = housekeeper
+        self.remotes: list[Remote] = []
+        housekeeper.remotes = self.remotes
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._context = Context(
+            env, store, events, config.replication, config.group, config.node
+        )
+        for name, facts in self._merged_facts().items():
+            self._make(name, facts)
+
+    # -- making remotes ----------------------------------------------------------------------
+
+    def _merged_facts(self) -> dict[str, dict[str, Any]]:
+        """The remotes of the configuration and those added by command, with what is known."""
+        known: dict[str, dict[str, Any]] = self._store.state["remotes"]
+        wanted = {}
+        for remote in self._config.remotes:
+            facts = {**NEW_FACTS, "defaults": {}, **known.get(remote.name, {})}
+            facts.update(
+                address=remote.address,
+                mode=remote.mode,
+                compression=remote.compression,
+                added=False,
+            )
+            wanted[remote.name] = facts
+        for name, facts in known.items():
+            if facts.get("added") and name not in wanted:
+                wanted[name] = facts
+        self._store.state["remotes"] = wanted
+        return wanted
+
+    def _make(self, name: str, facts: dict[str, Any]) -> Remote:
+        remote = Remote(
+            name,
+            facts,
+            self.group,
+            self._store,
+            self._events,
+            self._env.disk,
+            self._config.state_dir,
+        )
+        remote.open()
+        remote.on_moved = self._housekeeper.remote_moved
+        self.remotes.append(remote)
+        return remote
+
+    def start(self) -> None:
+        """Starts connecting."""
+        for remote in self.remotes:
+            self._tasks[remote.name] = asyncio.ensure_future(self._serve(remote))
+
+    async def stop(self) -> None:
+        """Ends the connections."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks.clear()
+
+    def close(self) -> None:
+        """Closes the maps."""
+        for remote in self.remotes:
+            remote.close()
+
+    # -- connections -------------------------------------------------------------------------
+
+    async def _serve(self, remote: Remote) -> None:
+        """Keeps one session to the remote, for ever."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            while remote.facts["paused"]:
+                remote.kick.clear()
+                await remote.kick.wait()
+            remote.drop.clear()
+            remote.kick.clear()
+            began = asyncio.get_running_loop().time()
+            remote.link = "connecting"
+            try:
+                await Session(remote, self._context).run(lambda: self._connected(remote))
+                cause: BaseException = ConnectionResetError("ended to begin anew")
+            except (NbdmirrorError, OSError, TimeoutError) as error:
+                cause = error
+            was_connected = remote.link == "connected"
+            self._disconnected(remote, cause)
+            if was_connected and asyncio.get_running_loop().time() - began > 1.0:
+                pause = FIRST_PAUSE_SECONDS
+            await self._pause(remote, REFUSED_PAUSE_SECONDS if remote.refused else pause)
+            pause = min(pause * 2, self._config.replication.reconnect_max_seconds)
+
+    def _connected(self, remote: Remote) -> None:
+        remote.link = "connected"
+        remote.refused = remote.failed = None
+        self._events.emit("connected", remote=remote.name)
+        remote.notify()
+
+    def _disconnected(self, remote: Remote, cause: BaseException) -> None:
+        was, remote.link = remote.link, "disconnected"
+        if isinstance(cause, Refused):
+            text = str(cause)
+            remote.refused, remote.failed = (
+                (None, text) if text.startswith("failed:") else (text, None)
+            )
+        elif isinstance(cause, FormatError):
+            remote.stall = str(cause)
+        if was == "connected":
+            self._events.emit("disconnected", remote=remote.name, why=str(cause))
+        elif isinstance(cause, Refused):
+            self._events.emit("refused", remote=remote.name, why=str(cause))
+        remote.notify()
+
+    async def _pause(self, remote: Remote, seconds: float) -> None:
+        """Waits before the next attempt, with jitter; a command ends it early."""
+        seconds *= 0.5 + self._env.random.random()
+        try:
+            async with asyncio.timeout(seconds):
+                await remote.kick.wait()
+        except TimeoutError:
+            pass
+
+    # -- commands ----------------------------------------------------------------------------
+
+    def remote(self, name: str) -> Remote:
+        """The remote of that name; UsageError lists the names if there is none."""
+        for remote in self.remotes:
+            if remote.name == name:
+                return remote
+        names = ", ".join(r.name for r in self.remotes) or "none"
+        raise UsageError(f"there is no remote {name!r} (remotes: {names})")
+
+    async def resync(self, name: str, full: bool) -> dict[str, Any]:
+        """Begins a resync by a new handshake; of everything, compared by hash, if ``full``."""
+        remote = self.remote(name)
+        if remote.facts["paused"]:
+            raise NbdmirrorError(
+                f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
+            )
+        if full:
+            for dcm in remote.dcms:
+                dcm.fill()
+            remote.facts.update(
+                full=True, compare=True, consistent=False, why="asked for by a person"
+            )
+            remote.save_defaults()
+            await remote.sync_maps()
+            await self._store.save()
+            remote.drop.set()
+        remote.kick.set()
+        return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
+
+    async def pause(self, name: str) -> None:
+        """Ends the connection until ``resume``; changes stay in the log, past it in the DCM."""
+        remote = self.remote(name)
+        remote.facts["paused"] = True
+        await self._store.save()
+        remote.drop.set()
+        self._events.emit("paused", remote=name)
+
+    async def resume(self, name: str) -> None:
+        """Connects again."""
+        remote = self.remote(name)
+        remote.facts["paused"] = False
+        await self._store.save()
+        remote.kick.set()
+        self._events.emit("resumed", remote=name)
+
+    async def add(self, name: str, address: str, mode: str) -> None:
+        """A new remote, while the volumes are in use (M17): first synchronisation follows."""
+        if any(remote.name == name for remote in self.remotes):
+            raise UsageError(f"there is a remote {name!r} already")
+        facts: dict[str, Any] = {
+            **NEW_FACTS,
+            "defaults": {},
+            "address": address,
+            "mode": mode,
+            "compression": "off",
+            "added": True,
+        }
+        remote = self._make(name, facts)
+        self._store.state["remotes"][name] = facts
+        await remote.sync_maps()
+        await self._store.save()
+        self._tasks[name] = asyncio.ensure_future(self._serve(remote))
+        self._events.emit("remote-added", remote=name, address=address)
+
+    async def remove(self, name: str) -> None:
+        """Forgets a remote and its map (M17)."""
+        remote = self.remote(name)
+        task = self._tasks.pop(name)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self.remotes.remove(remote)
+        if remote in self.group.trackers:
+            self.group.trackers.remove(remote)
+        del self._store.state["remotes"][name]
+        await self._store.save()
+        remote.close(unlink=True)
+        self._housekeeper.kick()
+        self._events.emit("remote-removed", remote=name)
+
+    # -- status ------------------------------------------------------------------------------
+
+    def status(self) -> list[dict[str, Any]]:
+        """The ``remotes`` of the status."""
+        now, wall = asyncio.get_running_loop().time(), self._env.clock.time_ns()
+        return [remote.status(now, wall) for remote in self.remotes]

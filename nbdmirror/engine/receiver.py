@@ -1,0 +1,276 @@
+"""The secondary's end of a replication connection.
+
+Records go to the secondary's own log first, become durable there by group commit, and only then
+reach the facets (O2, O9): a power cut anywhere leaves an exact prefix (V7). What is acknowledged
+as durable was durable (O4). Region copies of a resync go to the facets directly, and are
+acknowledged when those are synced (O7); the node says durably that it is inconsistent before the
+first one lands, and consistent again when the stream has passed the end of the resync.
+
+Frames are handled in their order by one task; what may wait there holds back the peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from typing import Any
+
+from nbdmirror.codec import record as codec
+from nbdmirror.codec import repl
+from nbdmirror.codec.record import Record
+from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.engine.link import Link
+from nbdmirror.engine.secondary import Secondary
+from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
+from nbdmirror.ports import Buffer
+
+QUEUE_BYTES_MAX = 8 << 20
+"""Frames that wait to be handled; beyond it the connection is not read."""
+
+
+class Receiver:
+    """One connection from a primary, from HELLO to its end."""
+
+    def __init__(self, secondary: Secondary) -> None:
+        self.secondary = secondary
+        self.link = Link(self._on_frame)
+        self._frames: deque[Frame] = deque()
+        self._queued = 0
+        self._arrived = asyncio.Event()
+        self._streaming = False
+        self._started = False
+        self.peer = "?"
+        self._acked = (-1, -1, -1)
+        self._synced_tokens: list[int] = []
+        self._sync_task: asyncio.Task[None] | None = None
+        self._end_seq: int | None = None
+
+    async def run(self) -> None:
+        """Handles frames until the link is gone; returns its cause."""
+        tasks = [
+            asyncio.ensure_future(self._pump()),
+            asyncio.ensure_future(self.link.closed.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except (NbdmirrorError, ConnectionError, TimeoutError) as error:
+            self.link.close(error)
+        finally:
+            if self._sync_task is not None:
+                tasks.append(self._sync_task)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.secondary.leave(self)
+            self.link.close()
+
+    # -- frames in order ---------------------------------------------------------------------
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.type is Type.PING:
+            return
+        self._frames.append(frame)
+        self._queued += len(frame.payload)
+        if self._queued > QUEUE_BYTES_MAX:
+            self.link.set_reading(False)
+        self._arrived.set()
+
+    async def _pump(self) -> None:
+        async with asyncio.timeout(self.secondary.tuning.timeout_seconds) as deadline:
+            await self._handshake(await self._next())
+            await self._start(await self._next())
+            deadline.reschedule(None)
+            watch = asyncio.ensure_future(
+                self.link.watch(
+                    self.secondary.tuning.heartbeat_seconds, self.secondary.tuning.timeout_seconds
+                )
+            )
+            try:
+                while True:
+                    frame = await self._next()
+                    if frame.type is Type.RECORDS:
+                        await self._on_records(frame)
+                    elif frame.type is Type.REGION:
+                        await self._on_region(frame)
+                    elif frame.type is Type.HASHES:
+                        await self._on_hashes(frame)
+                    elif frame.type is Type.RESYNC_END:
+                        (self._end_seq,) = frame.unpack(repl.SEQ)
+                        await self._check_end()
+                    else:
+                        raise PeerError(f"unexpected {frame.type.name}")
+            finally:
+                watch.cancel()
+
+    async def _next(self) -> Frame:
+        while not self._frames:
+            self._arrived.clear()
+            await self._arrived.wait()
+        frame = self._frames.popleft()
+        self._queued -= len(frame.payload)
+        if self._queued <= QUEUE_BYTES_MAX // 2:
+            self.link.set_reading(True)
+        return frame
+
+    # -- handshake ---------------------------------------------------------------------------
+
+    async def _handshake(self, frame: Frame) -> None:
+        if frame.type is not Type.HELLO:
+            raise PeerError(f"{frame.type.name} came instead of HELLO")
+        hello = frame.json()
+        self.link.session = frame.session
+        refusal = self.secondary.refusal(hello)
+        if refusal is not None:
+            rule, why = refusal
+            self.secondary.events.emit("refused", peer=str(hello.get("node")), rule=rule, why=why)
+            self.link.send_json(Type.REFUSE, {"rule": rule, "why": why})
+            self.link.close(PeerError(why), flush=True)
+            raise PeerError(why)
+        self.peer = str(hello["node"])
+        self._hello = hello
+        # The former session ends before this one may write: a stale one never comes after.
+        await self.secondary.enter(self)
+        self.link.send_json(Type.WELCOME, self.secondary.welcome())
+
+    async def _start(self, frame: Frame) -> None:
+        if frame.type is Type.REFUSE:
+            why = str(frame.json().get("why"))
+            self.secondary.events.emit("refused", peer=self.peer, why=why)
+            raise PeerError(f"the primary refused: {why}")
+        if frame.type is not Type.START:
+            raise PeerError(f"{frame.type.name} came instead of START")
+        start = frame.json()
+        action, seq, resync = start.get("action"), start.get("seq"), start.get("resync")
+        if action not in ("continue", "reset") or type(seq) is not int or seq < 1:
+            raise PeerError(f"START garbled: {start}")
+        log = self.secondary.log
+        if action == "continue" and seq != log.next_seq:
+            raise PeerError(f"START continues at {seq}, the log here ends at {log.next_seq - 1}")
+        await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
+        self._started = True
+        self.link.send_json(Type.READY, {})
+        self.acknowledge()
+
+    # -- records -----------------------------------------------------------------------------
+
+    async def _on_records(self, frame: Frame) -> None:
+        log = self.secondary.log
+        records, payload = self._checked(frame.payload, log.next_seq)
+        if not records:
+            return
+        sizes = [codec.stored_size(record.kind, record.length) for record in records]
+        size = sum(sizes)
+        if size > log.capacity // 2:
+            raise PeerError(f"a frame of {size} bytes does not fit a log of {log.capacity}")
+        while not log.fits(size, max(sizes)):
+            await self.secondary.need_space()
+        parts: list[Buffer] = [payload]
+        log.append(parts, size, len(records), sizes, records)
+        self.acknowledge()
+
+    def _checked(self, view: memoryview, next_seq: int) -> tuple[list[Record], memoryview]:
+        """The records that are new here, all verified (X6), and their bytes."""
+        records: list[Record] = []
+        start = at = 0
+        epoch_max = int(self._hello["epoch"])
+        while at < len(view):
+            record = codec.parse(view, at)
+            at += codec.stored_size(record.kind, record.length)
+            if record.seq < next_seq and not records:
+                start = at  # already here: skipped, never applied again (O8)
+                continue
+            if record.seq != next_seq:
+                raise PeerError(f"record {record.seq} came, {next_seq} was next")
+            if record.epoch > epoch_max:
+                raise PeerError(f"record {record.seq} of epoch {record.epoch}, not {epoch_max}")
+            self.secondary.check_range(record.volume, record.offset, record.length)
+            if record.kind == codec.FILL:
+                raise PeerError(f"record {record.seq} is a fill")
+            next_seq += 1
+            records.append(record)
+        if at > len(view):
+            raise PeerError("records cut short")
+        return records, view[start:]
+
+    def acknowledge(self) -> None:
+        """Tells the primary what is received, durable and applied, if that has changed."""
+        if not self._started or self.link.cause is not None:
+            return
+        secondary = self.secondary
+        received = secondary.log.next_seq - 1
+        state = (received, min(secondary.log.durable_seq, received), secondary.applied_seq)
+        if state != self._acked:
+            self._acked = state
+            self.link.send(Type.ACK, [repl.ACK.pack(*state)])
+
+    # -- regions -----------------------------------------------------------------------------
+
+    async def _on_region(self, frame: Frame) -> None:
+        token, volume, flags, offset, length = frame.unpack(repl.REGION)
+        data = frame.payload[repl.REGION.size :]
+        zeros = bool(flags & repl.ZEROS)
+        if len(data) != (0 if zeros else length):
+            raise PeerError(f"REGION of {length} bytes carries {len(data)}")
+        self.secondary.check_range(volume, offset, length)
+        self.secondary.check_resyncing()
+        await self.secondary.place(volume, offset, length, None if zeros else data)
+        if not flags & repl.MORE:
+            self._sync_soon(token)
+
+    async def _on_hashes(self, frame: Frame) -> None:
+        token, volume, region, offset, length = frame.unpack(repl.HASHES)
+        hashes = frame.payload[repl.HASHES.size :]
+        count = -(-length // region) if region else 0
+        if not count or len(hashes) != count * repl.HASH_SIZE:
+            raise PeerError(f"HASHES of {length} bytes carries {len(hashes)} bytes of hashes")
+        self.secondary.check_range(volume, offset, length)
+        self.secondary.check_resyncing()
+        flags = bytearray(count)
+        for index in range(count):
+            at = offset + index * region
+            data = await self.secondary.read(volume, at, min(region, offset + length - at))
+            digest = hashlib.sha256(data).digest()[: repl.HASH_SIZE]
+            start = index * repl.HASH_SIZE
+            flags[index] = digest != hashes[start : start + repl.HASH_SIZE]
+            await asyncio.sleep(0)  # acknowledgements go on meanwhile
+        self.link.send(Type.WANT, [repl.TOKEN.pack(token), bytes(flags)])
+        self._sync_soon(token)
+
+    def _sync_soon(self, token: int) -> None:
+        self._synced_tokens.append(token)
+        if self._sync_task is None:
+            self._sync_task = asyncio.ensure_future(self._sync_regions())
+
+    async def _sync_regions(self) -> None:
+        """Acknowledges windows once the facets are durable past them (O7)."""
+        while self._synced_tokens:
+            tokens, self._synced_tokens = self._synced_tokens, []
+            try:
+                await self.secondary.sync_facets()
+            except DiskFailed as error:
+                self.link.close(error)
+                return
+            if self.link.cause is not None:
+                return
+            self.link.send(Type.DONE, [b"".join(map(repl.TOKEN.pack, tokens))])
+        self._sync_task = None
+
+    async def progress(self) -> None:
+        """Called by the secondary when its durable or applied position moved."""
+        self.acknowledge()
+        await self._check_end()
+
+    async def _check_end(self) -> None:
+        seq = self._end_seq
+        if seq is None or self.secondary.applied_seq < seq or self.link.cause is not None:
+            return
+        self._end_seq = None
+        await self.secondary.become_consistent(seq)
+        self.link.send(Type.CONSISTENT, [repl.SEQ.pack(seq)])
+
+    def status(self) -> dict[str, Any]:
+        """The ``upstream`` object of the status."""
+        return {"name": self.peer, "link": "connected" if self._started else "connecting"}

@@ -1,0 +1,318 @@
+"""A remote as the primary knows it: its facts, its DCMs, its place in the log (V2, V6).
+
+Decides nothing about the wire (``engine.session``) and nothing about when space is needed
+(``engine.housekeeper``); it is what both act upon. The facts are part of the superblock:
+
+    address, mode, compression, added   what the configuration, or ``remote add``, says
+    initialised   a stream was agreed upon once
+    tracking      in DCM logging: the log keeps nothing for it
+    base_seq      the DCM and the log together hold every change after this seq
+    full          a full comparison is due or not finished
+    compare       the marked regions are doubtful: compared by hash before they are sent
+    consistent    the remote confirmed that it is consistent, and nothing has happened since
+    met_epoch     the epoch in which it last agreed to a stream
+    paused        by a person
+    why           the cause of the last resync or refusal, for people
+    defaults      {volume name: default bit of its DCM}
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.core.meter import Meter
+from nbdmirror.core.remotestate import Facts, next_action, state_of
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.group import Group
+from nbdmirror.engine.log import Cursor
+from nbdmirror.engine.maps import DcmFile, dirty_runs
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from nbdmirror.ports import Disk
+
+PENDING_SCAN_MAX = 64 << 20
+"""Pending log bytes up to which a block status looks at each entry."""
+
+NEW_FACTS: dict[str, Any] = {
+    "initialised": False,
+    "tracking": True,
+    "base_seq": 0,
+    "full": True,
+    "compare": True,
+    "consistent": False,
+    "met_epoch": 0,
+    "paused": False,
+    "why": None,
+    "defaults": {},
+}
+
+
+class ResyncProgress:
+    """What a running resync has done; bytes never fall within a pass (X4)."""
+
+    def __init__(self, kind: str, total_bytes: int) -> None:
+        self.kind = kind
+        self.total_bytes = total_bytes
+        self.done_bytes = 0
+        self.sent_bytes = 0
+        self.skipped_bytes = 0
+        self.meter = Meter()
+
+    def status(self, now: float) -> dict[str, Any]:
+        """The ``resync`` object of the status."""
+        rate = self.meter.rate(now)
+        eta = self.meter.eta(now, self.total_bytes - self.done_bytes)
+        return {
+            "kind": self.kind,
+            "done_bytes": min(self.done_bytes, self.total_bytes),
+            "total_bytes": self.total_bytes,
+            "sent_bytes": self.sent_bytes,
+            "skipped_bytes": self.skipped_bytes,
+            "rate": round(rate),
+            "eta_s": None if eta is None else round(eta, 1),
+        }
+
+
+class Remote:
+    """One remote of the group, while this node is primary."""
+
+    def __init__(
+        self,
+        name: str,
+        facts: dict[str, Any],
+        group: Group,
+        store: Store,
+        events: EventLog,
+        disk: Disk,
+        directory: str,
+    ) -> None:
+        self.name = name
+        self.facts = facts
+        self.group = group
+        self._store = store
+        self._events = events
+        self.dcms: list[DcmFile] = [
+            DcmFile(disk, f"{directory}/dcm/{name}.{v.name}", v.regions, v.region_size)
+            for v in group.volumes
+        ]
+        log = group.log
+        self.received_seq = self.durable_seq = self.applied_seq = log.ring.tail_seq - 1
+        self.marked_seq: int | None = None
+        """While pending entries are being marked: they are in the DCM up to here."""
+        self.starting = False
+        """A stream is being agreed upon: the log is kept for it already."""
+        self.link = "disconnected"
+        self.refused: str | None = None
+        self.failed: str | None = None
+        self.stall: str | None = None
+        self.progress: ResyncProgress | None = None
+        self.bytes_sent = 0
+        self.on_moved: Callable[[], None] = lambda: None
+        """Called when the remote acknowledged more; housekeeping sets it."""
+        self.changed = asyncio.Event()
+        """Set with every acknowledgement and change of state; waiters clear it."""
+        self.kick = asyncio.Event()
+        """Ends the pause before the next attempt to connect."""
+        self.drop: asyncio.Event = asyncio.Event()
+        """Ends the session that runs now; the next handshake decides anew."""
+
+    # -- opening -----------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Opens the DCMs; a damaged one is filled and said so (X1)."""
+        for volume, dcm in zip(self.group.volumes, self.dcms, strict=True):
+            dcm.open(bool(self.facts["defaults"].get(volume.name, True)))
+            if dcm.damage is not None:
+                self.facts["full"] = True
+                self.facts["why"] = f"the map could not be read ({dcm.damage})"
+        self.save_defaults()
+        if self.facts["tracking"]:
+            self.group.trackers.append(self)
+
+    def save_defaults(self) -> None:
+        """Puts the maps' default bits into the facts; the caller saves the superblock."""
+        self.facts["defaults"] = {
+            volume.name: dcm.map.default
+            for volume, dcm in zip(self.group.volumes, self.dcms, strict=True)
+        }
+
+    def close(self, *, unlink: bool = False) -> None:
+        """Closes the DCMs."""
+        for dcm in self.dcms:
+            dcm.close(unlink=unlink)
+
+    # -- the log and the DCM -----------------------------------------------------------------
+
+    @property
+    def tracking(self) -> bool:
+        """Whether the remote is in DCM logging."""
+        return bool(self.facts["tracking"])
+
+    @property
+    def dirty_regions(self) -> int:
+        """Regions that are marked, over all volumes."""
+        return sum(dcm.map.count for dcm in self.dcms)
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Their size."""
+        return sum(dcm.map.count * dcm.region_size for dcm in self.dcms)
+
+    def floor(self, head_seq: int) -> int:
+        """The log up to here is not needed for this remote."""
+        if self.starting or not self.tracking:
+            return self.durable_seq
+        return head_seq if self.marked_seq is None else self.marked_seq
+
+    def mark(self, volume: int, offset: int, length: int) -> None:
+        """Marks a change in the DCM (see ``group.Tracker``)."""
+        self.dcms[volume].mark(offset, length)
+
+    async def sync_maps(self) -> None:
+        """Makes every mark so far durable."""
+        for dcm in self.dcms:
+            await dcm.sync()
+
+    async def overflow(self, why: str) -> None:
+        """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
+        what is pending is marked piece by piece, and its space released as that is durable."""
+        assert not self.tracking
+        log = self.group.log
+        upto = log.next_seq
+        facts = self.facts
+        self.marked_seq = self.durable_seq
+        facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, why=why)
+        self.group.trackers.append(self)
+        self.drop.set()
+        self._events.emit(
+            "overflow",
+            remote=self.name,
+            why=why,
+            pending_records=upto - 1 - self.durable_seq,
+        )
+        await self._store.save()
+        cursor = Cursor(self.durable_seq + 1)
+        while cursor.seq < upto:
+            chunk = await log.read(cursor)
+            for record in chunk.parsed():
+                self.mark(record.volume, record.offset, record.length)
+            self.marked_seq = chunk.last_seq
+            await asyncio.sleep(0)
+        self.marked_seq = None
+        self.notify()
+
+    def resume_log(self) -> None:
+        """The remote reads the log again, from where a handshake said. The facts are saved by
+        the caller before anything is cleared from the DCM (O12)."""
+        if self.tracking:
+            self.facts["tracking"] = False
+            self.group.trackers.remove(self)
+
+    def acknowledge(self, received: int, durable: int, applied: int) -> None:
+        """The remote's three positions, from its ACK; they only grow."""
+        self.received_seq = max(self.received_seq, received)
+        self.durable_seq = max(self.durable_seq, durable)
+        self.applied_seq = max(self.applied_seq, applied)
+        self.on_moved()
+        self.notify()
+
+    def cancel_start(self) -> None:
+        """The log is full while a stream is being agreed upon: it is not kept for that."""
+        self.starting = False
+        self.drop.set()
+
+    def notify(self) -> None:
+        """Wakes whoever waits for a change of this remote."""
+        self.changed.set()
+        self.changed.clear()
+
+    async def lacking(self, volume: int, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """(offset, length, lacking) pieces that cover the range: what the remote does not have
+        on disk, by its DCM and by the entries still pending in the log (all, if those are many).
+        """
+        log, dcm = self.group.log, self.dcms[volume]
+        pieces = dcm.dirty_runs(offset, length)
+        if self.tracking or self.durable_seq >= log.next_seq - 1:
+            return pieces
+        if log.bytes_between(self.durable_seq + 1) > PENDING_SCAN_MAX:
+            return [(offset, length, True)]
+        marked = Dcm(dcm.map.regions)
+        region = dcm.region_size
+        for first, size, dirty in pieces:
+            if dirty:
+                marked.mark(first // region, (first + size - 1) // region)
+        cursor = Cursor(max(self.durable_seq + 1, log.ring.tail_seq))
+        while cursor.seq < log.next_seq:
+            for record in (await log.read(cursor)).parsed():
+                if record.volume == volume:
+                    last = record.offset + record.length - 1
+                    marked.mark(record.offset // region, last // region)
+        return dirty_runs(marked, region, offset, length)
+
+    # -- status ------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        facts = self.facts
+        return Facts(
+            initialised=facts["initialised"],
+            paused=facts["paused"],
+            tracking=self.tracking,
+            full=facts["full"],
+            dirty_regions=self.dirty_regions,
+            connected=self.link == "connected",
+            resyncing=self.progress is not None,
+            refused=self.refused,
+            failed=self.failed,
+        )
+
+    @property
+    def state(self) -> str:
+        """The state in one word."""
+        return state_of(self._facts())
+
+    def status(self, now: float, wall_ns: int) -> dict[str, Any]:
+        """The remote's object in the status (schema 1)."""
+        facts = self._facts()
+        state = state_of(facts)
+        log = self.group.log
+        pending = 0 if self.tracking else log.next_seq - 1 - self.durable_seq
+        oldest = self.group.timeline.time_of(self.durable_seq + 1) if pending else None
+        why = self.refused or self.failed or self.stall
+        if why is None and state != "synchronised":
+            why = self.facts["why"]
+        return {
+            "name": self.name,
+            "address": self.facts["address"],
+            "mode": self.facts["mode"],
+            "link": self.link,
+            "state": state,
+            "received_seq": self.received_seq,
+            "durable_seq": self.durable_seq,
+            "applied_seq": self.applied_seq,
+            "queue": {
+                "head": None if self.tracking else self.durable_seq + 1,
+                "tail": None if self.tracking else log.next_seq - 1,
+                "count": pending,
+            },
+            "lag": {
+                "records": pending,
+                "bytes": log.bytes_between(self.durable_seq + 1) if pending else 0,
+                "seconds": max(0.0, (wall_ns - oldest) / 1e9) if oldest else 0.0,
+            },
+            "dirty": {"regions": facts.dirty_regions, "bytes": self.dirty_bytes},
+            "bytes_sent": self.bytes_sent,
+            "resync": None if self.progress is None else self.progress.status(now),
+            "why": why,
+            "next_action": next_action(facts, self.name),
+        }
+
+
+def volume_map(volumes: Sequence[Volume]) -> list[dict[str, Any]]:
+    """The volumes as a handshake names them."""
+    return [
+        {"name": v.name, "uuid": v.uuid, "size": v.size, "region_size": v.region_size}
+        for v in volumes
+    ]

@@ -1,0 +1,333 @@
+"""A secondary: its log, its facets, and what it may promise to a primary (V7, V8).
+
+Two tasks run as long as the node does: one makes the log durable, one applies what is durable to
+the facets, in order. Connections come and go (``engine.receiver``); at most one is current.
+
+The ``upstream`` part of the superblock: {name, consistent, since}. ``consistent`` is false from
+before the first region copy of a resync lands until the stream has passed its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.codec import repl
+from nbdmirror.codec.record import Record
+from nbdmirror.config import ReplicationConfig
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.log import Cursor, Log
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
+from nbdmirror.ports import Buffer
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.receiver import Receiver
+
+APPLY_RECORDS = 64
+"""Records applied in one step of the event loop."""
+
+
+class Secondary:
+    """The receiving role of a node."""
+
+    def __init__(
+        self,
+        group_name: str,
+        node_name: str,
+        volumes: list[Volume],
+        log: Log,
+        store: Store,
+        events: EventLog,
+        tuning: ReplicationConfig,
+    ) -> None:
+        self.group_name = group_name
+        self.node_name = node_name
+        self.volumes = volumes
+        self.log = log
+        self.store = store
+        self.events = events
+        self.tuning = tuning
+        self.applied_seq = log.next_seq - 1
+        self.current: Receiver | None = None
+        self.failed: NbdmirrorError | None = None
+        self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
+        self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
+        self._durable_moved = asyncio.Event()
+        self._applied_moved = asyncio.Event()
+        self._applying = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Starts committing and applying."""
+        self._tasks = [
+            asyncio.ensure_future(self._guard(self._commit())),
+            asyncio.ensure_future(self._guard(self._apply())),
+        ]
+
+    async def stop(self) -> None:
+        """Ends the tasks, then commits and applies what is in the log."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.failed is None:
+            await self.drain()
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except (NbdmirrorError, OSError) as error:
+            self._fail(error)
+
+    def _fail(self, error: NbdmirrorError | OSError) -> None:
+        """A disk of this node failed for good: no more promises, the primary is told (O16)."""
+        if not isinstance(error, NbdmirrorError):
+            error = DiskFailed(str(error), number=error.errno or 5)
+        if self.failed is None:
+            self.failed = error
+            self.events.emit("failed", why=error.message)
+            if self.current is not None:
+                self.current.link.close(error)
+            self.on_failed(error)
+
+    # -- committing and applying -------------------------------------------------------------
+
+    async def _commit(self) -> None:
+        log = self.log
+        while True:
+            while log.durable_seq >= log.next_seq - 1:
+                log.appended.clear()
+                await log.appended.wait()
+            await log.sync(log.next_seq - 1)
+            self._durable_moved.set()
+            await self._tell()
+
+    async def _apply(self) -> None:
+        while True:
+            while self.applied_seq >= self.log.durable_seq:
+                self._durable_moved.clear()
+                await self._durable_moved.wait()
+            await self._apply_some()
+            if self.applied_seq >= self.log.durable_seq:
+                await self._tell()
+
+    async def _tell(self) -> None:
+        self._applied_moved.set()
+        self._applied_moved.clear()
+        if self.current is not None:
+            try:
+                await self.current.progress()
+            except ConnectionError:
+                pass  # the link is gone: its receiver sees that itself
+
+    async def _apply_some(self) -> None:
+        """Applies the next durable records, in order (O2)."""
+        async with self._applying:
+            seq = self.applied_seq + 1
+            if seq > self.log.durable_seq:
+                return
+            chunk = await self.log.read(Cursor(seq))
+            for count, record in enumerate(chunk.parsed()):
+                if record.seq > self.log.durable_seq:
+                    return
+                await self._apply_one(record)
+                self.applied_seq = record.seq
+                if count % APPLY_RECORDS == APPLY_RECORDS - 1:
+                    await asyncio.sleep(0)
+
+    async def _apply_one(self, record: Record) -> None:
+        for facet in self.volumes[record.volume].facets:
+            try:
+                await facet.apply(record)
+            except OSError as error:
+                raise facet.fail("write", error) from error
+
+    async def drain(self) -> None:
+        """Returns when everything in the log is durable, applied, and durable in the facets."""
+        await self.log.sync(self.log.next_seq - 1)
+        while self.applied_seq < self.log.next_seq - 1:
+            await self._apply_some()
+        await self.sync_facets()
+
+    # -- sessions ----------------------------------------------------------------------------
+
+    async def enter(self, receiver: Receiver) -> None:
+        """Makes a connection the current one; the former ends first."""
+        former, self.current = self.current, receiver
+        if former is not None and former is not receiver:
+            former.link.close(PeerError("replaced by a newer connection"))
+        # Whatever the former session queued is either in the log by now or gone with it.
+        await asyncio.sleep(0)
+
+    def leave(self, receiver: Receiver) -> None:
+        """A connection has ended."""
+        if self.current is receiver:
+            self.current = None
+
+    def refusal(self, hello: dict[str, Any]) -> tuple[str, str] | None:
+        """(rule, reason) why this primary is not for us; ``None`` if it is (T1, T12)."""
+        if self.failed is not None:
+            return "failed", f"{self.node_name} failed: {self.failed.message}"
+        low, high = repl.PROTOCOL_VERSIONS
+        versions = hello.get("versions")
+        if not isinstance(versions, list) or len(versions) != 2:
+            return "T1", "HELLO names no versions"
+        if not (versions[0] <= high and low <= versions[1]):
+            return "T1", (
+                f"the primary speaks protocol versions {versions[0]}..{versions[1]}, "
+                f"{self.node_name} {low}..{high}"
+            )
+        if hello.get("group") != self.group_name:
+            return "T1", (
+                f"the primary serves group {hello.get('group')!r}, {self.node_name} belongs to "
+                f"{self.group_name!r}"
+            )
+        uuid = self.store.state["uuid"]
+        if uuid is not None and uuid != hello.get("uuid"):
+            return "T1", (
+                f"the primary's group has uuid {hello.get('uuid')}, {self.node_name} holds {uuid}"
+            )
+        return self._volume_refusal(hello.get("volumes"))
+
+    def _volume_refusal(self, theirs: Any) -> tuple[str, str] | None:
+        if not isinstance(theirs, list) or not all(isinstance(v, dict) for v in theirs):
+            return "T1", "HELLO names no volumes"
+        ours = [volume.name for volume in self.volumes]
+        names = [v.get("name") for v in theirs]
+        if names != ours:
+            return "T1", f"the primary has volumes {names}, {self.node_name} has {ours}"
+        for volume, other in zip(self.volumes, theirs, strict=True):
+            for key, value in (("size", volume.size), ("region_size", volume.region_size)):
+                if other.get(key) != value:
+                    return "T1", (
+                        f"volume {volume.name}: the primary's {key} is {other.get(key)}, "
+                        f"{self.node_name} has {value}"
+                    )
+            if volume.uuid and volume.uuid != other.get("uuid"):
+                return "T1", (
+                    f"volume {volume.name}: the primary's uuid is {other.get('uuid')}, "
+                    f"{self.node_name} has {volume.uuid}"
+                )
+        return None
+
+    def welcome(self) -> dict[str, Any]:
+        """What this node says of itself (WELCOME)."""
+        state = self.store.state
+        upstream = state["upstream"]
+        return {
+            "version": repl.PROTOCOL_VERSIONS[1],
+            "node": self.node_name,
+            "initialised": state["uuid"] is not None,
+            "uuid": state["uuid"],
+            "generation": state["generation"],
+            "history": state["history"],
+            "epoch": state["epoch"],
+            "durable_seq": self.log.next_seq - 1,
+            "consistent": bool(upstream and upstream["consistent"]),
+        }
+
+    async def adopt(self, hello: dict[str, Any], reset_seq: int | None, resync: bool) -> None:
+        """Takes over the primary's identity and history, and the terms of START, durably."""
+        state = self.store.state
+        state["uuid"] = hello["uuid"]
+        state["generation"] = hello["generation"]
+        state["history"] = hello["history"]
+        state["epoch"] = int(hello["epoch"])
+        state["forks"] = hello["forks"]
+        for volume, other, saved in zip(
+            self.volumes, hello["volumes"], state["volumes"], strict=True
+        ):
+            volume.uuid = saved["uuid"] = str(other["uuid"])
+        former = state["upstream"] or {}
+        state["upstream"] = {
+            "name": str(hello["node"]),
+            "consistent": bool(former.get("consistent")) and not resync,
+            "since": former.get("since"),
+        }
+        if reset_seq is not None:
+            await self._reset(reset_seq)
+        await self.store.save()
+        if reset_seq is not None:
+            self.log.confirm_tail(self.log.ring.tail)
+
+    async def _reset(self, seq: int) -> None:
+        """Empties the log, to go on with ``seq``; what it held is in the facets first."""
+        await self.drain()
+        async with self._applying:
+            self.log.reset(seq)
+            self.applied_seq = seq - 1
+            for volume in self.volumes:
+                for facet in volume.facets:
+                    facet.written_seq = facet.synced_seq = seq - 1
+        ring = self.log.ring
+        self.store.state["tail"] = {"position": ring.tail, "seq": ring.tail_seq}
+
+    async def become_consistent(self, seq: int) -> None:
+        """The stream has passed the end of a resync: say so, durably."""
+        self.store.state["upstream"].update(consistent=True, since=seq)
+        await self.store.save()
+        self.events.emit("consistent", seq=seq)
+
+    # -- facets ------------------------------------------------------------------------------
+
+    def check_range(self, volume: int, offset: int, length: int) -> None:
+        """PeerError unless the range lies within a volume of ours."""
+        if volume >= len(self.volumes) or not 0 < length <= self.volumes[volume].size - offset:
+            raise PeerError(f"{length} bytes at {offset} of volume {volume}: out of bounds")
+
+    def check_resyncing(self) -> None:
+        """PeerError if no resync was agreed upon: regions then are not to be overwritten."""
+        if self.store.state["upstream"]["consistent"]:
+            raise PeerError("a region came outside a resync")
+
+    async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
+        """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
+        for facet in self.volumes[volume].facets:
+            try:
+                if data is not None:
+                    facet.pwrite(offset, data)
+                elif any(True for _ in facet.file.data_ranges(offset, length)):
+                    await facet.file.punch(offset, length)
+            except OSError as error:
+                failure = facet.fail("write", error)
+                self._fail(failure)
+                raise failure from error
+
+    async def read(self, volume: int, offset: int, length: int) -> Buffer:
+        """A range of a facet; DiskFailed if the disk cannot give it."""
+        facet = self.volumes[volume].facets[0]
+        try:
+            return await facet.read(offset, length)
+        except OSError as error:
+            failure = facet.fail("read", error)
+            self._fail(failure)
+            raise failure from error
+
+    async def sync_facets(self) -> None:
+        """Makes durable all that was put into the facets; DiskFailed is final (O16)."""
+        for volume in self.volumes:
+            for facet in volume.facets:
+                try:
+                    await facet.sync()
+                except DiskFailed as error:
+                    self._fail(error)
+                    raise
+
+    def status(self) -> dict[str, Any]:
+        """The ``upstream`` object of the status."""
+        upstream = self.store.state["upstream"]
+        name = upstream["name"] if upstream else None
+        return {
+            "name": name,
+            "link": "connected" if self.current is not None else "disconnected",
+            "consistent": bool(upstream and upstream["consistent"]),
+            "received_seq": self.log.next_seq - 1,
+            "durable_seq": self.log.durable_seq,
+            "applied_seq": self.applied_seq,
+        }
+
+
+async def _no_space() -> None:
+    await asyncio.sleep(0.01)

@@ -1,0 +1,294 @@
+"""The primary's end of one replication connection: handshake, records, acknowledgements.
+
+A session begins with a handshake whose outcome ``core.identity`` decides, and then only streams:
+records in order from the log, and beside them, if regions are marked, a resync. Whatever changes
+the terms (an overflow, a command, a lost link) ends the session; the next handshake decides anew.
+
+HELLO     {versions, group, uuid, node, generation, history, epoch, forks, volumes, session}
+WELCOME   {version, node, initialised, uuid, generation, history, epoch, durable_seq, consistent}
+REFUSE    {rule, why}
+START     {action: "continue"|"reset", seq: first record to come, resync: bool, why}
+READY     {}
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nbdmirror.codec import repl
+from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.config import ReplicationConfig
+from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.link import Link
+from nbdmirror.engine.log import Cursor
+from nbdmirror.engine.remote import Remote, volume_map
+from nbdmirror.engine.resync import Resync
+from nbdmirror.engine.store import Store
+from nbdmirror.errors import FormatError, PeerError, Refused
+from nbdmirror.ports import Buffer, Env
+
+FRAME_BYTES = 256 << 10
+"""Records are gathered to frames of about this size while the link is busy."""
+LINGER_SECONDS = 0.002
+"""An asynchronous remote's records wait so long for company: it spares the client's CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every session of a node shares."""
+
+    env: Env
+    store: Store
+    events: EventLog
+    tuning: ReplicationConfig
+    group_name: str
+    node_name: str
+
+
+class Session:
+    """One connection to one remote, from HELLO to its end."""
+
+    def __init__(self, remote: Remote, context: Context) -> None:
+        self.remote = remote
+        self.context = context
+        self.link = Link(self._on_frame)
+        self.link.session = context.env.random.getrandbits(63) or 1
+        self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
+        self.resync: Resync | None = None
+        self._streaming = False
+        self._compress = remote.facts.get("compression") == "lz4"
+
+    async def run(self, connected: Callable[[], None]) -> None:
+        """Runs until the link is lost or the session dropped; raises the cause.
+
+        Refused says that the handshake was turned down, by us or by the remote."""
+        remote, context = self.remote, self.context
+        await context.env.network.connect(remote.facts["address"], lambda: self.link)
+        try:
+            async with asyncio.timeout(context.tuning.timeout_seconds):
+                target = await self._greet()
+                decision = self._decide(target)
+                seq = await self._start(decision, target)
+            connected()
+            await self._stream(seq)
+        finally:
+            self.link.close()
+            remote.starting = False
+            remote.progress = None
+            for dcm in remote.dcms:
+                dcm.map.abandon()
+
+    # -- handshake ---------------------------------------------------------------------------
+
+    async def _receive(self, wanted: Type) -> dict[str, Any]:
+        get = asyncio.ensure_future(self._inbox.get())
+        lost = asyncio.ensure_future(self.link.closed.wait())
+        try:
+            await asyncio.wait([get, lost], return_when=asyncio.FIRST_COMPLETED)
+            if not get.done():
+                raise self.link.cause or ConnectionResetError()
+            frame = get.result()
+        finally:
+            get.cancel()
+            lost.cancel()
+        if frame.type is Type.REFUSE:
+            reason = frame.json()
+            raise Refused(f"{reason.get('rule', '')}: {reason.get('why', 'refused')}")
+        if frame.type is not wanted:
+            raise PeerError(f"{frame.type.name} came instead of {wanted.name}")
+        return frame.json()
+
+    async def _greet(self) -> Target:
+        state = self.context.store.state
+        self.link.send_json(
+            Type.HELLO,
+            {
+                "versions": list(repl.PROTOCOL_VERSIONS),
+                "group": self.context.group_name,
+                "uuid": state["uuid"],
+                "node": self.context.node_name,
+                "remote": self.remote.name,
+                "generation": state["generation"],
+                "history": state["history"],
+                "epoch": state["epoch"],
+                "forks": state["forks"],
+                "volumes": volume_map(self.remote.group.volumes),
+            },
+        )
+        welcome = await self._receive(Type.WELCOME)
+        try:
+            return Target(
+                initialised=bool(welcome["initialised"]),
+                generation=welcome["generation"],
+                epoch=int(welcome["epoch"]),
+                durable_seq=int(welcome["durable_seq"]),
+                consistent=bool(welcome["consistent"]),
+                history=tuple((str(g), int(s)) for g, s in welcome["history"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PeerError(f"WELCOME lacks or garbles {error}") from error
+
+    def _decide(self, target: Target) -> Decision:
+        state, facts, log = self.context.store.state, self.remote.facts, self.remote.group.log
+        source = Source(
+            generation=state["generation"],
+            history=tuple((g, s) for g, s in state["history"]),
+            epoch=state["epoch"],
+            forks=tuple(Fork(epoch, end) for epoch, end in state["forks"]),
+            tail_seq=log.ring.tail_seq,
+            next_seq=log.next_seq,
+            base_seq=facts["base_seq"],
+            tracking=self.remote.tracking,
+            full=facts["full"],
+            met_epoch=facts["met_epoch"],
+            consistent=facts["consistent"],
+        )
+        decision = decide(source, target)
+        self.context.events.emit(
+            "handshake",
+            remote=self.remote.name,
+            action=decision.action.value,
+            rule=decision.rule,
+            why=decision.why,
+        )
+        if decision.action is Action.REFUSE:
+            self.link.send_json(Type.REFUSE, {"rule": decision.rule, "why": decision.why})
+            self.link.close(flush=True)
+            raise Refused(f"{decision.rule}: {decision.why}")
+        return decision
+
+    async def _start(self, decision: Decision, target: Target) -> int:
+        """Agrees on the first record of the stream, and makes that durable on both sides before
+        the first bit is cleared (O12). Returns its seq."""
+        remote, log, facts = self.remote, self.remote.group.log, self.remote.facts
+        while remote.marked_seq is not None:  # an overflow is still marking
+            await remote.changed.wait()
+        if decision.action is Action.FULL and not facts["full"]:
+            for dcm in remote.dcms:
+                dcm.fill()
+            facts.update(full=True, why=decision.why)
+        facts["compare"] = facts["compare"] or decision.action is Action.FULL
+        if facts["full"]:
+            facts["why"] = decision.why
+        reset = decision.action is not Action.CONTINUE
+        # From this step on the log is kept for the remote, whatever it answers.
+        seq = log.next_seq if reset else target.durable_seq + 1
+        remote.starting = True
+        remote.durable_seq = remote.received_seq = remote.applied_seq = seq - 1
+        resync = remote.dirty_regions > 0
+        if resync:
+            facts["consistent"] = False
+        remote.save_defaults()
+        await remote.sync_maps()
+        await self.context.store.save()
+        self.link.send_json(
+            Type.START,
+            {
+                "action": "reset" if reset else "continue",
+                "seq": seq,
+                "resync": resync or not facts["consistent"],
+                "why": decision.why,
+            },
+        )
+        await self._receive(Type.READY)
+        if not remote.starting:
+            raise ConnectionResetError("the log was full before the stream began")
+        facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
+        if reset:
+            facts["base_seq"] = seq - 1
+        remote.resume_log()
+        await self.context.store.save()
+        remote.starting = False
+        return seq
+
+    # -- streaming ---------------------------------------------------------------------------
+
+    async def _stream(self, seq: int) -> None:
+        tuning = self.context.tuning
+        self._streaming = True
+        ends = [
+            asyncio.ensure_future(self._ship(Cursor(seq))),
+            asyncio.ensure_future(
+                self.link.watch(tuning.heartbeat_seconds, tuning.timeout_seconds)
+            ),
+            asyncio.ensure_future(self.link.closed.wait()),
+            asyncio.ensure_future(self.remote.drop.wait()),
+        ]
+        if not self.remote.facts["consistent"]:
+            self.resync = Resync(self.remote, self.link, self.context.store, tuning, self._compress)
+            ends.append(asyncio.ensure_future(self._resync(self.resync)))
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            if self.link.cause is not None:
+                raise self.link.cause
+        finally:
+            for task in ends:
+                task.cancel()
+            await asyncio.wait(ends)
+
+    async def _resync(self, resync: Resync) -> None:
+        await resync.run()
+        self.context.events.emit("synchronised", remote=self.remote.name)
+        await self.link.closed.wait()
+
+    async def _ship(self, cursor: Cursor) -> None:
+        """Sends the log from the cursor on, as it grows."""
+        log, link, remote = self.remote.group.log, self.link, self.remote
+        while True:
+            while cursor.seq >= log.next_seq:
+                log.appended.clear()
+                await log.appended.wait()
+            parts: list[Buffer] = []
+            size = 0
+            while size < FRAME_BYTES and cursor.seq < log.next_seq:
+                try:
+                    chunk = await log.read(cursor)
+                except FormatError as error:
+                    await self._log_rotten(error)
+                    raise
+                parts += chunk.parts
+                size += chunk.size
+            remote.bytes_sent += link.send(Type.RECORDS, parts, compress=self._compress)
+            await link.drain()
+            if size < FRAME_BYTES:
+                await asyncio.sleep(LINGER_SECONDS)
+
+    async def _log_rotten(self, error: FormatError) -> None:
+        """A pending record cannot be read back: the regions are copied from the facet instead."""
+        self.context.events.emit("log-damaged", remote=self.remote.name, why=error.message)
+        facts = self.remote.facts
+        facts.update(full=True, compare=True, consistent=False, why=error.message)
+        for dcm in self.remote.dcms:
+            dcm.fill()
+        self.remote.save_defaults()
+        await self.remote.sync_maps()
+        await self.context.store.save()
+
+    def _on_frame(self, frame: Frame) -> None:
+        kind = frame.type
+        if not self._streaming:
+            if self._inbox.qsize() > 4:
+                raise PeerError("too many frames during the handshake")
+            self._inbox.put_nowait(frame)
+        elif kind is Type.ACK:
+            received, durable, applied = frame.unpack(repl.ACK)
+            if not applied <= durable <= received < self.remote.group.log.next_seq:
+                raise PeerError(
+                    f"the remote acknowledges {received}/{durable}/{applied}, the log ends at "
+                    f"{self.remote.group.log.next_seq - 1}"
+                )
+            self.remote.acknowledge(received, durable, applied)
+        elif kind in (Type.WANT, Type.DONE, Type.CONSISTENT):
+            if self.resync is None:
+                raise PeerError(f"{kind.name} outside a resync")
+            self.resync.on_frame(frame)
+        elif kind is Type.REFUSE:
+            raise Refused(str(frame.json().get("why")))
+        elif kind is not Type.PING:
+            raise PeerError(f"unexpected {kind.name}")

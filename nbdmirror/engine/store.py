@@ -1,0 +1,97 @@
+"""The superblock: a node's durable state as one document, saved whole, never half (O11).
+
+Everything that must survive and is not bulk is in ``Store.state``; whoever changes it awaits
+``save`` before acting on the change. The log, the maps and the facets are files of their own.
+
+    format         1
+    group, node    names, as in the configuration
+    uuid           of the group; null on a secondary that no primary has initialised yet
+    role           "primary" or "secondary"
+    generation     id of the current lineage; history: [[generation, end seq], ...] before it
+    epoch          of the records written now (O10)
+    forks          [[epoch, end seq], ...]: where a power loss ended an epoch, oldest first
+    boot_id        of the boot in which the node was last started
+    clean          true between a clean stop and the next start
+    tail           {position, seq}: where the log's valid part begins
+    volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
+    remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
+    upstream       on a secondary: {name, consistent, since}; null before the first session
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbdmirror.codec import slots
+from nbdmirror.engine.groupcommit import GroupCommit
+from nbdmirror.errors import DiskFailed, FormatError, StateError
+from nbdmirror.ports import Disk, File
+
+FILE_NAME = "superblock"
+FORMAT = 1
+
+
+class Store:
+    """The open superblock of one node."""
+
+    def __init__(self, file: File, counter: int, slot: int, state: dict[str, Any]) -> None:
+        self.state = state
+        self._file = file
+        self._counter = counter
+        self._slot = slot
+        self.save = GroupCommit(self._save)
+        """Makes ``state``, as it is at the call or later, durable; DiskFailed if it cannot."""
+
+    @classmethod
+    async def create(cls, disk: Disk, directory: str, state: dict[str, Any]) -> Store:
+        """Makes the file, both slots written through; FileExistsError if it is there."""
+        path = f"{directory}/{FILE_NAME}"
+        file = disk.open(path, create=True)
+        await file.allocate(slots.SLOT_SIZE * slots.SLOT_COUNT)
+        store = cls(file, 0, 1, state)
+        await store.save()
+        await disk.sync_directory(directory)
+        return store
+
+    @classmethod
+    def open(cls, disk: Disk, directory: str, *, read_only: bool = False) -> Store:
+        """Opens an existing one; StateError if it is missing, damaged or of another format."""
+        path = f"{directory}/{FILE_NAME}"
+        if not disk.exists(path):
+            raise StateError(
+                f"no state of a node in {directory}", hint="make it with: nbdmirror create CONFIG"
+            )
+        file = disk.open(path, read_only=read_only)
+        images = [file.pread(i * slots.SLOT_SIZE, slots.SLOT_SIZE) for i in range(slots.SLOT_COUNT)]
+        try:
+            slot, counter, state = slots.choose(images)
+        except FormatError as error:
+            file.close()
+            raise StateError(
+                f"{path} cannot be used: {error}",
+                hint="restore the state directory, or create it anew and compare with the remote",
+            ) from error
+        if state.get("format") != FORMAT:
+            file.close()
+            raise StateError(f"{path} has format {state.get('format')}, this program has {FORMAT}")
+        return cls(file, counter, slot, state)
+
+    async def _save(self) -> None:
+        # The slot that counts now stays untouched until the other one is durable.
+        slot = 1 - self._slot
+        data = slots.encode(self._counter + 1, self.state)
+        try:
+            self._file.pwrite(slot * slots.SLOT_SIZE, data)
+            await self._file.sync()
+        except OSError as error:
+            raise DiskFailed(
+                f"cannot save {self._file.path}: {error.strerror or error}",
+                number=error.errno or 5,
+                hint="replace or free the disk of state_dir, then restart the node",
+            ) from error
+        self._counter += 1
+        self._slot = slot
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

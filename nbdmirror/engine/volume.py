@@ -1,0 +1,117 @@
+"""A volume: what a client attaches. Its facets, its locks, and reads."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from nbdmirror.core.ranges import RangeLock, RangeLocks
+from nbdmirror.errors import VolumeFailed
+from nbdmirror.ports import Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from nbdmirror.engine.facet import LocalFacet
+
+
+class Change(NamedTuple):
+    """What a request does to a volume; ``kind`` and ``flags`` as in the log record."""
+
+    kind: int
+    flags: int
+    offset: int
+    length: int
+    payload: Buffer | None
+
+
+class Volume:
+    """One volume of a group; ``index`` is its number in log records."""
+
+    def __init__(
+        self, index: int, name: str, uuid: str, size: int, region_size: int, facets: list[LocalFacet]
+    ) -> None:
+        self.index = index
+        self.name = name
+        self.uuid = uuid
+        self.size = size
+        self.region_size = region_size
+        self.facets = facets
+        self.locks: RangeLocks[asyncio.Future[None]] = RangeLocks()
+        self.clients = 0
+
+    @property
+    def regions(self) -> int:
+        """How many regions the volume has; the last may be short."""
+        return -(-self.size // self.region_size)
+
+    def in_service(self) -> list[LocalFacet]:
+        """The facets that take writes and serve reads."""
+        return [facet for facet in self.facets if facet.in_service]
+
+    def source(self) -> LocalFacet:
+        """A facet to read from; VolumeFailed if none may be trusted (I5)."""
+        for facet in self.facets:
+            if facet.in_service:
+                return facet
+        raise VolumeFailed(
+            f"no facet of volume {self.name} is in service",
+            hint="see the facets in status; replace the disk and restart the node",
+        )
+
+    def try_read(self, offset: int, length: int) -> Buffer | None:
+        """The bytes if they are in memory, else ``None``: then ``read`` is awaited."""
+        facet = self.source()
+        try:
+            return facet.try_pread(offset, length)
+        except OSError:
+            return None  # the error, if it stays, is ``read``'s to report
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes of a range; VolumeFailed with the disk's errno if no facet has them."""
+        facet = self.source()
+        try:
+            return await facet.read(offset, length)
+        except OSError as error:
+            facet.errors += 1
+            raise VolumeFailed(
+                f"read of {length} bytes at {offset} of {facet.path} failed: {error.strerror}",
+                number=error.errno or 5,
+                hint="the facet's disk has an error there",
+            ) from error
+
+    def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """(offset, length, hole) pieces that cover the range, from the first trusted facet."""
+        pieces: list[tuple[int, int, bool]] = []
+        at, end = offset, offset + length
+        for start, size in self.source().file.data_ranges(offset, length):
+            if start > at:
+                pieces.append((at, start - at, True))
+            pieces.append((start, size, False))
+            at = start + size
+        if at < end:
+            pieces.append((at, end - at, True))
+        return pieces
+
+    @asynccontextmanager
+    async def locked(self, offset: int, length: int, *, exclusive: bool) -> AsyncIterator[None]:
+        """Holds a range while something is awaited on it (O13); requests that overlap wait."""
+        start, end = offset, offset + length
+        while (held := self.locks.conflict(start, end, exclusive=exclusive)) is not None:
+            await asyncio.shield(held.waiter)
+        waiter = asyncio.get_running_loop().create_future()
+        lock = self.locks.hold(start, end, exclusive=exclusive, waiter=waiter)
+        try:
+            yield
+        finally:
+            self._unlock(lock)
+
+    def _unlock(self, lock: RangeLock[asyncio.Future[None]]) -> None:
+        self.locks.release(lock)
+        lock.waiter.set_result(None)
+
+    async def wait_unlocked(self, start: int, end: int) -> None:
+        """Returns once no held lock overlaps [start, end)."""
+        while (held := self.locks.conflict(start, end, exclusive=True)) is not None:
+            await asyncio.shield(held.waiter)

@@ -1,0 +1,67 @@
+"""``wait --until``: what the conditions mean, and waiting for them without polling.
+
+in-sync      every change that was there when the wait began is in the remote's facets, and the
+             remote is synchronised; writes that come later do not prolong the wait
+connected    the link is up
+consistent   the remote may be trusted as an image of the group (X2)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from nbdmirror.errors import TimedOut
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.node import Node
+    from nbdmirror.engine.remote import Remote
+    from nbdmirror.engine.secondary import Secondary
+
+SECONDARY_POLL_SECONDS = 0.2
+
+
+async def wait_until(node: Node, until: str, remote: str | None, timeout: float | None) -> None:
+    """Returns when the condition holds for the remote (``None``: for all); TimedOut if not."""
+    try:
+        async with asyncio.timeout(timeout):
+            if node.secondary is not None:
+                await _secondary(node.secondary, until)
+                return
+            primary = node.primary
+            assert primary is not None
+            remotes = [primary.remote(remote)] if remote else list(primary.remotes)
+            seq = node.log.next_seq - 1
+            for one in remotes:
+                while not _holds(one, until, seq):
+                    await one.changed.wait()
+    except TimeoutError:
+        raise TimedOut(
+            f"not {until} after {timeout:g} s", hint="see: nbdmirror status"
+        ) from None
+
+
+def _holds(remote: Remote, until: str, seq: int) -> bool:
+    if until == "connected":
+        return remote.link == "connected"
+    if until == "consistent":
+        return bool(remote.facts["consistent"])
+    return (
+        remote.state == "synchronised"
+        and remote.dirty_regions == 0
+        and bool(remote.facts["consistent"])
+        and remote.applied_seq >= seq
+    )
+
+
+async def _secondary(secondary: Secondary, until: str) -> None:
+    """On a secondary the conditions are its own."""
+    while True:
+        status = secondary.status()
+        connected = status["link"] == "connected"
+        settled = status["consistent"] and status["applied_seq"] >= status["received_seq"]
+        if {"connected": connected, "consistent": status["consistent"]}.get(
+            until, connected and settled
+        ):
+            return
+        await asyncio.sleep(SECONDARY_POLL_SECONDS)

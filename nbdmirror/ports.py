@@ -1,0 +1,150 @@
+"""The seams between the engine and the world: disk, network, wall clock, randomness.
+
+The engine knows only these. ``edge`` implements them over Linux, ``tests/sim`` over a simulated
+world; both pass the suites in ``tests/contract``. The event loop itself is the clock: engine code
+uses ``asyncio.sleep``, ``asyncio.timeout`` and ``loop.time()``; ``Clock`` is for timestamps that
+people read and that lag is computed from.
+
+Page-cache reads and writes are plain calls: a write that only copies into the page cache is
+cheaper than any hand-over. What can stall is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class File(Protocol):
+    """An open file or block device, addressed by byte.
+
+    Errors are ``OSError`` with their errno. A write is complete or raises; it is volatile until a
+    ``sync`` that began after it has returned. After a failed ``sync`` every later ``sync`` of the
+    same object raises too (O16): the file's unsynced content is unknown.
+    """
+
+    path: str
+    block_device: bool
+
+    def size(self) -> int:
+        """The length in bytes (of a block device: its capacity)."""
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes; bytes past the end of the file read as zeros.
+
+        May block on a slow disk: for start-up and small state files."""
+
+    def try_pread(self, offset: int, length: int) -> bytes | None:
+        """As ``pread``, but ``None`` at once if the data is not in memory."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """As ``pread``, without stalling the event loop."""
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Writes all of ``data`` into the page cache."""
+
+    def pwritev(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Writes the parts one behind the other, in as few system calls as possible."""
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """As ``pwrite``, without stalling the event loop: for large buffers."""
+
+    async def sync(self) -> None:
+        """Makes durable every write that returned before this call began (fdatasync)."""
+
+    async def punch(self, offset: int, length: int) -> None:
+        """The range reads as zeros afterwards and gives its space back where possible."""
+
+    async def zero(self, offset: int, length: int) -> None:
+        """The range reads as zeros afterwards and keeps its space allocated where possible."""
+
+    async def allocate(self, length: int) -> None:
+        """Fills the file with written zeros up to ``length`` and syncs it (O18); ENOSPC raises."""
+
+    def data_ranges(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """The (offset, length) pieces within the range that may hold data; the rest are holes."""
+
+    def truncate(self, length: int) -> None:
+        """Sets the length; new bytes read as zeros."""
+
+    def close(self) -> None:
+        """Closes; never raises, never syncs."""
+
+
+class Disk(Protocol):
+    """A host's file name space. Names are absolute paths."""
+
+    def exists(self, path: str) -> bool:
+        """Whether a file of that name is there."""
+
+    def open(self, path: str, *, create: bool = False, read_only: bool = False) -> File:
+        """Opens a file; with ``create`` it must not exist yet (FileExistsError)."""
+
+    def list(self, directory: str) -> list[str]:
+        """The names in a directory, sorted."""
+
+    def make_directory(self, path: str) -> None:
+        """Makes a directory and its parents (mode 0700); one that is there is fine."""
+
+    def rename(self, old: str, new: str) -> None:
+        """Renames atomically; durable after ``sync_directory``."""
+
+    def unlink(self, path: str) -> None:
+        """Removes a name; durable after ``sync_directory``."""
+
+    async def sync_directory(self, path: str) -> None:
+        """Makes creations, renames and removals in this directory durable."""
+
+
+class Network(Protocol):
+    """Stream connections in the shape of asyncio's own: transports and (buffered) protocols.
+
+    Addresses are ``tcp:HOST:PORT`` (``tcp:[V6]:PORT``) and ``unix:PATH``.
+    """
+
+    async def connect(
+        self, address: str, protocol: Callable[[], asyncio.BufferedProtocol]
+    ) -> asyncio.Transport:
+        """Opens a connection; OSError if it cannot be had."""
+
+    async def listen(
+        self, address: str, protocol: Callable[[], asyncio.BufferedProtocol]
+    ) -> Listener:
+        """Accepts connections until the listener is closed."""
+
+
+class Listener(Protocol):
+    """An open listening socket."""
+
+    address: str
+
+    def close(self) -> None:
+        """Stops accepting; connections that are open stay."""
+
+
+class Clock(Protocol):
+    """Wall-clock time and the machine's identity since boot."""
+
+    def time_ns(self) -> int:
+        """Nanoseconds since 1970."""
+
+    def boot_id(self) -> str:
+        """An id that is new with each boot of the machine, and only then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Env:
+    """The world that one node lives in."""
+
+    disk: Disk
+    network: Network
+    clock: Clock
+    random: random.Random
+
+
+Sleeper = Callable[[float], Awaitable[None]]
