@@ -83,7 +83,7 @@ def dump(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """``demo``: two nodes on this machine and a tour of the main job."""
-    from nbdmirror.edge.demo import demo as run_demo
+    from nbdmirror.cli.demo import demo as run_demo
 
     return run_demo()
 
@@ -103,9 +103,9 @@ def attach(args: argparse.Namespace) -> int:
 
 def detach(args: argparse.Namespace) -> int:
     """``detach``: gives a device back."""
-    from nbdmirror.edge.attach import main
+    from nbdmirror.edge.attach import detach_main
 
-    return main(args)
+    return detach_main(args)
 
 
 def _config_lines(config: Config) -> list[str]:

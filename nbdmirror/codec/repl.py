@@ -112,7 +112,9 @@ class Frame(NamedTuple):
         return layout.unpack_from(self.payload)
 
 
-def encode(kind: Type, session: int, parts: list[Buffer], *, compress: bool = False) -> list[Buffer]:
+def encode(
+    kind: Type, session: int, parts: list[Buffer], *, compress: bool = False
+) -> list[Buffer]:
     """A frame as parts. With ``compress`` it is packed where that saves an eighth or more."""
     length = sum(map(len, parts))
     flags = 0

@@ -106,7 +106,8 @@ def shake_hands(endpoint: Endpoint) -> tuple[socket.socket, Export]:
             data = connection.recv(4096)
             if not data:
                 raise FormatError("the NBD server hung up in the handshake")
-            connection.sendall(handshake.receive(data))
+            if answer := handshake.receive(data):
+                connection.sendall(answer)
     except BaseException:
         connection.close()
         raise
@@ -207,9 +208,10 @@ def attach(
     """Attaches a volume and watches it until it is detached (exit code 0) or a signal comes.
 
     ``device`` None: a free one. ``dead_timeout``: how many seconds I/O waits with no connection
-    before it fails. ``timeout``: seconds after which a request without an answer counts as a
-    dead connection. A device that is attached to the same URI already is taken over, so that the
-    watcher can be restarted. UsageError, NbdmirrorError."""
+    before it fails. ``timeout``: seconds after which the kernel sends a request that has had no
+    answer again, on another connection; so long waits, after a restart of the daemon, what was
+    under way when it died (None: the kernel's 30 s). A device that is attached to the same URI
+    already is taken over, so that the watcher can be restarted. UsageError, NbdmirrorError."""
     endpoint = parse_uri(uri)
     index = None if device is None else parse_device(device)
     if not 1 <= connections <= CONNECTIONS_MAX:
@@ -224,7 +226,7 @@ def attach(
         with _signals(watcher):
             print(f"{watcher.device} {'is attached again' if adopted else 'is attached'}: {uri}")
             sys.stdout.flush()
-            notify("READY=1", f"STATUS={watcher.device}: {uri}")
+            notify(f"READY=1\nSTATUS={watcher.device}: {uri}")
             detached = watcher.watch()
         if detached:
             print(f"{watcher.device}: detached", flush=True)
@@ -239,13 +241,13 @@ def detach(device: str) -> int:
     index = parse_device(device)
     path = f"/dev/nbd{index}"
     with NbdKernel() as kernel:
+        if not kernel.connected(index):
+            raise NbdmirrorError(f"{path} is not attached", hint="lsblk shows what is")
         _write_out(path)
         try:
             kernel.disconnect(index)
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise NbdmirrorError(f"{path} cannot be detached: {error.strerror}") from None
-            raise NbdmirrorError(f"{path} is not attached", hint="see: lsblk") from None
+            raise NbdmirrorError(f"{path} cannot be detached: {error.strerror}") from None
     print(f"{path}: detached")
     return 0
 
@@ -315,11 +317,9 @@ def _write_out(path: str) -> None:
     """Brings what the page cache holds to the server; Refused if the device is in use."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NbdmirrorError(f"there is no {path}") from None
     except OSError as error:
         if error.errno != errno.EBUSY:
-            return  # not attached, or dead: nothing can be written out
+            raise NbdmirrorError(f"{path} cannot be opened: {error.strerror}") from None
         raise Refused(
             f"{path} is in use: mounted, swapped to, or part of another device",
             hint=f"umount {path}",

@@ -43,7 +43,8 @@ async def run_node(config: Config, *, nbd: bool = True) -> int:
     notify("READY=1\nSTATUS=serving as " + node.role)
     assert node.failed is not None
     stopped = asyncio.ensure_future(stop.wait())
-    await asyncio.wait([stopped, node.failed], return_when=asyncio.FIRST_COMPLETED)
+    ends: list[asyncio.Future[Any]] = [stopped, node.failed]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     notify("STOPPING=1")
     error = node.failed.result() if node.failed.done() else None
     stopped.cancel()

@@ -25,7 +25,8 @@ _PEERCRED = struct.Struct("3i")
 
 def real_env() -> Env:
     """This machine, as the engine sees it."""
-    return Env(LinuxDisk(), LinuxNetwork(), LinuxClock(), random.Random(random.SystemRandom().random()))
+    seed = random.SystemRandom().getrandbits(128)
+    return Env(LinuxDisk(), LinuxNetwork(), LinuxClock(), random.Random(seed))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -39,9 +39,7 @@ class ActiveMapFile:
             file.close()
 
     @classmethod
-    def open(
-        cls, disk: Disk, directory: str, slots_max: int, extent_size: int
-    ) -> ActiveMapFile:
+    def open(cls, disk: Disk, directory: str, slots_max: int, extent_size: int) -> ActiveMapFile:
         """Opens and loads; a damaged sector is remembered in ``damaged``, not raised."""
         file = disk.open(f"{directory}/{FILE_NAME}")
         self = cls(file, slots_max, extent_size)

@@ -230,9 +230,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         else:
             self._start(writes[0], self._complete(rest, writes), writes)
 
-    async def _complete(
-        self, rest: Coroutine[Any, Any, None], writes: list[Request]
-    ) -> None:
+    async def _complete(self, rest: Coroutine[Any, Any, None], writes: list[Request]) -> None:
         await rest
         self._session.reply_many(writes)
 
@@ -293,9 +291,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         for at in range(request.offset, end, 1 << 20):
             await volume.read(at, min(1 << 20, end - at))
 
-    async def _status(
-        self, volume: Volume, request: Request
-    ) -> dict[str, list[tuple[int, int]]]:
+    async def _status(self, volume: Volume, request: Request) -> dict[str, list[tuple[int, int]]]:
         result = {}
         for context in self._session.contexts:
             if context == ALLOCATION_CONTEXT:

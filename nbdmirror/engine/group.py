@@ -162,9 +162,7 @@ class Group:
                 continue
             return
 
-    async def _write_later(
-        self, volume: Volume, changes: Sequence[Change], durable: bool
-    ) -> None:
+    async def _write_later(self, volume: Volume, changes: Sequence[Change], durable: bool) -> None:
         try:
             for change in changes:
                 for piece in self._pieces(change):

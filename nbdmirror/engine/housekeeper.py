@@ -109,12 +109,8 @@ class Housekeeper:
         """Syncs what is dirty, releases what is not needed, and applies the policy if that does
         not leave room."""
         await self._release()
-        if self._waiting or self._log.ring.used > self._log.capacity // 4:
-            await self._sync_facets()
-            await self._release()
-        elif any(f.written_seq > f.synced_seq for v in self._volumes for f in v.facets):
-            await self._sync_facets()
-            await self._release()
+        await self._sync_facets()
+        await self._release()
         self._police()
 
     async def _sync_facets(self) -> None:

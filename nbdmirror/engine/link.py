@@ -85,7 +85,7 @@ class Link(asyncio.BufferedProtocol):
             raise ConnectionResetError(str(self.cause))
         frame = repl.encode(kind, self.session, parts, compress=compress)
         size = sum(map(len, frame))
-        self._transport.write(b"".join(frame))
+        self._transport.writelines(frame)
         self.bytes_sent += size
         return size
 

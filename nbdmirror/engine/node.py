@@ -125,9 +125,7 @@ class Node:
             facets = []
             for facet in saved["facets"]:
                 state = facet_state(facet["state"])
-                facets.append(
-                    LocalFacet.open(self.env.disk, facet["path"], saved["size"], state)
-                )
+                facets.append(LocalFacet.open(self.env.disk, facet["path"], saved["size"], state))
             volumes.append(
                 Volume(
                     index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets
@@ -148,9 +146,7 @@ class Node:
         group = Group(self.volumes, self.log, active, self.env.clock, state["epoch"])
         for seq, time_ns in recovered.times:
             group.timeline.add(seq, time_ns)
-        self.primary = Primary(
-            self.env, config, group, self.store, self.events, self.housekeeper
-        )
+        self.primary = Primary(self.env, config, group, self.store, self.events, self.housekeeper)
         active.safe_seq = self._safe_seq
         active.make_safe = self._make_safe
         await self._mark_doubtful(recovered, active)
@@ -343,9 +339,7 @@ class Node:
             },
             "remotes": self.primary.status() if self.primary else [],
             "snapshots": [],
-            "limits": {
-                name: getattr(config.limits, name) for name in config.limits.__slots__
-            },
+            "limits": {name: getattr(config.limits, name) for name in config.limits.__slots__},
         }
         if self.secondary is not None:
             result["upstream"] = self.secondary.status()

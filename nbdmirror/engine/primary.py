@@ -45,9 +45,7 @@ class Primary:
         self.remotes: list[Remote] = []
         housekeeper.remotes = self.remotes
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._context = Context(
-            env, store, events, config.replication, config.group, config.node
-        )
+        self._context = Context(env, store, events, config.replication, config.group, config.node)
         for name, facts in self._merged_facts().items():
             self._make(name, facts)
 

@@ -81,9 +81,7 @@ def note_fork(store: Store, recovered: Recovered) -> None:
         store.state["forks"].append([store.state["epoch"], recovered.end_seq])
 
 
-def doubtful_ranges(
-    active: ActiveMapFile, volumes: list[Volume]
-) -> list[tuple[Volume, int, int]]:
+def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[Volume, int, int]]:
     """(volume, offset, length) of all that may differ after a power loss."""
     if active.damaged is not None:
         return [(volume, 0, volume.size) for volume in volumes]

@@ -200,11 +200,7 @@ class Resync:
             volume, first = self._wanted.popleft()
             count = 1
             limit = max(1, COPY_BYTES // volume.region_size)
-            while (
-                count < limit
-                and self._wanted
-                and self._wanted[0] == (volume, first + count)
-            ):
+            while count < limit and self._wanted and self._wanted[0] == (volume, first + count):
                 self._wanted.popleft()
                 count += 1
             await self._send_copy(volume, first, count)

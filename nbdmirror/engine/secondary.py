@@ -10,6 +10,7 @@ before the first region copy of a resync lands until the stream has passed its e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +118,9 @@ class Secondary:
         self._applied_moved.set()
         self._applied_moved.clear()
         if self.current is not None:
-            try:
+            # Where the link is gone, its receiver sees that itself.
+            with contextlib.suppress(ConnectionError):
                 await self.current.progress()
-            except ConnectionError:
-                pass  # the link is gone: its receiver sees that itself
 
     async def _apply_some(self) -> None:
         """Applies the next durable records, in order (O2)."""

@@ -30,7 +30,13 @@ class Volume:
     """One volume of a group; ``index`` is its number in log records."""
 
     def __init__(
-        self, index: int, name: str, uuid: str, size: int, region_size: int, facets: list[LocalFacet]
+        self,
+        index: int,
+        name: str,
+        uuid: str,
+        size: int,
+        region_size: int,
+        facets: list[LocalFacet],
     ) -> None:
         self.index = index
         self.name = name

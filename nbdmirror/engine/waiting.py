@@ -36,9 +36,7 @@ async def wait_until(node: Node, until: str, remote: str | None, timeout: float 
                 while not _holds(one, until, seq):
                     await one.changed.wait()
     except TimeoutError:
-        raise TimedOut(
-            f"not {until} after {timeout:g} s", hint="see: nbdmirror status"
-        ) from None
+        raise TimedOut(f"not {until} after {timeout:g} s", hint="see: nbdmirror status") from None
 
 
 def _holds(remote: Remote, until: str, seq: int) -> bool:

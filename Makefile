@@ -1,0 +1,84 @@
+# What a person or a machine does with this tree. `make run` and `make test` set everything up
+# themselves on a fresh Debian 12; all else needs one of them, or `make setup`, first.
+#
+#   make run               a mirrored volume here, both nodes on loopback, state under run/
+#   make check             format, lint, types, fast tests: before every commit, under 2 minutes
+#   make test              all that CI runs
+#   make sim SEEDS=N       the simulation over N seeds; SEED=N replays one with a trace; MUTANTS=1
+#   make guest             the tests in a QEMU guest; make bench: the measurements
+#   make clean             removes what any of these made
+
+SHELL := /bin/bash
+PYTHON := /usr/bin/python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/sim/test_*.py) \
+	tests/test_architecture.py
+SEEDS ?= 2000
+CHECK_SEEDS ?= 50
+
+RUN_PACKAGES := python3 python3-venv python3-libnbd
+TEST_PACKAGES := $(RUN_PACKAGES) nbdkit nbdkit-plugin-python libnbd-bin nbd-client nbd-server \
+	qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
+	fio sqlite3 strace iproute2 e2fsprogs xfsprogs btrfs-progs
+
+.PHONY: run test check lint sim sim-if-any guest bench setup setup-run clean
+.DELETE_ON_ERROR:
+
+run: setup-run
+	$(BIN)/python -m nbdmirror.cli.demo --state run
+
+# One pytest run for all, so that its last line counts all.
+test: setup lint sim-if-any
+	$(PYTEST) $(FAST) tests/integration tests/guest
+
+check: lint
+	$(PYTEST) -q $(FAST)
+	$(MAKE) --no-print-directory sim-if-any SEEDS=$(CHECK_SEEDS)
+
+lint: .venv/stamp
+	$(BIN)/ruff format --check nbdmirror tests
+	$(BIN)/ruff check nbdmirror tests
+	$(BIN)/mypy
+
+sim: .venv/stamp
+	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED) --trace,--seeds $(SEEDS)) \
+		$(if $(MUTANTS),--mutants)
+
+sim-if-any: .venv/stamp
+	$(if $(wildcard tests/sim/__main__.py),$(BIN)/python -m tests.sim --seeds $(SEEDS))
+
+guest: setup
+	$(PYTEST) tests/guest
+
+bench: setup
+	$(BIN)/python -m tests.bench
+
+setup: packages-test .venv/stamp
+setup-run: packages-run .venv/stamp
+
+# Only what is missing is installed, and apt is asked for news only then.
+packages-run packages-test: PACKAGES = $(if $(filter packages-run,$@),$(RUN_PACKAGES),$(TEST_PACKAGES))
+packages-run packages-test:
+	@missing=(); for package in $(PACKAGES); do \
+		[[ $$(dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null) == installed ]] \
+			|| missing+=($$package); \
+	done; \
+	if (($${#missing[@]})); then \
+		echo "installing: $${missing[*]}"; \
+		root=(); ((EUID == 0)) || root=(sudo); \
+		"$${root[@]}" apt-get -q update && \
+		"$${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+			apt-get -q install -y --no-install-recommends "$${missing[@]}"; \
+	fi
+.PHONY: packages-run packages-test
+
+# The system's Python, because its bindings of nbdkit and libnbd are for that one.
+.venv/stamp: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv .cache run build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find nbdmirror tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,254 @@
+"""What is measured: servers over the same kind of unix socket, on files of the same filesystem.
+
+A subject is prepared once (its files, filled with the same random bytes, every block allocated)
+and started afresh, with new processes, for each measurement. The remote of a mirror is another
+process on this machine: ours over TCP on loopback, as in use; the peer's over a unix socket,
+because over TCP it waits for delayed acknowledgements and would be at a disadvantage.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from tests.bench.qmp import Qmp
+from tests.integration.cluster import Cluster, Volume
+from tests.integration.process import Process, wait_until
+
+DRAIN_S = 120.0
+SYNC_S = 600.0
+
+
+class Subject(ABC):
+    """One server under measurement."""
+
+    name = ""
+    what = ""
+    mirrored = True
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / self.name
+        self.directory.mkdir(parents=True)
+        self.sockets = Path(tempfile.mkdtemp(prefix="nbdb-"))
+        self.processes: list[Process] = []
+
+    @abstractmethod
+    def prepare(self, source: Path) -> None:
+        """Makes the files, each a full copy of ``source``."""
+
+    @abstractmethod
+    def start(self) -> str:
+        """Starts the processes; a mirror is in sync on return. Returns the NBD URI."""
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The data files: the one that clients see first, copies behind it."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Returns when the copy holds everything that was written; after it only ``stop``."""
+
+    def stop(self) -> None:
+        """Ends the processes."""
+        for process in reversed(self.processes):
+            process.stop()
+        self.processes.clear()
+
+    def close(self) -> None:
+        """Kills what runs and removes the sockets."""
+        for process in self.processes:
+            process.kill()
+        shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def check_copies(self) -> None:
+        """After a stop: the copies equal the first file byte by byte, or the figures are void."""
+        first, *copies = self.files
+        for path in copies:
+            subprocess.run(["cmp", str(first), str(path)], check=True)
+
+    def copy(self, source: Path) -> None:
+        """Fills every file."""
+        for path in self.files:
+            shutil.copyfile(source, path)
+
+    def launch(self, name: str, argv: list[str], listens: str) -> Process:
+        """Starts one process of the subject and waits until it accepts at ``listens``."""
+        process = Process(name, argv, self.directory / f"{name}.log", listens=listens)
+        self.processes.append(process)
+        return process
+
+
+class NbdkitFile(Subject):
+    """The limit: a server in C that copies nothing anywhere."""
+
+    name = "nbdkit"
+    what = "nbdkit file, no mirror"
+    mirrored = False
+
+    def prepare(self, source: Path) -> None:
+        self.copy(source)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.directory / "data.img"]
+
+    def start(self) -> str:
+        path = self.sockets / "nbd"
+        argv = ["nbdkit", "-f", "-U", str(path), "file", str(self.files[0])]
+        path.unlink(missing_ok=True)
+        self.launch("nbdkit", argv, f"unix:{path}")
+        return f"nbd+unix:///?socket={path}"
+
+    def drain(self) -> None:
+        """There is no copy."""
+
+
+class QemuMirror(Subject):
+    """The peer: qemu-storage-daemon with a mirror job to an NBD target in a second one."""
+
+    copy_mode = "background"
+
+    def prepare(self, source: Path) -> None:
+        self.copy(source)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.directory / "data.img", self.directory / "copy.img"]
+
+    def _blockdevs(self, path: Path) -> list[str]:
+        common = "discard=unmap,cache.direct=off"
+        return [
+            f"--blockdev=driver=file,node-name=file,filename={path},{common}",
+            "--blockdev=driver=raw,node-name=data,file=file,discard=unmap",
+        ]
+
+    def _target(self) -> Path:
+        path = self.sockets / "target"
+        path.unlink(missing_ok=True)
+        argv = ["qemu-storage-daemon", *self._blockdevs(self.files[1])]
+        argv += [
+            f"--nbd-server=addr.type=unix,addr.path={path}",
+            "--export=type=nbd,id=out,node-name=data,name=data,writable=on",
+        ]
+        self.launch("target", argv, f"unix:{path}")
+        return path
+
+    def start(self) -> str:
+        target = self._target()
+        path, monitor = self.sockets / "nbd", self.sockets / "qmp"
+        for old in (path, monitor):
+            old.unlink(missing_ok=True)
+        server = f"server.type=unix,server.path={target}"
+        argv = ["qemu-storage-daemon", *self._blockdevs(self.files[0])]
+        argv += [
+            f"--blockdev=driver=nbd,node-name=copy,export=data,discard=unmap,{server}",
+            f"--chardev=socket,id=qmp,path={monitor},server=on,wait=off",
+            "--monitor=chardev=qmp",
+            f"--nbd-server=addr.type=unix,addr.path={path}",
+            "--export=type=nbd,id=out,node-name=data,name=data,writable=on",
+        ]
+        self.launch("source", argv, f"unix:{path}")
+        self.qmp = Qmp(monitor)
+        # Both files are equal: "none" copies only what is written from now on.
+        self.qmp.execute(
+            "blockdev-mirror",
+            job_id="mirror",
+            device="data",
+            target="copy",
+            sync="none",
+            copy_mode=self.copy_mode,
+        )
+        self.qmp.wait_event("BLOCK_JOB_READY")
+        return f"nbd+unix:///data?socket={path}"
+
+    def drain(self) -> None:
+        # The job's progress lags behind; its end, when not forced, is a consistent copy.
+        self.qmp.execute("block-job-cancel", device="mirror")
+        self.qmp.wait_event("BLOCK_JOB_COMPLETED")
+
+    def stop(self) -> None:
+        if self.qmp.execute("query-block-jobs"):
+            self.drain()
+        self.qmp.close()
+        super().stop()
+
+
+class QemuBackground(QemuMirror):
+    """Copies behind the client's back: asynchronous, as our remote is."""
+
+    name = "qemu-bg"
+    what = "qemu mirror, copy-mode background"
+
+
+class QemuBlocking(QemuMirror):
+    """A write waits for the copy: always in step."""
+
+    name = "qemu-wb"
+    what = "qemu mirror, copy-mode write-blocking"
+    copy_mode = "write-blocking"
+
+
+class Nbdmirror(Subject):
+    """Ours: one local facet, one connected asynchronous remote, ``disk`` log."""
+
+    name = "nbdmirror"
+    what = "nbdmirror, one async remote"
+    frontend = "native"
+
+    def prepare(self, source: Path) -> None:
+        self.cluster = Cluster(
+            self.directory / "group",
+            volumes=[Volume(size=source.stat().st_size)],
+            log_size=1 << 30,
+            frontend=self.frontend,
+            proxied=False,
+            tuning={},
+        )
+        self.copy(source)
+        self.cluster.create()
+
+    @property
+    def files(self) -> list[Path]:
+        nodes = [self.cluster.primary, *self.cluster.secondaries]
+        return [path for node in nodes for path in node.facets("data")]
+
+    def start(self) -> str:
+        for node in self.cluster.nodes:
+            node.start()
+        self.processes = [node.daemon for node in self.cluster.nodes]
+        self.cluster.wait_in_sync(SYNC_S)
+        return self.cluster.primary.uri("data")
+
+    def drain(self) -> None:
+        def caught_up() -> bool:
+            (remote,) = self.cluster.primary.rpc("status")["remotes"]
+            return bool(remote["state"] == "synchronised" and remote["lag"]["records"] == 0)
+
+        wait_until("nbdmirror has caught up", caught_up, DRAIN_S)
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "cluster"):
+            self.cluster.close()
+
+
+class NbdmirrorNbdkit(Nbdmirror):
+    """Ours behind the nbdkit front end."""
+
+    name = "nbdmirror-nbdkit"
+    what = "nbdmirror, nbdkit front end, one async remote"
+    frontend = "nbdkit"
+
+
+ALL: list[type[Subject]] = [
+    Nbdmirror,
+    NbdkitFile,
+    QemuBackground,
+    QemuBlocking,
+    NbdmirrorNbdkit,
+]
+DEFAULT = ("nbdmirror", "nbdkit", "qemu-bg", "qemu-wb")

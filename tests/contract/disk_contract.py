@@ -1,0 +1,304 @@
+"""What every ``ports.Disk`` and ``ports.File`` must do; run by ``test_disk_contract``.
+
+A simulator that keeps another contract than Linux proves nothing: each test here runs against both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+import pytest
+
+from nbdmirror.config import KIB, MIB
+from nbdmirror.ports import Disk, File
+
+
+class DiskWorld(Protocol):
+    """One implementation, with what a test needs around it."""
+
+    disk: Disk
+    directory: str
+
+    def run(self, main: Coroutine[Any, Any, Any]) -> Any:
+        """Runs a coroutine to its end on the loop that belongs to the implementation."""
+
+    def fail_next_sync(self) -> None:
+        """The next fdatasync ends with EIO, whichever file it is for; later ones would succeed."""
+
+    def small(self, capacity: int) -> tuple[Disk, str]:
+        """A disk of about that many bytes and a directory on it; skips where there is none."""
+
+
+def new_file(world: DiskWorld, content: bytes = b"", name: str = "file") -> File:
+    file = world.disk.open(f"{world.directory}/{name}", create=True)
+    if content:
+        file.pwrite(0, content)
+    return file
+
+
+async def settled(file: File, offset: int, length: int) -> bytes:
+    """What ``try_pread`` says, asked until it says something, with reads in between."""
+    for _ in range(100):
+        data = file.try_pread(offset, length)
+        if data is not None:
+            return data
+        await file.read(offset, length)
+    return await file.read(offset, length)
+
+
+class FileContract:
+    def test_reads_what_was_written(self, world: DiskWorld) -> None:
+        content = random.Random(1).randbytes(20_000)
+        file = new_file(world, content)
+        assert file.size() == 20_000
+        for offset, length in ((0, 20_000), (0, 0), (4095, 2), (513, 8000), (19_999, 1)):
+            expected = content[offset : offset + length]
+            assert file.pread(offset, length) == expected
+            assert world.run(file.read(offset, length)) == expected
+            assert world.run(settled(file, offset, length)) == expected
+        file.close()
+
+    def test_bytes_past_the_end_read_as_zeros(self, world: DiskWorld) -> None:
+        file = new_file(world, b"abc")
+        assert file.pread(1, 5) == b"bc\0\0\0"
+        assert file.pread(100, 3) == b"\0\0\0"
+        assert world.run(file.read(1, 5)) == b"bc\0\0\0"
+        assert file.try_pread(1, 5) in (None, b"bc\0\0\0")
+        assert file.try_pread(5000, 3) in (None, b"\0\0\0")
+        assert file.size() == 3
+        file.close()
+
+    def test_overlapping_writes_in_order(self, world: DiskWorld) -> None:
+        rng = random.Random(2)
+        file = new_file(world)
+        model = bytearray(64 * KIB)
+        for _ in range(200):
+            offset, data = rng.randrange(60_000), rng.randbytes(rng.randrange(1, 5000))
+            file.pwrite(offset, memoryview(data))
+            model[offset : offset + len(data)] = data
+        assert file.pread(0, len(model)) == model
+        file.close()
+
+    def test_pwritev_takes_more_parts_than_iov_max(self, world: DiskWorld) -> None:
+        parts = [index.to_bytes(3, "big") for index in range(2500)]
+        file = new_file(world)
+        file.pwritev(7, parts)
+        file.pwritev(7 + 7500, [b"", bytearray(b"xy"), memoryview(b"z")])
+        file.pwritev(0, [])
+        assert file.pread(7, 7503) == b"".join(parts) + b"xyz"
+        file.close()
+
+    def test_large_writes_are_awaited(self, world: DiskWorld) -> None:
+        content = random.Random(3).randbytes(3 * MIB)
+        file = new_file(world)
+        world.run(file.write(5, content))
+        assert world.run(file.read(5, len(content))) == content
+        world.run(file.sync())
+        file.close()
+
+    def test_truncate_cuts_and_extends_with_zeros(self, world: DiskWorld) -> None:
+        file = new_file(world, b"x" * 10_000)
+        file.truncate(5000)
+        assert file.size() == 5000
+        file.truncate(9000)
+        assert file.pread(0, 9000) == b"x" * 5000 + bytes(4000)
+        file.close()
+
+    @pytest.mark.parametrize("name", ["punch", "zero"])
+    def test_cleared_ranges_read_as_zeros(self, world: DiskWorld, name: str) -> None:
+        content = random.Random(4).randbytes(64 * KIB)
+        file = new_file(world, content)
+        model = bytearray(content)
+        for offset, length in ((4096, 8192), (100, 50), (20_001, 9999), (60_000, 1 << 20), (0, 0)):
+            world.run(getattr(file, name)(offset, length))
+            end = min(offset + length, len(model))
+            model[offset:end] = bytes(end - offset)
+            assert file.pread(0, len(model)) == model
+        assert file.size() == len(model), "the length stays"
+        file.close()
+
+    def test_data_ranges_cover_all_data(self, world: DiskWorld) -> None:
+        file = new_file(world)
+        file.truncate(MIB)
+        file.pwrite(256 * KIB, b"a" * 8192)
+        file.pwrite(512 * KIB + 5, b"b")
+        ranges = list(file.data_ranges(0, 2 * MIB))
+        for offset, length in ((256 * KIB, 8192), (512 * KIB + 5, 1)):
+            assert any(o <= offset and offset + length <= o + n for o, n in ranges)
+        assert ranges == sorted(ranges)
+        assert all(o >= 0 and n > 0 and o + n <= MIB for o, n in ranges)
+        assert list(file.data_ranges(258 * KIB, 1024)) == [(258 * KIB, 1024)], "clipped"
+        assert list(file.data_ranges(MIB, MIB)) == []
+        file.close()
+
+    def test_holes_and_punched_ranges_are_not_data(self, world: DiskWorld) -> None:
+        file = new_file(world)
+        file.truncate(MIB)
+        assert list(file.data_ranges(0, MIB)) == []
+        file.pwrite(0, b"c" * MIB)
+        assert list(file.data_ranges(0, MIB)) == [(0, MIB)]
+        world.run(file.punch(256 * KIB, 512 * KIB))
+        assert list(file.data_ranges(0, MIB)) == [(0, 256 * KIB), (768 * KIB, 256 * KIB)]
+        file.close()
+
+    def test_allocate_writes_zeros_and_takes_the_space(self, world: DiskWorld) -> None:
+        """O18: no size or extent change is left for later."""
+        file = new_file(world)
+        world.run(file.allocate(MIB + 777))
+        assert file.size() == MIB + 777
+        assert list(file.data_ranges(0, 2 * MIB)) == [(0, MIB + 777)]
+        assert file.pread(0, MIB + 777) == bytes(MIB + 777)
+        file.close()
+
+    def test_allocate_on_a_full_disk(self, world: DiskWorld) -> None:
+        """Fault 12: the space that is promised is there, or ENOSPC at once."""
+        disk, directory = world.small(512 * KIB)
+        file = disk.open(f"{directory}/log", create=True)
+        with pytest.raises(OSError) as caught:
+            world.run(file.allocate(MIB))
+        assert caught.value.errno == errno.ENOSPC
+        file.close()
+        disk.unlink(f"{directory}/log")
+        file = disk.open(f"{directory}/log", create=True)
+        world.run(file.allocate(128 * KIB))
+        file.close()
+
+    def test_write_on_a_full_disk(self, world: DiskWorld) -> None:
+        """Faults 10, 11: a write that does not fit raises; the file still works."""
+        disk, directory = world.small(512 * KIB)
+        file = disk.open(f"{directory}/facet", create=True)
+        with pytest.raises(OSError) as caught:
+            file.pwrite(0, b"d" * MIB)
+        assert caught.value.errno == errno.ENOSPC
+        with pytest.raises(OSError):
+            file.pwritev(0, [b"e" * KIB] * 2000)
+        with pytest.raises(OSError):
+            world.run(file.write(0, b"f" * MIB))
+        file.pwrite(0, b"g")
+        assert file.pread(0, 1) == b"g"
+        file.close()
+
+    def test_failed_sync_is_final(self, world: DiskWorld) -> None:
+        """O16, fault 9: the kernel would say that the second sync succeeded."""
+        file = new_file(world, b"data")
+        world.fail_next_sync()
+        for _ in range(3):
+            with pytest.raises(OSError) as caught:
+                world.run(file.sync())
+            assert caught.value.errno == errno.EIO
+        other = new_file(world, b"data", "other")
+        world.run(other.sync())
+        file.close()
+        other.close()
+
+    def test_failed_sync_is_final_for_those_that_wait_too(self, world: DiskWorld) -> None:
+        """O16: the kernel reports a failure to one of two concurrent syncs only."""
+        file = new_file(world, b"data")
+
+        async def both() -> list[Any]:
+            return list(await asyncio.gather(file.sync(), file.sync(), return_exceptions=True))
+
+        world.fail_next_sync()
+        results = world.run(both())
+        assert any(isinstance(result, OSError) for result in results)
+        with pytest.raises(OSError):
+            world.run(file.sync())
+        file.close()
+
+    def test_cancelled_calls_leave_the_file_usable(self, world: DiskWorld) -> None:
+        file = new_file(world, b"data")
+
+        async def main() -> None:
+            task = asyncio.ensure_future(file.sync())
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await file.sync()
+
+        world.run(main())
+        assert file.pread(0, 4) == b"data"
+        file.close()
+
+    def test_closed_file_answers_nothing(self, world: DiskWorld) -> None:
+        file = new_file(world, b"data")
+        file.close()
+        file.close()
+        for call in (lambda: file.pread(0, 1), lambda: file.pwrite(0, b"x"), file.size):
+            with pytest.raises(OSError) as caught:
+                call()
+            assert caught.value.errno == errno.EBADF
+        with pytest.raises(OSError):
+            world.run(file.sync())
+
+    def test_read_only_file_refuses_writes(self, world: DiskWorld) -> None:
+        new_file(world, b"data").close()
+        file = world.disk.open(f"{world.directory}/file", read_only=True)
+        assert not file.block_device
+        with pytest.raises(OSError):
+            file.pwrite(0, b"x")
+        assert file.pread(0, 4) == b"data"
+        file.close()
+
+
+class DirectoryContract:
+    def test_create_refuses_what_is_there(self, world: DiskWorld) -> None:
+        path = f"{world.directory}/file"
+        assert not world.disk.exists(path)
+        with pytest.raises(FileNotFoundError):
+            world.disk.open(path)
+        new_file(world, b"data").close()
+        assert world.disk.exists(path)
+        with pytest.raises(FileExistsError):
+            world.disk.open(path, create=True)
+        assert world.disk.open(path).pread(0, 4) == b"data"
+
+    def test_create_needs_its_directory(self, world: DiskWorld) -> None:
+        with pytest.raises(FileNotFoundError):
+            world.disk.open(f"{world.directory}/none/file", create=True)
+
+    def test_directories_are_made_with_their_parents(self, world: DiskWorld) -> None:
+        path = f"{world.directory}/a/b"
+        world.disk.make_directory(path)
+        world.disk.make_directory(path)
+        assert world.disk.exists(path)
+        for name in ("y", "x"):
+            world.disk.open(f"{path}/{name}", create=True).close()
+        assert world.disk.list(path) == ["x", "y"]
+        assert world.disk.list(f"{world.directory}/a") == ["b"]
+        with pytest.raises(FileNotFoundError):
+            world.disk.list(f"{path}/none")
+        with pytest.raises(FileExistsError):
+            world.disk.make_directory(f"{path}/x")
+        with pytest.raises(OSError):
+            world.disk.open(path)
+
+    def test_rename_replaces_and_unlink_removes(self, world: DiskWorld) -> None:
+        """O18: the shape of every durable replacement of a small file."""
+        disk, old, new = world.disk, f"{world.directory}/new", f"{world.directory}/state"
+        new_file(world, b"old", "state").close()
+        file = new_file(world, b"next", "new")
+        world.run(file.sync())
+        disk.rename(old, new)
+        world.run(disk.sync_directory(world.directory))
+        assert disk.list(world.directory) == ["state"]
+        assert disk.open(new).pread(0, 4) == b"next"
+        file.pwrite(0, b"same")
+        assert disk.open(new).pread(0, 4) == b"same", "an open file follows its name"
+        disk.unlink(new)
+        assert disk.list(world.directory) == []
+        assert file.pread(0, 4) == b"same", "an open file outlives its name"
+        with pytest.raises(FileNotFoundError):
+            disk.unlink(new)
+        with pytest.raises(FileNotFoundError):
+            disk.rename(old, new)
+        file.close()
+
+    def test_sync_directory_needs_a_directory(self, world: DiskWorld) -> None:
+        with pytest.raises(OSError):
+            world.run(world.disk.sync_directory(os.path.join(world.directory, "none")))

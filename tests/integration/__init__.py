@@ -1,0 +1,1 @@
+"""Real daemons, real clients, real faults: what unit tests and the simulation cannot show."""

@@ -1,0 +1,71 @@
+"""What can go wrong with a simulated disk, one operation at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """What a fault does to the operation it is given to."""
+
+    ERROR = "error"  # fails, no effect (a failed sync: the pages stay dirty)
+    SHORT = "short"  # a write: part of it is in the cache, then it fails
+    LOSE = "lose"  # a sync: fails, and the pages are clean afterwards though they never landed
+    LIE = "lie"  # a sync: succeeds, nothing is durable
+    FLIP = "flip"  # a read: one bit of the answer is wrong
+    STALL = "stall"  # an awaited operation: takes ``seconds`` longer
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault; ``number`` is the errno of those that fail."""
+
+    kind: Kind
+    number: int = errno.EIO
+    seconds: float = 0.0
+
+    def error(self, path: str) -> OSError:
+        return OSError(self.number, f"simulated: {os.strerror(self.number)}", path)
+
+    def label(self) -> str:
+        if self.kind in (Kind.ERROR, Kind.SHORT, Kind.LOSE):
+            return f"{self.kind.value} {errno.errorcode[self.number]}"
+        return str(self.kind.value)
+
+    def suits(self, operation: str) -> bool:
+        """Whether that operation can fail that way; another pairing is a mistake in a test."""
+        match self.kind:
+            case Kind.ERROR:
+                return True
+            case Kind.SHORT:
+                return operation in ("pwrite", "pwritev", "write", "allocate")
+            case Kind.LOSE:
+                return operation == "sync"
+            case Kind.LIE:
+                return operation in ("sync", "sync_directory")
+            case Kind.FLIP:
+                return operation in READS
+            case Kind.STALL:
+                return operation in AWAITED
+
+
+Injector = Callable[[str, str, int], Fault | None]
+"""(operation, path, nth) -> fault. ``nth`` counts, from 1, the operations of the disk that change
+something, so that a sweep can hit each; for reads it counts reads. May itself cut the power."""
+
+READS = ("pread", "try_pread", "read")
+AWAITED = ("read", "write", "sync", "punch", "zero", "allocate", "sync_directory")
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds that awaited operations take, drawn evenly between two bounds; and cache misses."""
+
+    sync: tuple[float, float] = (0.000_1, 0.004)
+    read: tuple[float, float] = (0.000_05, 0.001)
+    write: tuple[float, float] = (0.000_01, 0.000_5)
+    miss: float = 0.0  # how likely try_pread says None

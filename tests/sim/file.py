@@ -1,0 +1,215 @@
+"""An open simulated file: the operations of ``ports.File``, each with its possible faults."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from nbdmirror.ports import Buffer
+from tests.sim.faults import Fault, Kind
+from tests.sim.image import Change
+from tests.sim.inode import Inode
+from tests.sim.loop import INCARNATION, NodeDead
+
+if TYPE_CHECKING:
+    from tests.sim.disk import SimDisk
+
+T = TypeVar("T")
+
+
+class SimFile:
+    """``ports.File`` over a simulated inode; belongs to the life that opened it."""
+
+    def __init__(self, disk: SimDisk, path: str, inode: Inode, read_only: bool) -> None:
+        self.path = path
+        self.block_device = inode.block_device
+        self._disk = disk
+        self._inode = inode
+        self._read_only = read_only
+        self._life = INCARNATION.get()
+        self._boot = disk.boots
+        self._failure: OSError | None = None
+        self._open = True
+
+    def size(self) -> int:
+        self._check()
+        return self._inode.cache.size
+
+    def pread(self, offset: int, length: int) -> bytes:
+        return self._read_now(self._admit("pread"), offset, length)
+
+    def try_pread(self, offset: int, length: int) -> bytes | None:
+        fault = self._admit("try_pread")
+        miss = self._disk.timing.miss
+        if miss and self._disk.random.random() < miss:
+            self._disk.fired["try_pread miss"] += 1
+            return None
+        return self._read_now(fault, offset, length)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        fault = self._admit("read")
+        return await self._later(
+            self._disk.timing.read, fault, lambda: self._read_now(fault, offset, length)
+        )
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        self._write_now(self._admit("pwrite"), offset, bytes(data))
+
+    def pwritev(self, offset: int, parts: Sequence[Buffer]) -> None:
+        self._write_now(self._admit("pwritev"), offset, b"".join(parts))
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        fault = self._admit("write")
+        if (
+            fault is None and data and self._disk.random.random() < 0.5
+        ):  # a kill may find it half done
+            self._write_now(None, offset, bytes(data[: self._disk.random.randrange(len(data))]))
+        # The caller's buffer is read when the time has come: it must not change meanwhile.
+        await self._later(
+            self._disk.timing.write, fault, lambda: self._write_now(fault, offset, bytes(data))
+        )
+
+    async def sync(self) -> None:
+        self._raise_failure()
+        fault = self._admit("sync")
+        mark = self._inode.written
+        await self._later(self._disk.timing.sync, fault, lambda: self._sync_now(fault, mark))
+
+    async def punch(self, offset: int, length: int) -> None:
+        await self._clear("punch", offset, length, hole=True)
+
+    async def zero(self, offset: int, length: int) -> None:
+        await self._clear("zero", offset, length, hole=False)
+
+    async def allocate(self, length: int) -> None:
+        fault = self._admit("allocate")
+        room = self._disk.check_room(self._inode, 0, length)
+        if fault is not None and fault.kind in (Kind.ERROR, Kind.SHORT):
+            room = min(room, self._disk.random.randint(0, length))
+        size = max(self._inode.cache.size, room)
+        self._inode.put(Change(0, room, None, size))
+        mark = self._inode.written
+
+        def work() -> None:
+            if fault is not None and fault.kind in (Kind.ERROR, Kind.SHORT):
+                raise fault.error(self.path)
+            if room < length:
+                raise _full(self.path)
+            self._sync_now(fault, mark)
+
+        await self._later(self._disk.timing.sync, fault, work)
+
+    def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        self._check()
+        return self._inode.cache.data_ranges(offset, length)
+
+    def truncate(self, length: int) -> None:
+        fault = self._admit("truncate")
+        if fault is not None:
+            raise fault.error(self.path)
+        if self.block_device or self._read_only:
+            raise OSError(errno.EINVAL, "simulated: its length cannot be set", self.path)
+        self._inode.put(Change(0, 0, None, length))
+
+    def close(self) -> None:
+        self._open = False
+
+    # What all of them share.
+
+    def _check(self) -> None:
+        self._life.check()
+        INCARNATION.get().check()
+        if self._boot != self._disk.boots:
+            raise NodeDead(self._life.node)
+        if not self._open:
+            raise OSError(errno.EBADF, "simulated: the file is closed", self.path)
+
+    def _admit(self, operation: str) -> Fault | None:
+        self._check()
+        return self._disk.admit(operation, self.path)
+
+    async def _later(
+        self, bounds: tuple[float, float], fault: Fault | None, work: Callable[[], T]
+    ) -> T:
+        return await self._disk.later(bounds, fault, work)
+
+    def _read_now(self, fault: Fault | None, offset: int, length: int) -> bytes:
+        data = self._inode.cache.read(offset, length)
+        if fault is None or fault.kind is Kind.STALL:
+            return data
+        if fault.kind is not Kind.FLIP:
+            raise fault.error(self.path)
+        if not data:
+            return data
+        bit = self._disk.random.randrange(8 * length)
+        wrong = bytearray(data)
+        wrong[bit // 8] ^= 1 << bit % 8
+        return bytes(wrong)
+
+    def _write_now(self, fault: Fault | None, offset: int, data: bytes) -> None:
+        if self._read_only:
+            raise OSError(errno.EBADF, "simulated: opened for reading", self.path)
+        if not data:
+            return
+        failure: OSError | None = None
+        if fault is not None and fault.kind is not Kind.STALL:
+            failure = fault.error(self.path)
+            if fault.kind is not Kind.SHORT:
+                raise failure
+            data = data[: self._disk.random.randrange(len(data))]
+        if self._disk.capacity is not None or self.block_device:
+            room = self._disk.check_room(self._inode, offset, len(data))
+            if room < len(data):
+                failure = _full(self.path)
+                data = data[:room]
+        if data:
+            size = max(self._inode.cache.size, offset + len(data))
+            self._inode.put(Change(offset, len(data), data, size))
+        if failure is not None:
+            raise failure
+
+    async def _clear(self, operation: str, offset: int, length: int, *, hole: bool) -> None:
+        fault = self._admit(operation)
+
+        def work() -> None:
+            if fault is not None and fault.kind is not Kind.STALL:
+                raise fault.error(self.path)
+            size = self._inode.cache.size
+            count = min(length, size - offset)
+            if count > 0:
+                self._inode.put(Change(offset, count, None, size, hole))
+
+        await self._later(self._disk.timing.write, fault, work)
+
+    def _sync_now(self, fault: Fault | None, mark: int) -> None:
+        """The end of a sync: the first ``mark`` changes are durable, or the fault says what is."""
+        self._raise_failure()
+        disk, inode = self._disk, self._inode
+        if disk.lying:
+            disk.fired["sync lie"] += 1
+            return
+        if fault is None or fault.kind is Kind.STALL:
+            inode.land(mark)
+            return
+        if fault.kind is Kind.LIE:
+            return
+        self._failure = fault.error(self.path)
+        if fault.kind is Kind.LOSE:
+            inode.land_some(inode.take(mark), disk.random)
+            if disk.random.random() < 0.5:  # ext4 and XFS keep the new bytes in the cache,
+                inode.cache = inode.durable.copy()  # Btrfs goes back to what is on the disk
+                for change in inode.unsynced:
+                    inode.cache.put(change)
+                    inode.cache.resize(change.size)
+        raise self._failure
+
+    def _raise_failure(self) -> None:
+        self._check()
+        if self._failure is not None:
+            number = self._failure.errno
+            raise OSError(number, "simulated: an earlier sync failed", self.path)
+
+
+def _full(path: str) -> OSError:
+    return OSError(errno.ENOSPC, "simulated: no space left on the disk", path)

@@ -1,0 +1,69 @@
+"""A simulated file's content twice: as the page cache has it, and as the disk has it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tests.sim.image import Change, Image
+
+CHANGES_MAX = 8192  # more than these unsynced: the kernel writes the older half back by itself
+
+
+@dataclass(slots=True, eq=False)
+class Inode:
+    """A file's content, with or without a name."""
+
+    serial: int
+    cache: Image = field(default_factory=Image)
+    durable: Image = field(default_factory=Image)
+    unsynced: list[Change] = field(default_factory=list)
+    written: int = 0  # changes ever; the unsynced ones are the last len(unsynced) of them
+    block_device: bool = False
+
+    def put(self, change: Change) -> None:
+        self.cache.put(change)
+        self.cache.resize(change.size)
+        self.unsynced.append(change)
+        self.written += 1
+        if len(self.unsynced) > CHANGES_MAX:
+            self.land(self.written - CHANGES_MAX // 2)
+
+    def take(self, mark: int) -> list[Change]:
+        """The unsynced changes among the first ``mark`` ever; they are unsynced no more."""
+        count = max(0, mark - (self.written - len(self.unsynced)))
+        taken = self.unsynced[:count]
+        del self.unsynced[:count]
+        return taken
+
+    def land(self, mark: int) -> None:
+        """Makes the first ``mark`` changes durable."""
+        for change in self.take(mark):
+            self.durable.put(change)
+            self.durable.resize(change.size)
+
+    def land_some(self, changes: Sequence[Change], rng: random.Random) -> None:
+        """A drawn part of some changes reaches the durable image, sector by sector."""
+        sizes = rng.randint(0, len(changes))
+        for position, change in enumerate(changes):
+            for piece in change.torn(rng):
+                self.durable.put(piece)
+            if position < sizes:
+                self.durable.resize(change.size)
+        self.durable.trim()
+
+    def cut(self, rng: random.Random) -> None:
+        self.land_some(self.unsynced, rng)
+        self.unsynced = []
+        self.cache = self.durable.copy()
+
+    def copy(self) -> Inode:
+        return Inode(
+            self.serial,
+            self.cache.copy(),
+            self.durable.copy(),
+            list(self.unsynced),
+            self.written,
+            self.block_device,
+        )
