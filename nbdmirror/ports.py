@@ -83,7 +83,9 @@ class Disk(Protocol):
         """Whether a file of that name is there."""
 
     def open(self, path: str, *, create: bool = False, read_only: bool = False) -> File:
-        """Opens a file; with ``create`` it must not exist yet (FileExistsError)."""
+        """Opens a file; with ``create`` it must not exist yet (FileExistsError).
+
+        Opening for writing claims it: BlockingIOError while another process has claimed it."""
 
     def list(self, directory: str) -> list[str]:
         """The names in a directory, sorted."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
+from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.notify import notify
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import ConfigError, NbdmirrorError
@@ -22,53 +24,82 @@ from nbdmirror.errors import ConfigError, NbdmirrorError
 def serve(config_path: str) -> int:
     """Runs the node of this configuration until it is told to stop; returns the exit code."""
     config = load(config_path)
-    if config.nbd.frontend == "nbdkit":
+    if config.nbd.frontend == "nbdkit" and config.nbd.listen:
         from nbdmirror.edge.nbdkit import supervise
 
         return supervise(config)
-    return world.run(run_node(config))
+    with exclusive(config.state_dir):
+        world.run(_serve(config))
+    return 0
 
 
-async def run_node(config: Config, *, nbd: bool = True) -> int:
-    """Starts, serves and stops a node on the running loop."""
-    stop = asyncio.Event()
+async def _serve(config: Config) -> None:
+    """The native front end: the node, and the signals of this process."""
+    daemon = Daemon(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    node = Node(world.real_env(), config, peer_uid=world.peer_uid)
-    node.events.listen(_journal)
-    loop.add_signal_handler(signal.SIGHUP, _reload, node, config)
-    await node.start(nbd=nbd)
-    world.settle_garbage()
-    notify("READY=1\nSTATUS=serving as " + node.role)
-    assert node.failed is not None
-    stopped = asyncio.ensure_future(stop.wait())
-    ends: list[asyncio.Future[Any]] = [stopped, node.failed]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    notify("STOPPING=1")
-    error = node.failed.result() if node.failed.done() else None
-    stopped.cancel()
-    await node.stop()
-    if error is not None:
-        raise error
-    return 0
+        loop.add_signal_handler(number, daemon.stop.set)
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    await daemon.start()
+    daemon.ready()
+    await daemon.ending()
+    await daemon.finish()
+
+
+class Daemon:
+    """A node and what surrounds it: journal, service manager, reload. Both front ends run one:
+    ``start``, ``ready``, ``ending``, ``finish``, on one loop; ``stop`` is set to end it."""
+
+    def __init__(self, config: Config, *, tell: Callable[[str], None] = notify) -> None:
+        """``tell`` takes what the service manager should know, as sd_notify has it."""
+        self.config = config
+        self.stop = asyncio.Event()
+        self.node = Node(world.real_env(), config, peer_uid=world.peer_uid)
+        self.node.events.listen(_journal)
+        self._tell = tell
+
+    async def start(self, *, nbd: bool = True) -> None:
+        """Recovers and serves; ``nbd`` as in ``Node.start``, whose errors pass through."""
+        await self.node.start(nbd=nbd)
+        world.settle_garbage()
+
+    def ready(self) -> None:
+        """Tells the service manager that clients are served."""
+        self._tell("READY=1\nSTATUS=serving as " + self.node.role)
+
+    async def ending(self) -> None:
+        """Returns when the node must end: told to stop, or failed for good."""
+        assert self.node.failed is not None
+        stopped = asyncio.ensure_future(self.stop.wait())
+        ends: list[asyncio.Future[Any]] = [stopped, self.node.failed]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        self._tell("STOPPING=1")
+        stopped.cancel()
+
+    async def finish(self) -> None:
+        """Stops the node cleanly; raises what it failed with, if it did."""
+        failed = self.node.failed
+        error = failed.result() if failed is not None and failed.done() else None
+        await self.node.stop()
+        if error is not None:
+            raise error
+
+    def reload(self) -> None:
+        """What can change at run time is changed by commands; the file is checked and compared."""
+        config, events = self.config, self.node.events
+        self._tell("RELOADING=1")
+        try:
+            fresh = load(config.path)
+        except (ConfigError, NbdmirrorError) as error:
+            events.emit("reload-failed", why=error.message)
+        else:
+            changed = [
+                name for name in Config.__slots__ if getattr(fresh, name) != getattr(config, name)
+            ]
+            events.emit("reloaded", needs_restart=changed)
+        self._tell("READY=1")
 
 
 def _journal(event: dict[str, Any]) -> None:
     fields = {k: v for k, v in event.items() if k not in ("cursor", "time", "kind")}
     world.say(f"{event['kind']} {json.dumps(fields)}" if fields else event["kind"])
-
-
-def _reload(node: Node, config: Config) -> None:
-    """What can change at run time is changed by commands; the file is checked and compared."""
-    notify("RELOADING=1")
-    try:
-        fresh = load(config.path)
-    except (ConfigError, NbdmirrorError) as error:
-        node.events.emit("reload-failed", why=error.message)
-    else:
-        changed = [
-            name for name in Config.__slots__ if getattr(fresh, name) != getattr(config, name)
-        ]
-        node.events.emit("reloaded", needs_restart=changed)
-    notify("READY=1")

@@ -311,7 +311,8 @@ class LinuxDisk:
     def open(self, path: str, *, create: bool = False, read_only: bool = False) -> LinuxFile:
         """Opens a regular file or block device (EINVAL for anything else).
 
-        A block device is claimed (EBUSY if it is mounted or claimed by another writer).
+        A block device is claimed (EBUSY if it is mounted or claimed by another writer); so is a
+        file, against every other opening for writing by this program (BlockingIOError).
         """
         assert not (create and read_only), "a new file is for writing"
         flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
@@ -324,6 +325,12 @@ class LinuxDisk:
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)
             raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
+        if not read_only and stat.S_ISREG(mode):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise BlockingIOError(errno.EAGAIN, "in use by another node", path) from None
         return LinuxFile(self, path, fd, block_device=stat.S_ISBLK(mode))
 
     def list(self, directory: str) -> list[str]:

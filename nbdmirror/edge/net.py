@@ -109,10 +109,29 @@ class LinuxNetwork:
             raise _named(error, f"cannot listen at {address}") from error
 
 
+async def listen_for_another(address: str) -> tuple[socket.socket, Listener]:
+    """A listening socket, blocking, whose connections another process accepts; closing the
+    listener closes it here and removes its name. OSError as ``LinuxNetwork.listen``."""
+    where = parse_address(address)
+    try:
+        if isinstance(where, UnixAddress):
+            sock = _bind_unix(where.path)
+        else:
+            sock = await _bind_tcp(where)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        raise _named(error, f"cannot listen at {address}") from error
+    sock.setblocking(True)
+    path = where.path if isinstance(where, UnixAddress) else None
+    return sock, _LinuxListener(address, sock, path)
+
+
 class _LinuxListener:
     """A listening socket; removes the name of its unix socket if that is still its own."""
 
-    def __init__(self, address: str, server: asyncio.AbstractServer, path: str | None) -> None:
+    def __init__(
+        self, address: str, server: asyncio.AbstractServer | socket.socket, path: str | None
+    ) -> None:
         self.address = address
         self._server = server
         self._path = path

@@ -8,7 +8,7 @@ from nbdmirror.config import Config
 from nbdmirror.engine import activemap, store
 from nbdmirror.engine.facet import FacetState
 from nbdmirror.engine.log import Log
-from nbdmirror.errors import ConfigError, NbdmirrorError, Refused
+from nbdmirror.errors import ConfigError, NbdmirrorError, Refused, StateError
 from nbdmirror.ports import Env
 
 MARK = "incomplete"
@@ -41,7 +41,7 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
                 f"{directory} already holds the state of a node",
                 hint="--force replaces it: what it knows of the remotes is lost",
             )
-        _remove(env, config)
+        _remove(env, config)  # StateError if a node runs on it
     try:
         disk.make_directory(directory)
         disk.open(f"{directory}/{MARK}", create=True).close()
@@ -72,6 +72,14 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
 
 def _remove(env: Env, config: Config) -> None:
     disk, directory = env.disk, config.state_dir
+    superblock = f"{directory}/{store.FILE_NAME}"
+    if disk.exists(superblock):
+        try:
+            disk.open(superblock).close()
+        except BlockingIOError:
+            raise StateError(
+                f"{directory} is in use by a running node", hint="stop that node first"
+            ) from None
     names = [store.FILE_NAME, activemap.FILE_NAME, MARK]
     paths = [f"{directory}/{name}" for name in names] + [log_path(config)]
     if disk.exists(f"{directory}/dcm"):

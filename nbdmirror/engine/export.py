@@ -16,6 +16,7 @@ from nbdmirror.codec import nbd, nbdreply, record
 from nbdmirror.codec.nbd import ExportInfo, Request
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.config import Limits
+from nbdmirror.engine import operations
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.volume import Change, Volume
@@ -272,24 +273,17 @@ class ExportConnection(asyncio.BufferedProtocol):
         if kind == nbd.FLUSH:
             await group.flush()
         elif kind == nbd.TRIM:
-            change = Change(record.TRIM, 0, request.offset, request.length, None)
-            await group.clear(volume, change, durable=durable)
+            await operations.trim(group, volume, request.offset, request.length, durable=durable)
         elif kind == nbd.WRITE_ZEROES:
-            keep = record.NO_HOLE if flags & nbd.NO_HOLE else 0
-            change = Change(record.ZERO, keep, request.offset, request.length, None)
-            await group.clear(volume, change, durable=durable)
+            keep = bool(flags & nbd.NO_HOLE)
+            where = request.offset, request.length
+            await operations.zero(group, volume, *where, keep_space=keep, durable=durable)
         elif kind == nbd.BLOCK_STATUS:
             self._session.reply_block_status(request, await self._status(volume, request))
             return
         elif kind == nbd.CACHE:
-            await self._cache(volume, request)
+            await operations.cache(volume, request.offset, request.length)
         self._session.reply(request)
-
-    async def _cache(self, volume: Volume, request: Request) -> None:
-        """Reads the range, so that the page cache has it; in bounded pieces."""
-        end = request.offset + request.length
-        for at in range(request.offset, end, 1 << 20):
-            await volume.read(at, min(1 << 20, end - at))
 
     async def _status(self, volume: Volume, request: Request) -> dict[str, list[tuple[int, int]]]:
         result = {}

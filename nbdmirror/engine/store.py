@@ -61,7 +61,12 @@ class Store:
             raise StateError(
                 f"no state of a node in {directory}", hint="make it with: nbdmirror create CONFIG"
             )
-        file = disk.open(path, read_only=read_only)
+        try:
+            file = disk.open(path, read_only=read_only)
+        except BlockingIOError:
+            raise StateError(
+                f"{directory} is in use by a running node", hint="stop that node first"
+            ) from None
         images = [file.pread(i * slots.SLOT_SIZE, slots.SLOT_SIZE) for i in range(slots.SLOT_COUNT)]
         try:
             slot, counter, state = slots.choose(images)

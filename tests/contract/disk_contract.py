@@ -287,9 +287,9 @@ class DirectoryContract:
         disk.rename(old, new)
         world.run(disk.sync_directory(world.directory))
         assert disk.list(world.directory) == ["state"]
-        assert disk.open(new).pread(0, 4) == b"next"
+        assert disk.open(new, read_only=True).pread(0, 4) == b"next"
         file.pwrite(0, b"same")
-        assert disk.open(new).pread(0, 4) == b"same", "an open file follows its name"
+        assert disk.open(new, read_only=True).pread(0, 4) == b"same", "an open file follows its name"
         disk.unlink(new)
         assert disk.list(world.directory) == []
         assert file.pread(0, 4) == b"same", "an open file outlives its name"

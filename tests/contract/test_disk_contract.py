@@ -16,17 +16,14 @@ import pytest
 from nbdmirror.edge import files
 from nbdmirror.edge.files import LinuxDisk
 from nbdmirror.ports import Disk
-from tests.sim.disk import SimDisk
-from tests.sim.faults import Fault, Kind, Timing
-from tests.sim.loop import SimLoop
-
-pytest.register_assert_rewrite("tests.contract.disk_contract")
-
-from tests.contract.disk_contract import (  # noqa: E402
+from tests.contract.disk_contract import (
     DirectoryContract,
     DiskWorld,
     FileContract,
 )
+from tests.sim.disk import SimDisk
+from tests.sim.faults import Fault, Kind, Timing
+from tests.sim.loop import SimLoop
 
 
 class LinuxWorld:

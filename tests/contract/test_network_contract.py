@@ -12,13 +12,10 @@ import uvloop
 
 from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.ports import Network
+from tests.contract.network_contract import NetworkContract, NetworkWorld
 from tests.sim.loop import SimLoop
 from tests.sim.net import SimNet
 from tests.sim.transport import Link
-
-pytest.register_assert_rewrite("tests.contract.network_contract")
-
-from tests.contract.network_contract import NetworkContract, NetworkWorld  # noqa: E402
 
 
 class LinuxWorld:

@@ -1,0 +1,234 @@
+"""The nbdkit front end: a supervisor that keeps one nbdkit process, with the node in it, running.
+
+Owns the NBD listening sockets (they, and connections that wait in them, survive an nbdkit that
+aborts), the nbdkit process, and what the service manager hears. Never opens the node's state: that
+is ``nbdkit_plugin``'s, inside nbdkit. Called by ``edge.daemon.serve``.
+
+nbdkit is started with its sockets passed in (socket activation; it never forks then). One that
+ends unasked is started again, with a line in the journal and an event in the node, at most
+``RESTARTS_MAX`` times in ``RESTARTS_SECONDS``. One that says why it cannot serve is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import nbdmirror
+from nbdmirror.config import Config
+from nbdmirror.edge import env as world
+from nbdmirror.edge.lock import exclusive
+from nbdmirror.edge.nbdkit_bridge import RESTARTED, SUPERVISOR_FD, SUPERVISOR_PID
+from nbdmirror.edge.net import listen_for_another
+from nbdmirror.edge.notify import notify
+from nbdmirror.errors import ConfigError, NbdmirrorError
+from nbdmirror.ports import Listener
+
+RESTARTS_MAX = 5
+RESTARTS_SECONDS = 60.0
+LISTEN_MAX = 16
+"""Sockets that nbdkit takes over."""
+
+PLUGIN = Path(__file__).with_name("nbdkit_plugin.py")
+FIRST_FD = 3
+_HIGH_FD = 64  # above all numbers that the sockets get in nbdkit
+_INSTALL = 'install nbdkit and its Python plugin, or set nbd.frontend = "native"'
+_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDNAMES")
+
+
+def supervise(config: Config) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code.
+
+    ConfigError if nbdkit cannot be used here; else whatever ended the node."""
+    if len(config.nbd.listen) > LISTEN_MAX:
+        raise ConfigError(
+            f"{config.path}: nbd.listen has {len(config.nbd.listen)} addresses; nbdkit takes at "
+            f"most {LISTEN_MAX}"
+        )
+    program = _find_nbdkit()
+    with exclusive(config.state_dir):
+        pass  # an nbdkit whose supervisor was killed has gone, with its sockets
+    world.run(Supervisor(config, program).run())
+    return 0
+
+
+def _find_nbdkit() -> str:
+    """The program; ConfigError unless it has a Python plugin of this version of Python."""
+    program = shutil.which("nbdkit")
+    if program is None:
+        raise ConfigError("there is no nbdkit on this machine", hint=_INSTALL)
+    done = subprocess.run(
+        [program, "python", "--dump-plugin"], capture_output=True, text=True, check=False
+    )
+    facts = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    version = facts.get("python_version")
+    if version is None:
+        raise ConfigError(f"{program} has no Python plugin: {done.stderr.strip()}", hint=_INSTALL)
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if version.split(".")[:2] != ours.split("."):
+        raise ConfigError(
+            f"the Python plugin of {program} has Python {version}; nbdmirror runs with {ours}",
+            hint='install nbdmirror for that Python, or set nbd.frontend = "native"',
+        )
+    return program
+
+
+class Supervisor:
+    """Keeps one nbdkit running, from the first READY to the clean stop."""
+
+    def __init__(self, config: Config, program: str) -> None:
+        self._config = config
+        self._program = program
+        self._sockets: list[socket.socket] = []
+        self._pid: int | None = None
+        self._ready = False  # the nbdkit that runs now
+        self._served = False  # any of them
+        self._stopping = False
+        self._failure: NbdmirrorError | None = None
+        self._restarts: deque[float] = deque()
+
+    async def run(self) -> None:
+        """Serves until told to stop; raises what keeps it from serving."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
+        listeners: list[Listener] = []
+        try:
+            for address in self._config.nbd.listen:
+                sock, listener = await listen_for_another(address)
+                listeners.append(listener)
+                self._sockets.append(sock)
+            await self._keep_running()
+        finally:
+            for listener in listeners:
+                listener.close()
+
+    async def _keep_running(self) -> None:
+        how = ""
+        while True:
+            status = await self._run_nbdkit(how)
+            how = _how(status)
+            if self._failure is not None:
+                raise self._failure
+            if self._stopping:
+                if status != 0:
+                    raise NbdmirrorError(
+                        f"nbdkit {how} while it stopped", hint="the next start recovers"
+                    )
+                return
+            if not self._served:
+                raise NbdmirrorError(
+                    f"nbdkit {how} before it served", hint="what it said stands above"
+                )
+            self._count_restart(how)
+            world.say(f"nbdkit {how}; it is started again")
+
+    def _count_restart(self, how: str) -> None:
+        now = asyncio.get_running_loop().time()
+        self._restarts.append(now)
+        while self._restarts[0] < now - RESTARTS_SECONDS:
+            self._restarts.popleft()
+        if len(self._restarts) > RESTARTS_MAX:
+            raise NbdmirrorError(
+                f"nbdkit ended {len(self._restarts)} times in {RESTARTS_SECONDS:g} s; at last it "
+                f"{how}",
+                hint='see the journal; nbd.frontend = "native" does without nbdkit',
+            )
+
+    # -- one nbdkit --------------------------------------------------------------------------
+
+    async def _run_nbdkit(self, previous: str) -> int:
+        """One nbdkit from its start to its end; its wait status."""
+        reader, writer = os.pipe()
+        try:
+            self._pid = self._spawn(writer, previous)
+        finally:
+            os.close(writer)
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reader, "rb")
+        )
+        try:
+            async for line in stream:  # to the end: nobody else holds the pipe
+                self._told(json.loads(line))
+            _, status = await asyncio.to_thread(os.waitpid, self._pid, 0)
+        finally:
+            self._pid, self._ready = None, False
+            transport.close()
+        return status
+
+    def _spawn(self, writer: int, previous: str) -> int:
+        """Starts nbdkit with the sockets from descriptor 3 on, and the pipe behind them."""
+        sources = [sock.fileno() for sock in self._sockets] + [writer]
+        # Out of the way first: a number may be both a source and a target.
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in sources]
+        pipe = FIRST_FD + len(self._sockets)
+        environment = {k: v for k, v in os.environ.items() if k not in _NOT_PASSED_ON}
+        environment |= {
+            "LISTEN_FDS": str(len(self._sockets)),
+            "PYTHONPATH": os.pathsep.join(_import_path()),
+            SUPERVISOR_FD: str(pipe),
+            SUPERVISOR_PID: str(os.getpid()),
+        }
+        if previous:
+            environment[RESTARTED] = previous
+        # LISTEN_PID is known only to the new process itself.
+        argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$0" "$@"', self._program]
+        argv += ["--foreground", "--threads=1", "--log=stderr"]
+        argv += ["python", str(PLUGIN), f"config={self._config.path}"]
+        actions: list[tuple[Any, ...]] = [
+            (os.POSIX_SPAWN_DUP2, fd, FIRST_FD + index) for index, fd in enumerate(high)
+        ]
+        try:
+            return os.posix_spawn(argv[0], argv, environment, file_actions=actions)
+        finally:
+            for fd in high:
+                os.close(fd)
+
+    def _told(self, message: dict[str, Any]) -> None:
+        if "failed" in message:
+            self._failure = NbdmirrorError(message["failed"], hint=message["hint"])
+            self._failure.exit_code = message["exit_code"]
+            return
+        notify(message["notify"])
+        if message["notify"].startswith("READY=1"):
+            self._ready = self._served = True
+            if self._stopping:
+                self._signal(signal.SIGTERM)
+
+    # -- signals -----------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        """An nbdkit that does not serve yet is stopped as soon as it does."""
+        self._stopping = True
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._pid is not None and self._ready:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, number)
+
+
+def _import_path() -> list[str]:
+    """Where nbdkit's Python, which knows no virtual environment, finds what this one uses."""
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    return [str(Path(nbdmirror.__file__).parents[1]), *packages]
+
+
+def _how(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

@@ -1,0 +1,359 @@
+"""The node inside an nbdkit process: its loop in a thread, and the way there from nbdkit's threads.
+
+Owns the loop's thread, the hand-over of requests, the clean end, and what the supervisor is told.
+Never calls nbdkit itself (``nbdkit_plugin`` does) and never touches the node outside its loop.
+
+Every callback of nbdkit runs in a thread of nbdkit's, one per connection. It posts its work to the
+loop and sleeps until the result is there, so the engine sees one thread, as in the native daemon.
+
+nbdkit ends when its connections have ended, and one whose client is silent never does by itself:
+so on SIGTERM the bridge shuts the receiving side of all client sockets. Requests in flight finish
+and are answered, the threads see the end of input, nbdkit calls ``cleanup``, and the node stops
+with nobody left to ask it for anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from types import CoroutineType
+from typing import Any
+
+from nbdmirror.codec.nbd import ExportInfo, wire_errno
+from nbdmirror.config import Config
+from nbdmirror.configfile import load
+from nbdmirror.edge import env as world
+from nbdmirror.edge.daemon import Daemon
+from nbdmirror.edge.lock import exclusive
+from nbdmirror.edge.notify import notify
+from nbdmirror.engine.node import STOP_SECONDS
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import NbdmirrorError, StateError, VolumeFailed
+
+SUPERVISOR_FD = "NBDMIRROR_SUPERVISOR_FD"
+"""Environment: the pipe to the supervisor, one JSON object a line."""
+SUPERVISOR_PID = "NBDMIRROR_SUPERVISOR_PID"
+RESTARTED = "NBDMIRROR_RESTARTED"
+"""Environment: how the nbdkit before this one ended."""
+
+REPLY_SECONDS = 2.0
+"""At the end, a client gets so long to read the last reply."""
+_TICK_SECONDS = 0.25
+_PR_SET_PDEATHSIG = 1
+
+Result = Any
+Work = Callable[..., Result | Coroutine[Any, Any, Result]]
+
+
+class Client:
+    """One connection: its volume, and its place to wait. nbdkit runs one request of it at a time
+    (the thread model says so), so one lock is enough."""
+
+    __slots__ = ("_bridge", "_done", "_error", "_result", "info", "volume")
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._result: Result = None
+        self._error: BaseException | None = None
+        self.volume: Volume
+        self.info: ExportInfo
+
+    def call(self, work: Work, *args: Any) -> Result:
+        """Runs ``work(*args)`` on the loop, awaits it if it gives a coroutine, returns what it
+        gives. VolumeFailed carries the errno for the wire, whatever went wrong (I8)."""
+        bridge = self._bridge
+        bridge.waiting[self] = None
+        if bridge.closed:
+            self._gone()
+        else:
+            try:
+                bridge.loop.call_soon_threadsafe(self._begin, work, args)
+            except RuntimeError:  # the loop was closed since
+                self._gone()
+            else:
+                self._done.acquire()
+        bridge.waiting.pop(self, None)
+        error = self._error
+        if error is None:
+            return self._result
+        self._error = None
+        raise error
+
+    def _gone(self) -> None:
+        self._error = VolumeFailed("the node has stopped", number=errno.ESHUTDOWN)
+
+    def abandon(self) -> None:
+        """The loop is gone: whoever waits here gets ESHUTDOWN."""
+        self._gone()
+        with contextlib.suppress(RuntimeError):  # it was answered at this very moment
+            self._done.release()
+
+    # -- on the loop -------------------------------------------------------------------------
+
+    def _begin(self, work: Work, args: tuple[Any, ...]) -> None:
+        try:
+            result = work(*args)
+        except Exception as error:
+            self._fail(error)
+        else:
+            if type(result) is CoroutineType:
+                self._bridge.follow(self._later(result))
+                return
+            self._result = result
+        self._done.release()
+
+    async def _later(self, work: Coroutine[Any, Any, Result]) -> None:
+        try:
+            self._result = await work
+        except asyncio.CancelledError:
+            self._gone()
+        except Exception as error:
+            self._fail(error)
+        self._done.release()
+
+    def _fail(self, error: Exception) -> None:
+        number = getattr(error, "errno", None) or errno.EIO
+        self._error = VolumeFailed(str(error), number=wire_errno(number))
+
+
+class Bridge:
+    """The node's side of one nbdkit process. ``check`` in get_ready, ``start`` in after_fork,
+    ``close`` in cleanup; ``shut_down`` is nbdkit's own request to end."""
+
+    def __init__(self, config_path: str, shut_down: Callable[[], None]) -> None:
+        self.config: Config = load(config_path)
+        self.loop: asyncio.AbstractEventLoop
+        self.daemon: Daemon
+        self.closed = False
+        self.waiting: dict[Client, None] = {}
+        self._shut_down = shut_down
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._listening: list[Any] = []
+        self._started = threading.Event()
+        self._quiet: asyncio.Event
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="node", daemon=True)
+        self._signals, self._wakeup = socket.socketpair()
+
+    # -- called by nbdkit's main thread ------------------------------------------------------
+
+    def check(self) -> None:
+        """What can be found wrong without changing anything, while every mode of nbdkit still
+        shows it: the state is there, readable, and of this node."""
+        store = Store.open(world.real_env().disk, self.config.state_dir, read_only=True)
+        store.close()
+        if store.state["node"] != self.config.node:
+            raise StateError(
+                f"{self.config.state_dir} belongs to node {store.state['node']!r}, not "
+                f"{self.config.node!r}",
+                hint="point state_dir to the right directory",
+            )
+
+    def start(self) -> None:
+        """Recovers and starts the node; returns when it serves, raises what keeps it from that.
+
+        Threads do not survive a fork, so it is here that the loop's thread starts."""
+        self._listening = [sock.getsockname() for sock in _sockets() if _accepts(sock)]
+        self._take_signals()
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+        self.daemon.ready()
+
+    def close(self) -> None:
+        """No connection is left: stops the node cleanly; raises what it failed with."""
+        with contextlib.suppress(RuntimeError):  # it ended by itself
+            self.loop.call_soon_threadsafe(self._end)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _take_signals(self) -> None:
+        """nbdkit handles signals by quitting in its own way. Python's handler takes its place, and
+        passes the number to the loop through a socket: no Python code runs in the main thread."""
+        self._signals.setblocking(False)
+        self._wakeup.setblocking(False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+            signal.siginterrupt(number, False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+
+    # -- the loop's thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with exclusive(self.config.state_dir):
+                world.run(self._live())
+        except BaseException as error:
+            self._failure = error
+        self.closed = True
+        for client in list(self.waiting):
+            client.abandon()
+        if self._started.is_set():
+            self._shut_down()
+            self._shut_clients(socket.SHUT_RDWR)
+        self._started.set()
+
+    async def _live(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._quiet = asyncio.Event()
+        self.daemon = daemon = Daemon(self.config, tell=tell)
+        self.loop.add_reader(self._signals, self._signalled)
+        await daemon.start(nbd=False)
+        if why := os.environ.get(RESTARTED):
+            daemon.node.events.emit("nbdkit-restarted", why=why)
+        self._started.set()
+        await daemon.ending()
+        self._shut_down()
+        await self._hang_up()
+        await daemon.finish()
+
+    def _signalled(self) -> None:
+        for number in self._signals.recv(64):
+            if number == signal.SIGHUP:
+                self.daemon.reload()
+            else:
+                self.daemon.stop.set()
+
+    def _end(self) -> None:
+        self.daemon.stop.set()
+        self._quiet.set()
+
+    async def _hang_up(self) -> None:
+        """Takes no more from clients, until ``close`` says that the last of them is gone. One
+        that does not read its reply is not waited for."""
+        began = self.loop.time()
+        while not self._quiet.is_set():
+            late = self.loop.time() - began
+            busy = bool(self._tasks) and late < STOP_SECONDS
+            how = socket.SHUT_RDWR if late > REPLY_SECONDS and not busy else socket.SHUT_RD
+            self._shut_clients(how)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._quiet.wait(), _TICK_SECONDS)
+
+    def _shut_clients(self, how: int) -> None:
+        for sock in self._clients():
+            with contextlib.suppress(OSError):
+                sock.shutdown(how)
+
+    # -- for the plugin ----------------------------------------------------------------------
+
+    def follow(self, work: Coroutine[Any, Any, None]) -> None:
+        """Keeps a request that has to wait (on the loop)."""
+        task = self.loop.create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.__delitem__)
+
+    def _clients(self) -> Iterator[socket.socket]:
+        """The sockets of nbdkit's connections: accepted from what it listens on."""
+        for sock in _sockets():
+            if sock.getsockname() in self._listening and not _accepts(sock):
+                yield sock
+
+    @property
+    def full(self) -> bool:
+        """Whether there are more connections than the limit allows, this one among them."""
+        return sum(1 for _ in self._clients()) > self.config.limits.connections_max
+
+    def attach(self, name: str) -> Client:
+        """A connection to an export; VolumeFailed (ENOENT) if there is none of that name."""
+        client = Client(self)
+        client.call(self._attach, client, name)
+        return client
+
+    def _attach(self, client: Client, name: str) -> None:
+        exports = self.daemon.node.exports
+        assert exports is not None
+        volume, info = exports.volume(name), exports.find(name)
+        if volume is None or info is None:
+            raise VolumeFailed(f"no export {name!r} here", number=errno.ENOENT)
+        client.volume, client.info = volume, info
+        volume.clients += 1
+
+    def detach(self, client: Client) -> None:
+        """The connection has ended."""
+        client.call(self._detach, client)
+
+    def _detach(self, client: Client) -> None:
+        client.volume.clients -= 1
+
+    def exports(self) -> list[ExportInfo]:
+        """What can be attached now."""
+        result: list[ExportInfo] = Client(self).call(self._exports)
+        return result
+
+    def _exports(self) -> list[ExportInfo]:
+        exports = self.daemon.node.exports
+        return exports.exports() if exports is not None else []
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """Every stream socket of this process, as a duplicate that is closed behind the loop body."""
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            # Duplicated first: whatever the number stands for by then, it stays that.
+            fd = os.dup(int(entry))
+        except OSError:
+            continue  # closed since
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            os.close(fd)
+            continue
+        with socket.socket(fileno=fd) as sock:
+            if sock.type == socket.SOCK_STREAM:
+                yield sock
+
+
+def _accepts(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+# -- the supervisor ------------------------------------------------------------------------------
+
+
+def tell(text: str) -> None:
+    """What the service manager should know; through the supervisor, if there is one."""
+    if SUPERVISOR_FD in os.environ:
+        _send(notify=text)
+    else:
+        notify(text)
+
+
+def end(error: NbdmirrorError | OSError) -> None:
+    """Ends this process, which cannot serve: the reason goes to the supervisor, or is printed."""
+    message, hint, exit_code = str(error), None, NbdmirrorError.exit_code
+    if isinstance(error, NbdmirrorError):
+        message, hint, exit_code = error.message, error.hint, error.exit_code
+    if SUPERVISOR_FD in os.environ:
+        _send(failed=message, hint=hint, exit_code=exit_code)
+    else:
+        world.say(f"nbdmirror: {message}" + (f"\n  {hint}" if hint else ""))
+    os._exit(exit_code)
+
+
+def _send(**fields: str | int | None) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        os.write(int(os.environ[SUPERVISOR_FD]), json.dumps(fields).encode() + b"\n")
+
+
+def die_with_supervisor() -> None:
+    """A supervisor that is killed takes this process with it, at once: what comes next must find
+    the sockets and the state free. Does nothing without a supervisor."""
+    pid = os.environ.get(SUPERVISOR_PID)
+    if pid is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != int(pid):
+        os._exit(NbdmirrorError.exit_code)
