@@ -40,6 +40,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class Limits:
     """``[limits]``: bounds on everything that a client, a peer or time could make grow (I6).
 
+    ``reply_bytes_max`` bounds what one client may have us answer at a time beyond what it has read;
     ``admin_requests_max`` is how many requests one admin connection may send ahead."""
 
     connections_max: int = 100
@@ -47,6 +48,7 @@ class Limits:
     options_max: int = 64
     request_bytes_max: int = 64 * MIB
     requests_max: int = 256
+    reply_bytes_max: int = 32 * MIB
     replication_connections_max: int = 32
     admin_connections_max: int = 32
     admin_line_bytes_max: int = 64 * KIB

@@ -285,6 +285,7 @@ def _limits(table: Table) -> Limits:
         handshake_seconds=table.seconds(
             "handshake_seconds", default.handshake_seconds, 0.1, _SECONDS_MAX
         ),
+        reply_bytes_max=table.size("reply_bytes_max", default.reply_bytes_max, c.MIB, c.GIB),
         options_max=table.integer("options_max", default.options_max, 4, 65_536),
         request_bytes_max=table.size(
             "request_bytes_max", default.request_bytes_max, 64 * c.KIB, 64 * c.MIB

@@ -40,10 +40,10 @@ def _seal(magic: bytes, number: int, body: bytes) -> bytes:
 def _open(magic: bytes, number: int, data: Buffer) -> bytes | None:
     """The body; ``None`` for a page never written; FormatError for anything else."""
     view = memoryview(data)
-    found, _, place, checksum = _HEAD.unpack_from(view)
+    found, reserved, place, checksum = _HEAD.unpack_from(view)
     if found == b"\0\0\0\0" and not any(view):
         return None
-    if found != magic:
+    if found != magic or reserved:
         raise FormatError(f"map page {number} has a wrong magic")
     if place != number:
         raise FormatError(f"map page {number} holds page {place}: a write went astray")

@@ -113,12 +113,16 @@ def stored_size(kind: int, length: int) -> int:
     return HEADER_SIZE + length if kind == FILL else HEADER_SIZE
 
 
-def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
-    """The record that starts at ``at``.
+def parse_header(data: memoryview, at: int) -> tuple[Record, int]:
+    """The record whose 64 bytes of header start at ``at``, without its payload, and its stored
+    size. FormatError names what is wrong."""
+    kind, flags, epoch, volume, seq, offset, length, time_ns, _ = _header(data, at)
+    record = Record(kind, flags, epoch, volume, seq, offset, length, time_ns, None)
+    return record, stored_size(kind, length)
 
-    Raises FormatError naming what is wrong. A record cut short by the end of ``data`` is wrong
-    too; use ``peek_size`` where more bytes may come.
-    """
+
+def _header(data: memoryview, at: int) -> tuple[int, int, int, int, int, int, int, int, int]:
+    """The checked fields of a header: those of ``Record``, then the payload's checksum."""
     if len(data) - at < HEADER_SIZE:
         raise FormatError("record cut short in its header")
     (magic, version, kind, flags, _, epoch, volume, seq, offset, length, time_ns, payload_sum) = (
@@ -133,6 +137,15 @@ def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
         raise FormatError(f"header checksum of record {seq} does not match")
     if kind not in KIND_NAMES:
         raise FormatError(f"record {seq} has unknown kind {kind}")
+    return kind, flags, epoch, volume, seq, offset, length, time_ns, payload_sum
+
+
+def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
+    """The record that starts at ``at``.
+
+    Raises FormatError naming what is wrong; a record cut short by the end of ``data`` is wrong
+    too."""
+    kind, flags, epoch, volume, seq, offset, length, time_ns, payload_sum = _header(data, at)
     if kind != WRITE:
         return Record(kind, flags, epoch, volume, seq, offset, length, time_ns, None)
     start = at + HEADER_SIZE

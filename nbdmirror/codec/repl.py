@@ -37,7 +37,7 @@ from __future__ import annotations
 import json
 import struct
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import lz4.block
 from xxhash import xxh3_64_intdigest
@@ -86,12 +86,26 @@ class Type(IntEnum):
     PING = 14
 
 
-class Frame(NamedTuple):
-    """A received frame; ``payload`` is a view that stays valid."""
+class Frame:
+    """A received frame. What is packed stays packed until its payload is asked for: frames that
+    wait cost what they cost on the wire, never what they claim to hold (I6)."""
 
-    type: Type
-    session: int
-    payload: memoryview
+    __slots__ = ("_packed", "_payload", "session", "size", "type")
+
+    def __init__(self, kind: Type, session: int, wire: memoryview, packed: bool) -> None:
+        self.type = kind
+        self.session = session
+        self.size = HEADER_SIZE + len(wire)
+        """Bytes on the wire: what a frame that waits is counted as."""
+        self._payload = wire
+        self._packed = packed
+
+    @property
+    def payload(self) -> memoryview:
+        """A view that stays valid; PeerError if it cannot be unpacked."""
+        if self._packed:
+            self._payload, self._packed = _unpack(self._payload), False
+        return self._payload
 
     def json(self) -> dict[str, Any]:
         """The JSON object that it carries; PeerError if it does not."""
@@ -99,7 +113,7 @@ class Frame(NamedTuple):
             raise PeerError(f"{self.type.name} of {len(self.payload)} bytes is too long")
         try:
             value = json.loads(bytes(self.payload))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PeerError(f"{self.type.name} is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise PeerError(f"{self.type.name} is not a JSON object")
@@ -177,9 +191,7 @@ class FrameReader:
             payload = self._slab[at : at + length]
             if kind is not Type.RECORDS and length and xxh3_64_intdigest(payload) != payload_sum:
                 raise PeerError(f"payload checksum of a {kind.name} frame does not match")
-            if flags & _LZ4:
-                payload = _unpack(payload)
-            frames.append(Frame(kind, session, payload))
+            frames.append(Frame(kind, session, payload, bool(flags & _LZ4)))
             self._start = at + length
 
     def _header(self) -> tuple[Type, int, int, int, int]:

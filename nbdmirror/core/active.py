@@ -35,7 +35,8 @@ class ActiveMap:
         self.sectors = -(-slots_max // SLOTS)
         self._slots = [0] * (self.sectors * SLOTS)
         self._place: dict[int, int] = {}
-        self._free = list(range(len(self._slots) - 1, -1, -1))
+        # Ordered and quick to take any one from; the last is taken first.
+        self._free = dict.fromkeys(range(len(self._slots) - 1, -1, -1))
         self.hot: dict[int, int] = {}
         """key -> seq of its last write, for the extents that are durably in."""
 
@@ -52,7 +53,7 @@ class ActiveMap:
                 place = sector * SLOTS + number
                 self._slots[place] = value
                 self._place[value - 1] = place
-                self._free.remove(place)
+                del self._free[place]
                 self.hot[value - 1] = 0
 
     def admit(self, keys: list[int], safe_seq: int) -> list[int] | None:
@@ -69,13 +70,13 @@ class ActiveMap:
                 del self.hot[key]
                 place = self._place.pop(key)
                 self._slots[place] = 0
-                self._free.append(place)
+                self._free[place] = None
             if len(self._free) < len(keys):
                 return None
         touched: dict[int, None] = {}
         for key in keys:
             assert key not in self._place
-            place = self._free.pop()
+            place, _ = self._free.popitem()
             self._place[key] = place
             self._slots[place] = key + 1
             touched[place // SLOTS] = None
@@ -91,7 +92,7 @@ class ActiveMap:
         for key in keys:
             place = self._place.pop(key)
             self._slots[place] = 0
-            self._free.append(place)
+            self._free[place] = None
 
     def drop_safe(self, safe_seq: int) -> list[int]:
         """Lets go of every safe extent (clean stop); returns the sectors to write."""
@@ -100,7 +101,7 @@ class ActiveMap:
             del self.hot[key]
             place = self._place.pop(key)
             self._slots[place] = 0
-            self._free.append(place)
+            self._free[place] = None
             touched[place // SLOTS] = None
         return list(touched)
 

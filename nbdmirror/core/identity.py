@@ -6,7 +6,7 @@ so that a status, an event or ``explain`` can say why (X1, X4). Nothing here mov
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 
@@ -16,7 +16,7 @@ class Action(Enum):
     CONTINUE = "continue"
     """Send the log from the record after the secondary's last durable one."""
     RESET = "reset"
-    """Start a new stream at the log's head; what lies before it is in the DCM."""
+    """Start a new stream at ``Decision.seq``; every change before it is in the DCM."""
     FULL = "full"
     """As RESET, with every region in the DCM, compared by hash before it is sent."""
     REFUSE = "refuse"
@@ -74,16 +74,25 @@ class Decision:
     action: Action
     rule: str
     why: str
+    seq: int = 0
+    """The first record of the stream; meaningless for a REFUSE."""
 
 
 def _fork_end(source: Source, epoch: int) -> Fork | None:
-    """Where the history leaves the target's epoch; ``None`` if it is the current one."""
+    """Where the history first leaves the target's epoch; ``None`` if it is the current one."""
     ends = [fork for fork in source.forks if fork.epoch >= epoch]
-    return min(ends, key=lambda fork: fork.epoch) if ends else None
+    return min(ends, key=lambda fork: (fork.end_seq, fork.epoch)) if ends else None
 
 
 def decide(source: Source, target: Target) -> Decision:
     """First match wins; every doubt ends in a comparison by hash, never in trust (I5)."""
+    decision = _decide(source, target)
+    if decision.action is Action.CONTINUE:
+        return replace(decision, seq=target.durable_seq + 1)
+    return decision if decision.seq else replace(decision, seq=source.next_seq)
+
+
+def _decide(source: Source, target: Target) -> Decision:
     if not target.initialised:
         why = "the secondary holds nothing yet: first synchronisation"
         return Decision(Action.FULL, "T2", why)
@@ -118,11 +127,15 @@ def decide(source: Source, target: Target) -> Decision:
             )
         if source.met_epoch > fork.epoch:
             return _full(f"the secondary is back at epoch {target.epoch}: an old copy of it")
+        if not source.tracking and end + 1 < source.tail_seq:
+            return _full(f"the log begins at {source.tail_seq}, the common history ends at {end}")
         return Decision(
             Action.RESET,
             "T7",
             f"the primary lost power; the secondary's records {end + 1}..{target.durable_seq} "
             "lie in extents that are compared",
+            # What was written since is in the DCM of a remote that is tracked, else in the log.
+            source.next_seq if source.tracking else end + 1,
         )
     if target.durable_seq < source.base_seq:
         return _full(

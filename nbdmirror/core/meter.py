@@ -23,7 +23,8 @@ class Meter:
         self._expire(now)
 
     def _expire(self, now: float) -> None:
-        while len(self._samples) > 1 and self._samples[0][0] < now - self._window:
+        # One sample from before the window stays, or slow but steady progress would read as none.
+        while len(self._samples) > 1 and self._samples[1][0] <= now - self._window:
             self._samples.popleft()
 
     def rate(self, now: float) -> float:

@@ -77,7 +77,7 @@ class ActiveMapFile:
                     continue
                 try:
                     await self._write(sectors)
-                except DiskFailed:
+                except BaseException:  # a cancellation too: the slots must not stay half taken
                     self.map.withdraw(batch)
                     raise
                 self.map.enter(batch)
@@ -95,6 +95,12 @@ class ActiveMapFile:
                 number=error.errno or 5,
                 hint="replace the disk of state_dir, then restart the node",
             ) from error
+
+    async def settle(self) -> None:
+        """At start, before the first write: makes durable what a former process of the same boot
+        may have left in the page cache; until then a loaded extent does not count as in (O1)."""
+        async with self._lock:
+            await self._write([])
 
     async def drop_safe(self) -> None:
         """Lets go of every extent that is safe: at a clean stop, of all."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, cast
 
 from nbdmirror.codec import nbd, nbdreply, record
@@ -36,6 +37,9 @@ class ExportServer:
         self.group = group
         self.remotes = remotes
         self.limits = limits
+        volumes = len(group.volumes) if group else 0
+        # A client that lists the exports asks for each of them, and means no harm by it.
+        self.session_limits = replace(limits, options_max=limits.options_max + 4 * volumes)
         self.connections: list[ExportConnection] = []
         self.stopping = False
 
@@ -85,11 +89,14 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     def __init__(self, server: ExportServer) -> None:
         self._server = server
-        self._session = ServerSession(server.find, server.exports, server.limits)
+        self._session = ServerSession(server.find, server.exports, server.session_limits)
         self._transport: asyncio.Transport | None = None
         self._volume: Volume | None = None
         self._group: Group | None = None
-        self.tasks: dict[asyncio.Task[None], None] = {}
+        self.tasks: dict[asyncio.Task[None], int] = {}
+        """Requests that wait for something, and the bytes that each will answer with."""
+        self._task_bytes = 0
+        self._backlog: list[Request] = []
         self._writable = True
         self._reading = True
         self._deadline: asyncio.TimerHandle | None = None
@@ -158,11 +165,15 @@ class ExportConnection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client reads again."""
         self._writable = True
+        self._work_off()
         self._throttle()
 
     def _throttle(self) -> None:
         """Takes more from the client only while its replies go out and its requests are few."""
-        reading = self._writable and len(self.tasks) < self._server.limits.requests_max
+        if self._backlog and not self.tasks and self._writable:
+            asyncio.get_running_loop().call_soon(self._work_off)
+        limit = self._server.limits.requests_max
+        reading = self._writable and len(self.tasks) < limit and not self._backlog
         if reading != self._reading and self._transport is not None:
             self._reading = reading
             if reading:
@@ -199,23 +210,44 @@ class ExportConnection(asyncio.BufferedProtocol):
         assert volume is not None and group is not None
         writes: list[Request] = []
         changes: list[Change] = []
-        for request in requests:
+        answered = 0
+        for index, request in enumerate(requests):
             kind = request.type
-            if not request.length and kind != nbd.FLUSH:
-                self._session.reply(request)
-            elif kind == nbd.WRITE:
+            if kind == nbd.WRITE and request.length:
                 change = Change(record.WRITE, 0, request.offset, request.length, request.payload)
                 if request.flags & nbd.FUA:
                     self._start(request, self._write(volume, [request], [change], True))
                 else:
                     writes.append(request)
                     changes.append(change)
+            elif not request.length and kind != nbd.FLUSH:
+                self._session.reply(request)
+            elif self._full(answered):
+                self._backlog = requests[index:]
+                break
             elif kind == nbd.READ:
+                answered += request.length
                 self._read_now(volume, request)
             else:
                 self._start(request, self._other(volume, group, request))
         if changes:
             self._write_now(volume, group, writes, changes)
+
+    def _full(self, answered: int) -> bool:
+        """Whether no more may be begun: tasks, and bytes of replies, are bounded (I6)."""
+        limits = self._server.limits
+        return (
+            answered + self._task_bytes >= limits.reply_bytes_max
+            or len(self.tasks) >= limits.requests_max
+            or not self._writable
+        )
+
+    def _work_off(self) -> None:
+        """Goes on with requests that had to wait for others to be answered."""
+        if self._backlog and self._volume is not None and not self._full(0):
+            requests, self._backlog = self._backlog, []
+            self._execute(requests)
+            self._send()
 
     def _write_now(
         self, volume: Volume, group: Group, writes: list[Request], changes: list[Change]
@@ -312,7 +344,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         requests: list[Request] | None = None,
     ) -> None:
         task = asyncio.ensure_future(self._guard(requests or [request], work))
-        self.tasks[task] = None
+        self.tasks[task] = size = request.length if request.type == nbd.READ else 0
+        self._task_bytes += size
         task.add_done_callback(self._ended)
 
     async def _guard(self, requests: list[Request], work: Coroutine[Any, Any, None]) -> None:
@@ -325,7 +358,8 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._session.reply(request, number, error.message)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        del self.tasks[task]
+        self._task_bytes -= self.tasks.pop(task)
         if not task.cancelled():
             task.result()
         self._send()
+        self._work_off()

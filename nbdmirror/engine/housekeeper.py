@@ -163,7 +163,10 @@ class Housekeeper:
     def _police(self) -> None:
         """Forces out the remote furthest behind, if the log is full because of it (M7)."""
         ring = self._log.ring
-        full = ring.used > self._log.capacity * HIGH_WATER or self._waiting > 0
+        # What is released already only waits for its tail to be durable: it holds up nobody.
+        full = ring.used > self._log.capacity * HIGH_WATER or (
+            self._waiting > 0 and ring.durable_tail == ring.tail
+        )
         if not full or (self._forcing is not None and not self._forcing.done()):
             return
         holding = [r for r in self.remotes if not r.tracking or r.starting]
@@ -193,6 +196,7 @@ class Housekeeper:
             self._fail(error)
         finally:
             work.cancel()
+            self._kick.set()  # another remote may hold the same tail
 
     def status(self) -> dict[str, Any]:
         """The ``log`` object of the status."""

@@ -96,7 +96,7 @@ class Log:
             )
         file = disk.open(path, read_only=read_only)
         magic, capacity = _HEADER.unpack(file.pread(0, _HEADER.size))
-        if magic != _MAGIC or RING_AT + capacity > file.size():
+        if magic != _MAGIC or not 0 < capacity <= file.size() - RING_AT or capacity % 4096:
             file.close()
             raise StateError(f"{path} is not a log of this program, or was cut short")
         return cls(file, capacity, tail_position, tail_seq)
@@ -192,7 +192,8 @@ class Log:
             await self._commit()
 
     async def _sync_head(self) -> None:
-        upto = self.ring.next_seq - 1
+        ring = self.ring
+        upto = ring.next_seq - 1
         if self.failed is not None:
             raise self.failed
         if upto <= self.durable_seq:
@@ -201,7 +202,8 @@ class Log:
             await self._file.sync()
         except OSError as error:
             raise self._fail("sync", error) from error
-        self.durable_seq = max(self.durable_seq, upto)
+        if self.ring is ring:  # not reset meanwhile: ``upto`` would be of a former stream
+            self.durable_seq = max(self.durable_seq, upto)
 
     def _fail(self, what: str, error: OSError) -> DiskFailed:
         self.failed = DiskFailed(
@@ -236,7 +238,7 @@ class Log:
         ring = self.ring
         at = position % ring.capacity
         length = min(size_max, ring.capacity - at, ring.head - position)
-        view = memoryview(await self._file.read(RING_AT + at, length))
+        view = await self._read_file(at, length, cursor.seq)
         chunk = self._gather(view, cursor.seq, position)
         if chunk.first_seq <= chunk.last_seq:
             return chunk
@@ -278,16 +280,25 @@ class Log:
             raise FormatError(f"log {self._file.path}: found record {record.seq}, wanted {seq}")
         return record
 
+    async def _read_file(self, at: int, length: int, seq: int) -> memoryview:
+        try:
+            return memoryview(await self._file.read(RING_AT + at, length))
+        except OSError as error:
+            why = error.strerror or error
+            raise FormatError(f"log {self._file.path}, record {seq}: read failed: {why}") from error
+
     async def _seek(self, cursor: Cursor) -> None:
         """Finds the position of ``cursor.seq`` from the index, over headers only."""
         seq, position = self.ring.locate(cursor.seq)
         ring = self.ring
         while seq < cursor.seq:
-            at = position % ring.capacity
-            head = await self._file.read(RING_AT + at, codec.HEADER_SIZE)
-            kind, length = _peek(memoryview(head))
-            position += codec.stored_size(kind, length)
-            seq += kind != codec.FILL
+            view = await self._read_file(position % ring.capacity, codec.HEADER_SIZE, seq)
+            # A length that rotted would end in a tail at which recovery finds nothing.
+            found, size = codec.parse_header(view, 0)
+            if found.seq != seq:
+                raise FormatError(f"log {self._file.path}: found record {found.seq}, wanted {seq}")
+            position += size
+            seq += found.kind != codec.FILL
         cursor.position = position
 
     async def position_of(self, seq: int) -> int:

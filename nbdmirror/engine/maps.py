@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from nbdmirror.codec import mappage
 from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk, File
 
@@ -25,7 +26,12 @@ class DcmFile:
         self.region_size = region_size
         self.map = Dcm(regions)
         self._file: File | None = None
+        self._created = False
+        self._unwritten: dict[int, None] = {}
+        """Pages that changed in memory and are not in the file yet: a failed write leaves some."""
         self._unsynced = False
+        self.sync = GroupCommit(self._sync)
+        """Makes every mark so far durable; DiskFailed if it cannot, and ever after (O16)."""
         self.damage: str | None = None
         """Why the map could not be read back; it was filled then, so nothing is missed (X1)."""
 
@@ -33,22 +39,28 @@ class DcmFile:
         """Opens or makes the file and loads the pages that were written. O(pages written).
 
         A damaged map is filled, unless ``read_only``; ``damage`` says so."""
-        directory = self.path.rpartition("/")[0]
-        exists = self._disk.exists(self.path)
+        self._created = not self._disk.exists(self.path)
         if not read_only:
-            self._disk.make_directory(directory)
-        self._file = self._disk.open(self.path, create=not exists, read_only=read_only)
-        if not exists:
-            self._file.truncate(self.map.page_count * mappage.PAGE_SIZE)
-            self._unsynced = True
+            self._disk.make_directory(self.path.rpartition("/")[0])
+        self._file = self._disk.open(self.path, create=self._created, read_only=read_only)
+        size = self.map.page_count * mappage.PAGE_SIZE
         if default:
             self.map.fill()
         try:
+            if not default and self._file.size() != size:
+                # Absent pages would read as "nothing differs": a map that is gone proves nothing.
+                raise FormatError("the map is missing or was cut short")
             self._load()
         except FormatError as error:
             self.damage = f"{self.path}: {error}"
-            if not read_only:
-                self.fill()
+        if read_only:
+            return
+        if self._file.size() != size:
+            self._file.truncate(size)
+        # What was found may be a former process's, in the page cache only.
+        self._unsynced = True
+        if self.damage is not None:
+            self.fill()
 
     def _load(self) -> None:
         assert self._file is not None
@@ -81,14 +93,17 @@ class DcmFile:
 
     def _write(self, pages: list[int]) -> None:
         assert self._file is not None
+        # A page that could not be written is tried again: the bits are set, and nothing else
+        # would ever say that they are not in the file.
+        self._unwritten.update(dict.fromkeys(pages))
         try:
-            for number in pages:
+            for number in list(self._unwritten):
                 data = mappage.encode_page(number, self.map.page_bits(number))
+                self._unsynced = True
                 self._file.pwrite(number * mappage.PAGE_SIZE, data)
+                del self._unwritten[number]
         except OSError as error:
             raise self._failed("write", error) from error
-        if pages:
-            self._unsynced = True
 
     def fill(self) -> None:
         """Every region differs, or may. The caller saves the default bit (1) durably.
@@ -102,6 +117,7 @@ class DcmFile:
                 self._file.pwrite(number * mappage.PAGE_SIZE, data)
         except OSError as error:
             raise self._failed("write", error) from error
+        self._unwritten.clear()
         self._unsynced = True
         self.map.fill()
 
@@ -109,19 +125,31 @@ class DcmFile:
         """No region differs. The caller saves the default bit (0) durably; until then the map
         reads as its default, which is more than there is, never less."""
         assert self._file is not None
-        self.map.clear()
-        self._file.truncate(0)
-        self._file.truncate(self.map.page_count * mappage.PAGE_SIZE)
+        try:
+            self._file.truncate(0)
+            self._file.truncate(self.map.page_count * mappage.PAGE_SIZE)
+        except OSError as error:
+            raise self._failed("truncation", error) from error
+        self._unwritten.clear()
         self._unsynced = True
+        self.map.clear()
 
-    async def sync(self) -> None:
-        """Makes every mark so far durable; DiskFailed if it cannot."""
-        if not self._unsynced or self._file is None:
+    async def _sync(self) -> None:
+        if self._file is None:
+            return
+        self._write([])
+        if not self._unsynced:
             return
         self._unsynced = False
         try:
             await self._file.sync()
+            if self._created:
+                directory = self.path.rpartition("/")[0]
+                await self._disk.sync_directory(directory)
+                await self._disk.sync_directory(directory.rpartition("/")[0] or "/")
+                self._created = False
         except OSError as error:
+            self._unsynced = True
             raise self._failed("sync", error) from error
 
     def _failed(self, what: str, error: OSError) -> DiskFailed:

@@ -150,6 +150,7 @@ class Node:
         active.safe_seq = self._safe_seq
         active.make_safe = self._make_safe
         await self._mark_doubtful(recovered, active)
+        await active.settle()
         state.update(clean=False, boot_id=self.env.clock.boot_id())
         # The new epoch is durable before the first append (O10).
         await self.store.save()

@@ -22,6 +22,9 @@ from nbdmirror.ports import Env
 REFUSED_PAUSE_SECONDS = 10.0
 """A handshake that was turned down is tried again so often: somebody may have mended it."""
 FIRST_PAUSE_SECONDS = 0.1
+SETTLED_SECONDS = 10.0
+"""A session that lasted less does not shorten the next pause: no storm on a flapping link, nor of
+resyncs that a full log ends at once."""
 
 
 class Primary:
@@ -122,7 +125,7 @@ class Primary:
                 cause = error
             was_connected = remote.link == "connected"
             self._disconnected(remote, cause)
-            if was_connected and asyncio.get_running_loop().time() - began > 1.0:
+            if was_connected and asyncio.get_running_loop().time() - began > SETTLED_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             await self._pause(remote, REFUSED_PAUSE_SECONDS if remote.refused else pause)
             pause = min(pause * 2, self._config.replication.reconnect_max_seconds)

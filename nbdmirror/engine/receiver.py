@@ -168,7 +168,9 @@ class Receiver:
         while not log.fits(size, max(sizes)):
             await self.secondary.need_space()
         parts: list[Buffer] = [payload]
+        first_seq = log.next_seq
         log.append(parts, size, len(records), sizes, records)
+        self.secondary.applier.arrived(first_seq)
         self.acknowledge()
 
     def _checked(self, view: memoryview, next_seq: int) -> tuple[list[Record], memoryview]:

@@ -46,10 +46,12 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     times: list[tuple[int, int]] = []
     records = 0
+    limit = (state.get("apply") or {}).get("limit")
     for record in log.scan(forks, int(state["epoch"])):
         records += 1
         times.append((record.seq, record.time_ns))
-        if not clean:
+        # A secondary whose applying is held back comes back to exactly that point (V8).
+        if not clean and (limit is None or record.seq <= limit):
             await _apply(volumes[record.volume], record)
     end_seq = log.next_seq - 1
     for volume in volumes:

@@ -1,7 +1,7 @@
 """A secondary: its log, its facets, and what it may promise to a primary (V7, V8).
 
 Two tasks run as long as the node does: one makes the log durable, one applies what is durable to
-the facets, in order. Connections come and go (``engine.receiver``); at most one is current.
+the facets, in order (``engine.applier``). Connections come and go (``engine.receiver``); at most one is current.
 
 The ``upstream`` part of the superblock: {name, consistent, since}. ``consistent`` is false from
 before the first region copy of a resync lands until the stream has passed its end.
@@ -15,10 +15,10 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import repl
-from nbdmirror.codec.record import Record
 from nbdmirror.config import ReplicationConfig
+from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
-from nbdmirror.engine.log import Cursor, Log
+from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
@@ -26,9 +26,6 @@ from nbdmirror.ports import Buffer
 
 if TYPE_CHECKING:
     from nbdmirror.engine.receiver import Receiver
-
-APPLY_RECORDS = 64
-"""Records applied in one step of the event loop."""
 
 
 class Secondary:
@@ -51,30 +48,35 @@ class Secondary:
         self.store = store
         self.events = events
         self.tuning = tuning
-        self.applied_seq = log.next_seq - 1
+        self.applier = Applier(volumes, log, store, events)
+        self.applier.caught_up = self._tell
         self.current: Receiver | None = None
         self.failed: NbdmirrorError | None = None
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
-        self._durable_moved = asyncio.Event()
-        self._applied_moved = asyncio.Event()
-        self._applying = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Starts committing and applying."""
         self._tasks = [
             asyncio.ensure_future(self._guard(self._commit())),
-            asyncio.ensure_future(self._guard(self._apply())),
+            asyncio.ensure_future(self._guard(self.applier.run())),
         ]
 
     async def stop(self) -> None:
-        """Ends the tasks, then commits and applies what is in the log."""
+        """Ends the tasks, then commits what is in the log, and applies what may be applied."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.failed is None:
-            await self.drain()
+            await self.log.sync(self.log.next_seq - 1)
+            await self.applier.settle()
+            await self.sync_facets()
+
+    @property
+    def applied_seq(self) -> int:
+        """Every record up to here is in the facets."""
+        return self.applier.applied_seq
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -102,53 +104,19 @@ class Secondary:
                 log.appended.clear()
                 await log.appended.wait()
             await log.sync(log.next_seq - 1)
-            self._durable_moved.set()
+            self.applier.wake()
             await self._tell()
 
-    async def _apply(self) -> None:
-        while True:
-            while self.applied_seq >= self.log.durable_seq:
-                self._durable_moved.clear()
-                await self._durable_moved.wait()
-            await self._apply_some()
-            if self.applied_seq >= self.log.durable_seq:
-                await self._tell()
-
     async def _tell(self) -> None:
-        self._applied_moved.set()
-        self._applied_moved.clear()
         if self.current is not None:
             # Where the link is gone, its receiver sees that itself.
             with contextlib.suppress(ConnectionError):
                 await self.current.progress()
 
-    async def _apply_some(self) -> None:
-        """Applies the next durable records, in order (O2)."""
-        async with self._applying:
-            seq = self.applied_seq + 1
-            if seq > self.log.durable_seq:
-                return
-            chunk = await self.log.read(Cursor(seq))
-            for count, record in enumerate(chunk.parsed()):
-                if record.seq > self.log.durable_seq:
-                    return
-                await self._apply_one(record)
-                self.applied_seq = record.seq
-                if count % APPLY_RECORDS == APPLY_RECORDS - 1:
-                    await asyncio.sleep(0)
-
-    async def _apply_one(self, record: Record) -> None:
-        for facet in self.volumes[record.volume].facets:
-            try:
-                await facet.apply(record)
-            except OSError as error:
-                raise facet.fail("write", error) from error
-
     async def drain(self) -> None:
         """Returns when everything in the log is durable, applied, and durable in the facets."""
         await self.log.sync(self.log.next_seq - 1)
-        while self.applied_seq < self.log.next_seq - 1:
-            await self._apply_some()
+        await self.applier.drain()
         await self.sync_facets()
 
     # -- sessions ----------------------------------------------------------------------------
@@ -255,12 +223,11 @@ class Secondary:
     async def _reset(self, seq: int) -> None:
         """Empties the log, to go on with ``seq``; what it held is in the facets first."""
         await self.drain()
-        async with self._applying:
-            self.log.reset(seq)
-            self.applied_seq = seq - 1
-            for volume in self.volumes:
-                for facet in volume.facets:
-                    facet.written_seq = facet.synced_seq = seq - 1
+        self.log.reset(seq)
+        self.applier.reset(seq)
+        for volume in self.volumes:
+            for facet in volume.facets:
+                facet.written_seq = facet.synced_seq = seq - 1
         ring = self.log.ring
         self.store.state["tail"] = {"position": ring.tail, "seq": ring.tail_seq}
 
@@ -326,6 +293,8 @@ class Secondary:
             "received_seq": self.log.next_seq - 1,
             "durable_seq": self.log.durable_seq,
             "applied_seq": self.applied_seq,
+            "apply": self.applier.status(),
+            "next_action": "nbdmirror apply thaw" if self.applier.settings["frozen"] else None,
         }
 
 

@@ -289,7 +289,8 @@ class DirectoryContract:
         assert disk.list(world.directory) == ["state"]
         assert disk.open(new, read_only=True).pread(0, 4) == b"next"
         file.pwrite(0, b"same")
-        assert disk.open(new, read_only=True).pread(0, 4) == b"same", "an open file follows its name"
+        seen = disk.open(new, read_only=True).pread(0, 4)
+        assert seen == b"same", "an open file follows its name"
         disk.unlink(new)
         assert disk.list(world.directory) == []
         assert file.pread(0, 4) == b"same", "an open file outlives its name"

@@ -197,6 +197,14 @@ def volume(server: Server) -> str:
 
 
 @pytest.fixture
+def native(mirrored: MirroredServer) -> MirroredServer:
+    """Our own NBD server: what nbdkit's core decides or cannot do is not asked of it."""
+    if mirrored.cluster.frontend != "native":
+        pytest.skip("nbdkit cannot do this")
+    return mirrored
+
+
+@pytest.fixture
 def mirrored(server: Server) -> MirroredServer:
     """The server where it must be ours."""
     if not isinstance(server, MirroredServer):

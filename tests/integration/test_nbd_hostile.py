@@ -240,11 +240,11 @@ def _rss(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
-def test_silent_clients_are_dropped(mirrored: MirroredServer) -> None:
+def test_silent_clients_are_dropped(native: MirroredServer) -> None:
     """nbd.md 1.4, 1.7 (CVE-2024-7409): the handshake has a deadline of 10 s."""
-    clients = [RawClient(mirrored.socket, timeout=25) for _ in range(10)]
+    clients = [RawClient(native.socket, timeout=25) for _ in range(10)]
     try:
-        assert connect(mirrored.uri(mirrored.volumes[0])).get_size() == POOL_SIZE
+        assert connect(native.uri(native.volumes[0])).get_size() == POOL_SIZE
         assert all(client.hung_up() for client in clients)
     finally:
         for client in clients:

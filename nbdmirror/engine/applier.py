@@ -1,0 +1,167 @@
+"""Carries durable records from the secondary's log into its facets, in order (O2, V8).
+
+Applying can be frozen, and delayed by a chosen time: then the facets stay at an older point while
+the log goes on receiving. To come back to exactly that point after a crash, a bound that redo must
+not pass is kept in the superblock, and moved durably before anything beyond it is applied:
+
+    apply    {frozen: bool, delay: seconds, limit: seq that redo stops at, or null: no bound}
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nbdmirror.core.timeline import Timeline
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.log import Cursor, Log
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+
+RECORDS_AT_ONCE = 64
+"""Records applied in one step of the event loop."""
+UNBOUNDED: dict[str, Any] = {"frozen": False, "delay": 0.0, "limit": None}
+
+
+class Applier:
+    """The applying task of a secondary, and what people may ask of it."""
+
+    def __init__(self, volumes: list[Volume], log: Log, store: Store, events: EventLog) -> None:
+        self._volumes = volumes
+        self._log = log
+        self._store = store
+        self._events = events
+        self.settings: dict[str, Any] = store.state.setdefault("apply", dict(UNBOUNDED))
+        limit = self.settings["limit"]
+        last = log.next_seq - 1
+        self.applied_seq = last if limit is None else min(limit, last)
+        self.caught_up: Callable[[], Awaitable[None]] = _nothing
+        """Awaited when everything that may be applied is."""
+        self._moved = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._arrivals = Timeline()
+        """When records came in, by the monotonic clock: a delay must not follow the wall clock.
+        What the log holds at start counts as just come."""
+        self._last_arrival_ns = self._now_ns()
+        self._arrivals.add(self.applied_seq + 1, self._last_arrival_ns)
+
+    def arrived(self, first_seq: int) -> None:
+        """Records from ``first_seq`` on are in the log."""
+        self._last_arrival_ns = self._now_ns()
+        self._arrivals.add(first_seq, self._last_arrival_ns)
+
+    def wake(self) -> None:
+        """More records are durable, or the settings have changed."""
+        self._moved.set()
+
+    @staticmethod
+    def _now_ns() -> int:
+        return int(asyncio.get_running_loop().time() * 1e9)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether applying is held back by a person or a delay."""
+        return bool(self.settings["frozen"]) or self.settings["delay"] > 0
+
+    # -- the task ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Applies for ever; OSError from a facet ends it."""
+        while True:
+            until = self._due()
+            if self.applied_seq >= until:
+                await self._wait()
+                continue
+            if self.bounded:
+                self.settings["limit"] = until
+                await self._store.save()
+            async with self._lock:
+                await self._apply_until(until)
+            if self.applied_seq >= self._due():
+                await self.caught_up()
+
+    def _due(self) -> int:
+        """The last record that may be applied now."""
+        durable = self._log.durable_seq
+        if self.settings["frozen"]:
+            return self.applied_seq
+        delay_ns = int(self.settings["delay"] * 1e9)
+        if not delay_ns:
+            return durable
+        then = self._now_ns() - delay_ns
+        if then >= self._last_arrival_ns:
+            return durable
+        return min(durable, max(self._arrivals.last_before(then), self.applied_seq))
+
+    async def _wait(self) -> None:
+        self._moved.clear()
+        delayed = self.settings["delay"] > 0 and not self.settings["frozen"]
+        waiting = delayed and self.applied_seq < self._log.durable_seq
+        pause = min(1.0, self.settings["delay"] / 10) if waiting else None
+        try:
+            async with asyncio.timeout(pause):
+                await self._moved.wait()
+        except TimeoutError:
+            pass
+
+    async def _apply_until(self, until: int) -> None:
+        chunk = await self._log.read(Cursor(self.applied_seq + 1))
+        for count, record in enumerate(chunk.parsed()):
+            if record.seq > until:
+                break
+            for facet in self._volumes[record.volume].facets:
+                try:
+                    await facet.apply(record)
+                except OSError as error:
+                    raise facet.fail("write", error) from error
+            self.applied_seq = record.seq
+            if count % RECORDS_AT_ONCE == RECORDS_AT_ONCE - 1:
+                await asyncio.sleep(0)
+
+    # -- what others ask ---------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Applies all that is in the log, whatever holds it back; the log must be durable."""
+        async with self._lock:
+            last = self._log.next_seq - 1
+            if self.settings["limit"] is not None and self.settings["limit"] < last:
+                self.settings["limit"] = last
+                await self._store.save()
+            while self.applied_seq < last:
+                await self._apply_until(last)
+
+    async def settle(self) -> None:
+        """Clean stop: applies what may be applied; what is held back stays in the log."""
+        if not self.bounded:
+            await self.drain()
+
+    def reset(self, seq: int) -> None:
+        """The log was emptied, to go on with ``seq``; everything before it is applied."""
+        self.applied_seq = seq - 1
+        self._arrivals = Timeline()
+        if self.settings["limit"] is not None:
+            self.settings["limit"] = seq - 1
+
+    async def change(self, *, frozen: bool | None = None, delay: float | None = None) -> None:
+        """Freezes or thaws applying, or sets its delay; durable before it takes effect (V8)."""
+        settings = self.settings
+        async with self._lock:
+            settings["frozen"] = settings["frozen"] if frozen is None else frozen
+            settings["delay"] = settings["delay"] if delay is None else delay
+            settings["limit"] = self.applied_seq if self.bounded else None
+            await self._store.save()
+        self._events.emit("apply", frozen=settings["frozen"], delay_s=settings["delay"])
+        self.wake()
+
+    def status(self) -> dict[str, Any]:
+        """The ``apply`` object of the status."""
+        return {
+            "frozen": self.settings["frozen"],
+            "delay_s": self.settings["delay"],
+            "pending_records": self._log.next_seq - 1 - self.applied_seq,
+        }
+
+
+async def _nothing() -> None:
+    return None
