@@ -107,6 +107,7 @@ class RemoteConfig:
     mode: str = "async"
     compression: str = "off"
     max_rate: int | None = None
+    apply_delay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,6 @@ class ReplicationConfig:
     listen: str | None = None
     insecure: bool = False
     secret_file: str | None = None
-    apply_delay: float = 0.0
     heartbeat_seconds: float = 2.0
     timeout_seconds: float = 10.0
     reconnect_max_seconds: float = 10.0

@@ -38,10 +38,6 @@ def _always(_value: object) -> bool:
     return True
 
 
-def _is_delay(value: object) -> bool:
-    return value not in ("0s", "0ms", "0m", 0)
-
-
 _INSECURE_HINT = "listen on a unix socket or on loopback, or set insecure = true in this table"
 
 # (table, key, which values are refused, what works instead). Delete a row when it is built.
@@ -53,11 +49,9 @@ _NOT_YET: tuple[tuple[str, str, Callable[[object], bool], str], ...] = (
     ("remote", "mode", lambda value: value in ("sync", "checkpoint"), 'use "async"'),
     ("remote", "max_rate", _always, "leave it out"),
     ("remote", "on_link_loss", _always, "leave it out: an async remote never holds a client"),
-    ("remote", "apply_delay", _is_delay, 'leave it out or use "0s"'),
     ("remote", "tls", _always, "leave it out"),
     ("replication", "tls", _always, _INSECURE_HINT),
     ("replication", "secret_file", _always, _INSECURE_HINT),
-    ("replication", "apply_delay", _is_delay, 'leave it out or use "0s"'),
 )
 
 
@@ -245,8 +239,8 @@ def _remote(table: Table) -> RemoteConfig:
         address=str(_address(table, "address", table.text("address"))),
         mode=table.choice("mode", ("async",), default.mode),
         compression=table.choice("compression", ("off", "lz4"), default.compression),
+        apply_delay=table.seconds("apply_delay", default.apply_delay, 0.0, _SECONDS_MAX),
     )
-    table.raw("apply_delay", None)
     table.finish()
     return result
 
@@ -272,8 +266,7 @@ def _replication(table: Table) -> ReplicationConfig:
             "window_bytes", default.window_bytes, c.WINDOW_BYTES_MIN, c.WINDOW_BYTES_MAX
         ),
     )
-    for key in ("listen", "apply_delay"):
-        table.raw(key, None)
+    table.raw("listen", None)
     table.finish()
     return result
 

@@ -136,6 +136,7 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     for name, run in (("pause", online.pause), ("resume", online.resume)):
         _command(commands, name, run, talks=True).add_argument("remote", metavar="R")
     _add_remote(commands)
+    _add_apply(commands)
     events = _command(commands, "events", online.events, talks=True)
     events.add_argument("--since", type=int, default=0, metavar="CURSOR", help="only newer events")
     events.add_argument("--no-follow", dest="follow", action="store_false", help="only the past")
@@ -155,6 +156,16 @@ def _add_remote(commands: argparse._SubParsersAction[Parser]) -> None:
     _command(actions, "remove", online.remote_remove, talks=True).add_argument(
         "name", metavar="NAME"
     )
+
+
+def _add_apply(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "freezes or thaws a secondary's facets"
+    parser = commands.add_parser("apply", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    _command(actions, "freeze", online.freeze, talks=True)
+    _command(actions, "thaw", online.thaw, talks=True)
 
 
 def _add_attach(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -104,6 +104,16 @@ def remote_remove(args: argparse.Namespace) -> int:
     return _change(args, "remote.remove", {"name": args.name}, f"{args.name}: removed")
 
 
+def freeze(args: argparse.Namespace) -> int:
+    """``apply freeze``: a secondary's facets stay at this point; its log goes on receiving."""
+    return _change(args, "apply.freeze", {}, "applying is frozen")
+
+
+def thaw(args: argparse.Namespace) -> int:
+    """``apply thaw``: a secondary's facets follow its log again."""
+    return _change(args, "apply.thaw", {}, "applying goes on")
+
+
 def events(args: argparse.Namespace) -> int:
     """``events``: one JSON object a line, until interrupted unless --no-follow."""
     with _client(args) as client:

@@ -50,6 +50,9 @@ class NodeApi(Protocol):
     async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
         """Adds a remote while volumes are in use (M17)."""
 
+    async def apply(self, frozen: bool) -> Json | None:
+        """On a secondary: stops, or resumes, carrying its log into its facets (V8)."""
+
     async def remote_remove(self, name: str) -> Json | None:
         """Forgets a remote; what was kept for it is freed (M17)."""
 
@@ -117,6 +120,14 @@ async def _remote_add(call: Call) -> Json:
 
 async def _remote_remove(call: Call) -> Json:
     return await call.node.remote_remove(call.params["name"]) or {}
+
+
+async def _freeze(call: Call) -> Json:
+    return await call.node.apply(True) or {}
+
+
+async def _thaw(call: Call) -> Json:
+    return await call.node.apply(False) or {}
 
 
 async def _events(call: Call) -> Json:
@@ -199,6 +210,8 @@ METHODS: dict[str, Method] = {
         changing=True,
     ),
     "remote.remove": Method(_remote_remove, {"name": _REMOTE_NAME}, changing=True),
+    "apply.freeze": Method(_freeze, {}, changing=True),
+    "apply.thaw": Method(_thaw, {}, changing=True),
     "events": Method(
         _events,
         {

@@ -409,6 +409,16 @@ class Node:
         """Adds a remote while the volumes are in use."""
         await self._need_primary().add(name, address, mode)
 
+    async def apply(self, frozen: bool) -> dict[str, Any]:
+        """Freezes or thaws the facets of a secondary (V8)."""
+        if self.secondary is None:
+            raise Refused(
+                f"{self.config.node} is the primary: it has no log to apply",
+                hint="run this on a secondary",
+            )
+        await self.secondary.applier.change(frozen=frozen)
+        return self.secondary.applier.status()
+
     async def remote_remove(self, name: str) -> None:
         """Forgets a remote."""
         await self._need_primary().remove(name)

@@ -64,6 +64,7 @@ class Primary:
                 address=remote.address,
                 mode=remote.mode,
                 compression=remote.compression,
+                apply_delay=remote.apply_delay,
                 added=False,
             )
             wanted[remote.name] = facts

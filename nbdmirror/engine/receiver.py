@@ -149,6 +149,11 @@ class Receiver:
         log = self.secondary.log
         if action == "continue" and seq != log.next_seq:
             raise PeerError(f"START continues at {seq}, the log here ends at {log.next_seq - 1}")
+        delay = start.get("apply_delay", 0.0)
+        if not isinstance(delay, int | float) or not 0 <= delay <= 86_400:
+            raise PeerError(f"START garbled: apply_delay {delay!r}")
+        if delay != self.secondary.applier.settings["delay"]:
+            await self.secondary.applier.change(delay=float(delay))
         await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
         self._started = True
         self.link.send_json(Type.READY, {})

@@ -1,7 +1,8 @@
 """A secondary: its log, its facets, and what it may promise to a primary (V7, V8).
 
-Two tasks run as long as the node does: one makes the log durable, one applies what is durable to
-the facets, in order (``engine.applier``). Connections come and go (``engine.receiver``); at most one is current.
+Two tasks run as long as the node does: one makes the log durable, one applies what is durable
+to the facets, in order (``engine.applier``). Connections come and go (``engine.receiver``); at
+most one is current.
 
 The ``upstream`` part of the superblock: {name, consistent, since}. ``consistent`` is false from
 before the first region copy of a resync lands until the stream has passed its end.

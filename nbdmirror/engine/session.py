@@ -7,7 +7,7 @@ the terms (an overflow, a command, a lost link) ends the session; the next hands
 HELLO     {versions, group, uuid, node, generation, history, epoch, forks, volumes, session}
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, durable_seq, consistent}
 REFUSE    {rule, why}
-START     {action: "continue"|"reset", seq: first record to come, resync: bool, why}
+START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay}
 READY     {}
 """
 
@@ -192,6 +192,7 @@ class Session:
                 "seq": seq,
                 "resync": resync or not facts["consistent"],
                 "why": decision.why,
+                "apply_delay": facts.get("apply_delay", 0.0),
             },
         )
         await self._receive(Type.READY)

@@ -133,6 +133,10 @@ class FakeNode:
         self.calls.append(("remote_add", name, address, mode))
         return None
 
+    async def apply(self, frozen: bool) -> Json | None:
+        self.calls.append(("apply", frozen))
+        return None
+
     async def remote_remove(self, name: str) -> Json | None:
         if name == "bug":
             raise ZeroDivisionError("a defect")

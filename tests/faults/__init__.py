@@ -1,0 +1,4 @@
+"""The real daemon under real faults, on an unmodified kernel; numbers are those of the fault matrix.
+
+``FAULT_POINTS=all`` makes every sweep exhaustive; else a fixed choice of points is run.
+"""

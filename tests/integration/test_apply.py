@@ -1,0 +1,79 @@
+"""V8: applying on the secondary can be frozen and delayed, over crashes too; status shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import Cluster
+from tests.integration.process import wait_until
+from tests.integration.tools import connect, pattern
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with Cluster(tmp_path) as one:
+        one.start()
+        one.wait_in_sync()
+        yield one
+
+
+def facet_start(cluster: Cluster) -> bytes:
+    with open(cluster.secondary.facets(cluster.volumes[0].name)[0], "rb") as file:
+        return file.read(MIB)
+
+
+def test_frozen_facets_stay_over_kill_and_restart(cluster: Cluster) -> None:
+    """V8, V7: frozen, the facets keep their point though the log receives, through SIGKILL and
+    through a clean restart; thawed, they follow."""
+    client = connect(cluster.primary.uri())
+    client.pwrite(pattern(MIB, 1), 0)
+    cluster.wait_in_sync()
+    cluster.secondary.ok("apply", "freeze")
+    client.pwrite(pattern(MIB, 2), 0)
+    client.flush()
+
+    def received() -> bool:
+        upstream = cluster.secondary.status()["upstream"]
+        return bool(upstream["durable_seq"] == cluster.primary.status()["log"]["next_seq"] - 1)
+
+    wait_until("the secondary has received the second write", received)
+    for how in ("kill", "stop"):
+        upstream = cluster.secondary.status()["upstream"]
+        assert upstream["apply"]["frozen"] and upstream["apply"]["pending_records"] > 0
+        assert upstream["next_action"] == "nbdmirror apply thaw"
+        assert facet_start(cluster) == pattern(MIB, 1)
+        getattr(cluster.secondary, how)()
+        assert facet_start(cluster) == pattern(MIB, 1)
+        cluster.secondary.start()
+    assert facet_start(cluster) == pattern(MIB, 1)
+    cluster.secondary.ok("apply", "thaw")
+    cluster.check_in_sync()
+    assert facet_start(cluster) == pattern(MIB, 2)
+
+
+def test_apply_is_refused_on_a_primary(cluster: Cluster) -> None:
+    """V8: exit 4, and it says where to run it."""
+    result = cluster.primary.cli("apply", "freeze")
+    assert result.code == 4 and "secondary" in result.err
+
+
+def test_delayed_replica(tmp_path: Path) -> None:
+    """V8: with apply_delay the facets follow so much later, and not earlier."""
+    delay = 2.0
+    with Cluster(tmp_path, remote_keys={"apply_delay": f"{delay:g}s"}) as cluster:
+        cluster.start()
+        cluster.wait_in_sync()
+        client = connect(cluster.primary.uri())
+        began = time.monotonic()
+        client.pwrite(pattern(MIB, 3), 0)
+        while facet_start(cluster) != pattern(MIB, 3):
+            assert time.monotonic() - began < delay + 10
+        assert time.monotonic() - began >= delay
+        assert cluster.secondary.status()["upstream"]["apply"]["delay_s"] == delay
+        cluster.check_in_sync()

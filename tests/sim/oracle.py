@@ -1,0 +1,250 @@
+"""What may be read, and when: the reference model that every byte in a simulated run is held to.
+
+``Content`` is what a client may conclude from its own requests, cell by cell: after a crash a cell
+holds the newest value that was made durable, or a newer one. ``History`` is the group after each
+seq, as the primary logged it, with a new line of history for each power loss: what a consistent
+secondary must equal (I1). Neither looks into the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+ID_BYTES = 8
+
+
+class Violation(Exception):
+    """The product broke a promise."""
+
+
+class Write:
+    """A client's write or clearing: when it was issued, ended, and what it was told.
+
+    Times are counts of the oracle's own events. ``ended`` is None while it is in flight."""
+
+    __slots__ = ("acked", "durable", "ended", "issued", "value")
+
+    def __init__(self, value: int, issued: int) -> None:
+        self.value = value
+        self.issued = issued
+        self.ended: int | None = None
+        self.acked = False
+        self.durable = False
+
+
+def pattern(value: int, length: int) -> bytes:
+    """The bytes of a write: every 8 of them name it; 0 is a clearing."""
+    return value.to_bytes(ID_BYTES, "little") * (length // ID_BYTES)
+
+
+class Content:
+    """The values that each cell of each volume may hold."""
+
+    def __init__(self, sizes: Sequence[int], cell: int) -> None:
+        self.cell = cell
+        self.now = 0
+        self._last_value = 0
+        ground = Write(0, 0)
+        ground.ended, ground.acked, ground.durable = 0, True, True
+        self._cells = [[[ground] for _ in range(size // cell)] for size in sizes]
+        self._flying: dict[Write, None] = {}
+        self._volatile: list[Write] = []
+
+    def value(self) -> int:
+        """A value that was never written."""
+        self._last_value += 1
+        return self._last_value
+
+    def begin(self, volume: int, offset: int, length: int, value: int) -> Write:
+        """A client issues a write (value 0: a clearing) of whole cells."""
+        self.now += 1
+        write = Write(value, self.now)
+        self._flying[write] = None
+        cells = self._cells[volume]
+        for index in range(offset // self.cell, (offset + length) // self.cell):
+            history = cells[index]
+            if len(history) > 4:
+                floor = max((w.issued for w in history if w.durable), default=0)
+                history[:] = [w for w in history if w.ended is None or w.ended > floor]
+            history.append(write)
+        return write
+
+    def end(self, write: Write, *, acked: bool, durable: bool = False) -> None:
+        """The client was answered (``acked``: success; ``durable``: with FUA)."""
+        if write.ended is not None:
+            return  # the node died first
+        self.now += 1
+        del self._flying[write]
+        write.ended, write.acked, write.durable = self.now, acked, acked and durable
+        if acked and not durable:
+            self._volatile.append(write)
+
+    def flush_issued(self) -> int:
+        """A client issues a flush; pass what is returned to ``flushed`` when it succeeds."""
+        self.now += 1
+        return self.now
+
+    def flushed(self, issued: int) -> None:
+        """It has succeeded: every write answered before it was issued is durable."""
+        rest = []
+        for write in self._volatile:
+            assert write.ended is not None
+            if write.ended < issued:
+                write.durable = True
+            else:
+                rest.append(write)
+        self._volatile = rest
+
+    def died(self) -> None:
+        """The node is gone: what was in flight will not be answered."""
+        self.now += 1
+        for write in self._flying:
+            write.ended = self.now
+        self._flying.clear()
+
+    def check(
+        self, volume: int, offset: int, data: bytes, *, since: int, crashed: bool, what: str
+    ) -> None:
+        """Violation unless every cell of ``data`` holds a value that it may.
+
+        ``since``: when the read was issued. ``crashed``: after a power loss only what was durable
+        counts, else all that was acknowledged before ``since``."""
+        cell = self.cell
+        first = offset // cell
+        cells = self._cells[volume]
+        for index in range(len(data) // cell):
+            piece = data[index * cell : (index + 1) * cell]
+            found = int.from_bytes(piece[:ID_BYTES], "little")
+            history = cells[first + index]
+            newest = history[-1]
+            if newest.value == found and newest.acked and piece == pattern(found, cell):
+                continue
+            if piece != pattern(found, cell):
+                raise Violation(f"{what}: volume {volume}, cell {first + index} is torn")
+            if crashed:
+                floor = max((w.issued for w in history if w.durable), default=0)
+            else:
+                floor = max(
+                    (w.issued for w in history if w.acked and w.ended and w.ended < since),
+                    default=0,
+                )
+            if not any(
+                w.value == found and (w.ended is None or w.ended >= floor) for w in history
+            ):
+                raise Violation(
+                    f"{what}: volume {volume}, cell {first + index} holds write {found}; "
+                    f"it had {[(w.value, w.issued, w.ended, w.acked, w.durable) for w in history]},"
+                    f" those ended before {floor} are overwritten"
+                )
+
+    def recovered(self, images: Sequence[bytes], *, power: bool) -> None:
+        """Checks the volumes after a restart; what they hold is what the future starts from."""
+        for volume, image in enumerate(images):
+            self.check(volume, 0, image, since=self.now, crashed=power, what="after the restart")
+        self.now += 2
+        settled: dict[int, Write] = {}
+        cell = self.cell
+        for cells, image in zip(self._cells, images, strict=True):
+            for index, history in enumerate(cells):
+                if len(history) == 1:
+                    continue
+                value = int.from_bytes(image[index * cell : index * cell + ID_BYTES], "little")
+                write = settled.get(value)
+                if write is None:
+                    write = settled[value] = Write(value, self.now - 1)
+                    write.ended, write.acked, write.durable = self.now, True, power
+                if power:
+                    history[:] = [write]
+                else:
+                    history.append(write)
+        if power:
+            self._volatile.clear()
+        else:
+            self._volatile.extend(settled.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record, as far as an image is concerned; ``payload`` None clears."""
+
+    volume: int
+    offset: int
+    length: int
+    payload: bytes | None
+
+
+@dataclass(slots=True)
+class Line:
+    """One line of history: an image after ``base_seq``, and the records that follow."""
+
+    base: list[bytes]
+    base_seq: int
+    first_epoch: int
+    entries: list[Entry] = field(default_factory=list)
+    _images: list[bytearray] = field(default_factory=list)
+    _at: int = -1
+
+    @property
+    def head(self) -> int:
+        """The seq of its last record."""
+        return self.base_seq + len(self.entries)
+
+    def image(self, seq: int) -> list[bytearray]:
+        """All volumes after ``seq``; do not keep."""
+        assert self.base_seq <= seq <= self.head
+        if self._at < 0 or seq < self._at:
+            self._images = [bytearray(data) for data in self.base]
+            self._at = self.base_seq
+        for entry in self.entries[self._at - self.base_seq : seq - self.base_seq]:
+            data = bytes(entry.length) if entry.payload is None else entry.payload
+            self._images[entry.volume][entry.offset : entry.offset + entry.length] = data
+        self._at = seq
+        return self._images
+
+
+class History:
+    """The group after each seq."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        self.lines = [Line(images, 0, 0)]
+
+    @property
+    def head(self) -> int:
+        """The seq of the primary's last record."""
+        return self.lines[-1].head
+
+    def append(self, seq: int, entries: Sequence[Entry]) -> None:
+        """The primary logs records, the first being ``seq``."""
+        line = self.lines[-1]
+        if seq != line.head + 1:
+            raise Violation(f"record {seq} is appended behind {line.head}")
+        line.entries.extend(entries)
+
+    def fork(self, epoch: int, end_seq: int, images: list[bytes]) -> None:
+        """The primary recovered from a power loss: it goes on from ``end_seq`` in ``epoch``."""
+        if not self.lines[-1].base_seq <= end_seq <= self.head:
+            raise Violation(f"recovered up to record {end_seq}, the head was {self.head}")
+        self.lines.append(Line(images, end_seq, epoch))
+
+    def image(self, epoch: int, seq: int) -> list[bytearray]:
+        """The group after ``seq`` as a node knows it that has followed up to ``epoch``."""
+        lines = [line for line in self.lines if line.first_epoch <= epoch]
+        while seq < lines[-1].base_seq:
+            lines.pop()
+        line = lines[-1]
+        if seq > line.head:
+            raise Violation(f"record {seq} in epoch {epoch}: that history ends at {line.head}")
+        return line.image(seq)
+
+
+def compare(found: Sequence[bytes], wanted: Sequence[bytes | bytearray], what: str) -> None:
+    """Violation naming the first difference between two sets of volumes."""
+    for volume, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        if one == other:
+            continue
+        at = next(i for i in range(0, len(one), 32) if one[i : i + 32] != other[i : i + 32])
+        values = [int.from_bytes(data[at : at + ID_BYTES], "little") for data in (one, other)]
+        raise Violation(
+            f"{what}: volume {volume} differs at {at}: write {values[0]} instead of {values[1]}"
+        )
