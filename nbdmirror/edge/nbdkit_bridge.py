@@ -269,7 +269,7 @@ class Bridge:
         return sum(1 for _ in self._clients()) > self.config.limits.connections_max
 
     def attach(self, name: str) -> Client:
-        """A connection to an export; VolumeFailed (ENOENT) if there is none of that name."""
+        """A connection to an export; VolumeFailed if there is none of that name."""
         client = Client(self)
         client.call(self._attach, client, name)
         return client
@@ -279,7 +279,7 @@ class Bridge:
         assert exports is not None
         volume, info = exports.volume(name), exports.find(name)
         if volume is None or info is None:
-            raise VolumeFailed(f"no export {name!r} here", number=errno.ENOENT)
+            raise VolumeFailed(f"no export {name!r} here")
         client.volume, client.info = volume, info
         volume.clients += 1
 

@@ -100,7 +100,7 @@ class ActiveMapFile:
         """At start, before the first write: makes durable what a former process of the same boot
         may have left in the page cache; until then a loaded extent does not count as in (O1)."""
         async with self._lock:
-            await self._write([])
+            await self._write(list(range(self.map.sectors)))
 
     async def drop_safe(self) -> None:
         """Lets go of every extent that is safe: at a clean stop, of all."""

@@ -135,6 +135,7 @@ def _state(
         "boot_id": env.clock.boot_id(),
         "clean": True,
         "tail": {"position": 0, "seq": 1},
+        "durable_seq": 0,
         "volumes": [
             {
                 "name": volume.name,

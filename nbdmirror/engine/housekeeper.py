@@ -9,10 +9,11 @@ behind moves to DCM logging (``dcm``), or the write goes on waiting (``block``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.store import Store
@@ -23,6 +24,12 @@ INTERVAL_SECONDS = 5.0
 """Facets are synced, and the log released, at least this often while there is work."""
 HIGH_WATER = 0.9
 """Of the log: a remote that holds more is forced out before writes have to wait for it."""
+
+FacetLost = Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]]
+
+
+async def _ignore(volume: Volume, facet: LocalFacet) -> None:
+    return None
 
 
 class Housekeeper:
@@ -45,6 +52,8 @@ class Housekeeper:
         self.on_full = "dcm"
         self.failed: NbdmirrorError | None = None
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
+        self.facet_lost: FacetLost = _ignore
+        """Awaited when a facet failed: makes that durable (O16)."""
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
         self._waiting = 0
@@ -115,15 +124,19 @@ class Housekeeper:
 
     async def _sync_facets(self) -> None:
         dirty = [
-            facet
+            (volume, facet)
             for volume in self._volumes
             for facet in volume.in_service()
             if facet.written_seq > facet.synced_seq
         ]
-        for result in await asyncio.gather(*(f.sync() for f in dirty), return_exceptions=True):
+        syncs = (facet.sync() for _, facet in dirty)
+        results = await asyncio.gather(*syncs, return_exceptions=True)
+        for (volume, facet), result in zip(dirty, results, strict=True):
             if isinstance(result, DiskFailed):
-                raise result
-            if isinstance(result, BaseException):
+                await self.facet_lost(volume, facet)
+                if not volume.in_service():
+                    raise result  # nobody else holds what was promised
+            elif isinstance(result, BaseException):
                 raise result
 
     def _floor(self) -> int:
@@ -151,6 +164,7 @@ class Housekeeper:
                 await remote.sync_maps()  # what was pending is in the DCM before it goes (O12)
         position = ring.tail
         self._store.state["tail"] = {"position": position, "seq": ring.tail_seq}
+        self._store.state["durable_seq"] = self._log.durable_seq
         await self._store.save()
         if self._log.ring is ring:
             self._log.confirm_tail(position)

@@ -365,6 +365,22 @@ class Log:
             ring.advance(record.seq, 1, size)
             yield record
 
+    async def rewrite(self, seq: int) -> None:
+        """Writes the records from ``seq`` to the head again, as they are; DiskFailed if the disk
+        refuses. What a failed sync marked clean is dirty afterwards (O16)."""
+        ring = self.ring
+        if seq >= ring.next_seq:
+            return
+        position = await self.position_of(seq)
+        while position < ring.head:
+            at = position % ring.capacity
+            length = min(1 << 20, ring.capacity - at, ring.head - position)
+            try:
+                await self._file.write(RING_AT + at, await self._file.read(RING_AT + at, length))
+            except OSError as error:
+                raise self._fail("rewrite", error) from error
+            position += length
+
     def _window(self, at: int) -> memoryview:
         length = min(4 << 20, self.ring.capacity - at)
         return memoryview(self._file.pread(RING_AT + at, length))

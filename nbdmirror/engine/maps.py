@@ -49,6 +49,7 @@ class DcmFile:
         try:
             if not default and self._file.size() != size:
                 # Absent pages would read as "nothing differs": a map that is gone proves nothing.
+                size += 1  # and goes on to prove nothing until the new default is durable
                 raise FormatError("the map is missing or was cut short")
             self._load()
         except FormatError as error:
@@ -133,6 +134,11 @@ class DcmFile:
         self._unwritten.clear()
         self._unsynced = True
         self.map.clear()
+
+    def rewrite(self) -> None:
+        """Writes every page again, as it is: after an unclean end one may be in the page cache
+        only, marked clean by a sync that failed (O16)."""
+        self._write(list(self._written_pages()))
 
     async def _sync(self) -> None:
         if self._file is None:

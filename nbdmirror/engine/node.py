@@ -81,6 +81,7 @@ class Node:
             self.volumes, self.log, self.store, self.events, self._applied_seq
         )
         self.housekeeper.on_failed = self._fail
+        self.housekeeper.facet_lost = self._facet_lost
         if self.role == "primary":
             await self._start_primary(recovered)
         else:
@@ -91,6 +92,7 @@ class Node:
             clean=recovered.clean,
             power_loss=recovered.power_loss,
             records=recovered.records,
+            facets_healed=list(recovered.healed),
         )
         self.housekeeper.start()
         await self._listen(nbd)
@@ -144,8 +146,7 @@ class Node:
             self.env.disk, config.state_dir, config.log.hot_extents, config.log.extent_size
         )
         group = Group(self.volumes, self.log, active, self.env.clock, state["epoch"])
-        for seq, time_ns in recovered.times:
-            group.timeline.add(seq, time_ns)
+        group.timeline = recovered.timeline
         self.primary = Primary(self.env, config, group, self.store, self.events, self.housekeeper)
         active.safe_seq = self._safe_seq
         active.make_safe = self._make_safe
@@ -168,6 +169,9 @@ class Node:
         if any(remote.tracking for remote in self.primary.remotes):
             pending = await self._pending()
         for remote in self.primary.remotes:
+            if not recovered.clean:
+                for dcm in remote.dcms:
+                    dcm.rewrite()
             if remote.tracking:
                 # Whether an overflow was finished or not: what the log holds is marked again.
                 for volume, offset, length in pending:
@@ -259,7 +263,9 @@ class Node:
         saved = self.store.state["volumes"][volume.index]["facets"]
         for entry in saved:
             if entry["path"] == facet.path:
+                # From here on the log holds what the facet may lack, as long as it is kept.
                 entry["state"] = FacetState.NOT_SYNCHRONISED.value
+                entry["since"] = facet.synced_seq
         why = facet.failed.message if facet.failed else None
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()

@@ -13,12 +13,15 @@ Every step may itself be cut by a crash and is then done again (O19).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from nbdmirror.codec import record as codec
 from nbdmirror.core.active import volume_extent
+from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
-from nbdmirror.engine.facet import FacetState
+from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -33,44 +36,87 @@ class Recovered:
     power_loss: bool
     records: int
     end_seq: int
-    times: list[tuple[int, int]]
-    """(seq, time) of the records in the log, for lag in seconds."""
+    timeline: Timeline
+    """When the records in the log were taken, for lag in seconds."""
+    healed: tuple[str, ...] = ()
+    """Facets that had failed and that the log has brought back."""
 
 
 async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> Recovered:
     """Brings the facets to the end of the log. On return everything that will be relied on is
-    durable; the superblock is not changed but for failed facets."""
+    durable; the superblock is changed in memory only, and saved by the caller.
+
+    A facet that failed is brought back too, if the log still holds all that it had not synced
+    then: its disk is tried again, and what the page cache may have lost is written anew (O16)."""
     state = store.state
     clean = bool(state["clean"])
     power_loss = not clean and state["boot_id"] != boot_id
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
-    times: list[tuple[int, int]] = []
-    records = 0
     limit = (state.get("apply") or {}).get("limit")
+    healing = _healing(store, volumes, log.ring.tail_seq)
+    timeline = Timeline()
+    records = applied = 0
     for record in log.scan(forks, int(state["epoch"])):
         records += 1
-        times.append((record.seq, record.time_ns))
+        timeline.add(record.seq, record.time_ns)
         # A secondary whose applying is held back comes back to exactly that point (V8).
-        if not clean and (limit is None or record.seq <= limit):
-            await _apply(volumes[record.volume], record)
+        if limit is None or record.seq <= limit:
+            applied = record.seq
+            volume = volumes[record.volume]
+            facets = [facet for facet in volume.facets if facet in healing]
+            await _apply(facets if clean else volume.in_service() + facets, record)
     end_seq = log.next_seq - 1
     for volume in volumes:
         for facet in volume.facets:
-            facet.written_seq = end_seq
+            facet.written_seq = applied or end_seq
             # Redo may have brought back older versions of blocks: nothing counts as synced (O23).
-            facet.synced_seq = log.ring.tail_seq - 1 if records and not clean else end_seq
+            redone = records and (not clean or facet in healing)
+            facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
     if clean:
         log.durable_seq = end_seq
     elif power_loss:
         await log.sync(end_seq)
-        for volume in volumes:
-            for facet in volume.in_service():
+    else:
+        # A sync that failed before the process died may have left pages marked clean that are
+        # not on disk: what was not known to be durable is written once more (O16).
+        await log.rewrite(max(int(state.get("durable_seq", 0)) + 1, log.ring.tail_seq))
+    for volume in volumes:
+        for facet in volume.facets:
+            if facet in healing or (power_loss and facet.in_service):
                 await facet.sync()
-    return Recovered(clean, power_loss, records, end_seq, times)
+    _trust_again(store, healing)
+    paths = tuple(facet.path for facet in healing)
+    return Recovered(clean, power_loss, records, end_seq, timeline, paths)
 
 
-async def _apply(volume: Volume, record: codec.Record) -> None:
-    for facet in volume.in_service():
+def _entries(store: Store) -> Iterator[dict[str, Any]]:
+    for volume in store.state["volumes"]:
+        yield from volume["facets"]
+
+
+def _healing(store: Store, volumes: list[Volume], tail_seq: int) -> list[LocalFacet]:
+    """The failed facets for which the log holds everything since their last sync."""
+    since = {entry["path"]: entry.get("since") for entry in _entries(store)}
+
+    def held(facet: LocalFacet) -> bool:
+        synced = since.get(facet.path)
+        return synced is not None and synced + 1 >= tail_seq
+
+    facets = (facet for volume in volumes for facet in volume.facets)
+    return [facet for facet in facets if not facet.in_service and held(facet)]
+
+
+def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
+    paths = [facet.path for facet in healed]
+    for facet in healed:
+        facet.state = FacetState.SYNCHRONISED
+    for entry in _entries(store):
+        if entry["path"] in paths:
+            entry.update(state=FacetState.SYNCHRONISED.value, since=None)
+
+
+async def _apply(facets: list[LocalFacet], record: codec.Record) -> None:
+    for facet in facets:
         try:
             await facet.apply(record)
         except OSError as error:

@@ -25,6 +25,9 @@ from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
 from nbdmirror.ports import Buffer
 
+COMMIT_PAUSE_SECONDS = 0.02
+"""Between two commits of the log: what a durable acknowledgement may come later."""
+
 if TYPE_CHECKING:
     from nbdmirror.engine.receiver import Receiver
 
@@ -91,7 +94,6 @@ class Secondary:
             error = DiskFailed(str(error), number=error.errno or 5)
         if self.failed is None:
             self.failed = error
-            self.events.emit("failed", why=error.message)
             if self.current is not None:
                 self.current.link.close(error)
             self.on_failed(error)
@@ -107,6 +109,8 @@ class Secondary:
             await log.sync(log.next_seq - 1)
             self.applier.wake()
             await self._tell()
+            # Nobody waits for an asynchronous secondary: larger commits cost its host less.
+            await asyncio.sleep(COMMIT_PAUSE_SECONDS)
 
     async def _tell(self) -> None:
         if self.current is not None:
@@ -231,6 +235,7 @@ class Secondary:
                 facet.written_seq = facet.synced_seq = seq - 1
         ring = self.log.ring
         self.store.state["tail"] = {"position": ring.tail, "seq": ring.tail_seq}
+        self.store.state["durable_seq"] = self.log.durable_seq
 
     async def become_consistent(self, seq: int) -> None:
         """The stream has passed the end of a resync: say so, durably."""

@@ -13,6 +13,7 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     boot_id        of the boot in which the node was last started
     clean          true between a clean stop and the next start
     tail           {position, seq}: where the log's valid part begins
+    durable_seq    the log was durable up to here when this was saved; 0 if that is not known
     volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
     upstream       on a secondary: {name, consistent, since}; null before the first session

@@ -3,12 +3,13 @@
 Owns: strace's command line, tmpfs mounts, FUSE exports of qemu-storage-daemon, starting a node
 beneath them, its exit. Decides nothing about what must follow. Used by the tests of this package.
 
-Counts are per thread of the daemon: ``when`` names the Nth call of the same thread. Writes are
-made by the main thread, syncs and holes by others.
+Counts are per system call and thread: ``when`` names the Nth call of that name by one thread.
+Writes are made by the main thread, syncs and holes by others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -27,12 +28,8 @@ from tests.integration.cluster import READY_S, Cluster, Node, nbdmirror
 from tests.integration.process import Process, ProcessError, wait_until
 
 ALL_POINTS = os.environ.get("FAULT_POINTS") == "all"
-MAIN_CALLS = (
-    "pwrite64,pwritev,pwritev2,ftruncate,fsync,renameat,unlink,write,writev,sendmsg,sendto"
-)
-"""What the main thread does to disks and sockets."""
-THREAD_CALLS = "fdatasync,fsync,fallocate"
-"""What other threads do to disks."""
+DISK_CALLS = ("pwritev2", "pwrite64", "fdatasync", "fallocate")
+"""What the daemon does to disks: log; facets, maps and superblock; all; holes."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -47,7 +44,7 @@ def strace(calls: str, action: str, when: str | int = 1, *, path: Path | None = 
     The daemon stays this process's child, and its process id the one that was started."""
     only = ["-P", str(path)] if path else []
     inject = f"inject={calls}:{action}:when={when}"
-    return ["strace", "-D", "-f", "--seccomp-bpf", "-qqq", "-o", "/dev/null", *only] + [
+    return ["strace", "-D", "-f", "-qqq", "-o", "/dev/null", *only] + [
         "-e",
         f"trace={calls}",
         "-e",
@@ -55,13 +52,26 @@ def strace(calls: str, action: str, when: str | int = 1, *, path: Path | None = 
     ]
 
 
-def start_under(node: Node, prefix: Sequence[str]) -> bool:
-    """Starts the node's daemon behind a prefix; whether it got ready. Else it has ended."""
+class Victim(Process):
+    """A process that is expected to end by itself; its tracer may see the end before us."""
+
+    def failure(self, what: str) -> ProcessError:
+        if what.startswith("ended"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(10)
+        return super().failure(what)
+
+
+def start_under(node: Node, prefix: Sequence[str], code: int = -9) -> bool:
+    """Starts the node's daemon behind a prefix; whether it got ready. Else it has ended, with
+    this exit code."""
     assert not node.alive
     argv = [*prefix, sys.executable, "-m", "nbdmirror", "serve", str(node.config)]
     try:
-        node.process = Process(node.name, argv, node.directory / "output", notify=READY_S)
-    except ProcessError:
+        node.process = Victim(node.name, argv, node.directory / "output", notify=READY_S)
+    except ProcessError as error:
+        assert f"; exit {code}\n" in str(error), error
+        node.process = None
         return False
     return True
 
@@ -69,7 +79,14 @@ def start_under(node: Node, prefix: Sequence[str]) -> bool:
 def wait_death(node: Node, seconds: float = 30.0) -> int:
     """Returns the exit code of a daemon that ends by itself."""
     wait_until(f"{node.name} ends", lambda: not node.alive, seconds)
-    return node.daemon.popen.wait()
+    return bury(node)
+
+
+def bury(node: Node) -> int:
+    """Kills the daemon if it still runs, and releases what belonged to it; its exit code."""
+    node.kill()
+    code: int = node.daemon.popen.returncode
+    return code
 
 
 def serve_fails(node: Node) -> str:
@@ -108,6 +125,15 @@ def check_equal(cluster: Cluster, seconds: float = 40.0) -> None:
         outputs = [f"{node.name}: {node.daemon.output()}" for node in cluster.nodes]
         raise AssertionError("\n".join([str(error), *outputs])) from error
     cluster.compare()
+
+
+def is_in_sync(cluster: Cluster) -> bool:
+    """Whether the primary says so; not so if nobody answers there."""
+    try:
+        cluster.primary.rpc("wait", until="in-sync", timeout=0.05)
+    except (AssertionError, OSError, ValueError):
+        return False
+    return True
 
 
 def resyncs(cluster: Cluster) -> list[dict[str, Any]]:

@@ -198,9 +198,7 @@ class Load:
             change = self.journal.issue(first, count, zero=command != rawnbd.WRITE)
             sectors = range(first, first + count)
             payload = b"" if change.zero else b"".join(map(change.content, sectors))
-            cookie = self._client.request(
-                command, first * SECTOR, count * SECTOR, flags, payload
-            )
+            cookie = self._client.request(command, first * SECTOR, count * SECTOR, flags, payload)
             waiting[cookie] = (change, fua)
         while waiting:
             cookie, error, _ = self._client.answer()

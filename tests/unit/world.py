@@ -33,7 +33,7 @@ def run(main: Coroutine[object, object, T]) -> T:
 def fail(
     operation: str, times: int = 1, *, path: str = "", number: int = 5
 ) -> Callable[..., Fault | None]:
-    """An injector: the next ``times`` operations of that name, on paths ending in ``path``, fail."""
+    """An injector: the next ``times`` operations of that name fail, on paths ending in ``path``."""
     left = [times]
 
     def inject(found: str, where: str, _nth: int) -> Fault | None:

@@ -1,0 +1,89 @@
+"""``python -m tests.sim``: sweeps over seeds, replays one, or lets the mutants loose."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from tests.sim import swarm
+from tests.sim.swarm import Result
+
+BATCH = 20
+
+
+def main() -> int:
+    """Returns the exit code: 1 if a promise was broken."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
+    parser.add_argument("--seeds", type=int, metavar="N", help="run N seeds")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first of them")
+    parser.add_argument("--seed", type=int, help="run one seed")
+    parser.add_argument("--trace", action="store_true", help="print what happens (with --seed)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--failures", type=int, default=3, help="stop after so many (default 3)")
+    parser.add_argument("--counts", action="store_true", help="print how often things happened")
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        return _one(arguments.seed, trace=arguments.trace)
+    return _sweep(
+        range(arguments.first, arguments.first + (arguments.seeds or 2000)),
+        arguments.jobs,
+        arguments.failures,
+        counts=arguments.counts,
+    )
+
+
+def _one(seed: int, *, trace: bool) -> int:
+    result = swarm.run(seed, trace=print if trace else None)
+    if trace:
+        print(swarm.draw(seed))
+    print(f"seed {seed}: {result.problem or 'passed'}")
+    print(f"{result.steps} steps, {result.seconds:.1f} s of virtual time, trace {result.digest}")
+    return 1 if result.problem else 0
+
+
+def _run_batch(seeds: range) -> list[Result]:
+    return [swarm.run(seed) for seed in seeds]
+
+
+def results(seeds: range, jobs: int) -> Iterator[Result]:
+    """The results of the seeds, in their order."""
+    batches = [seeds[at : at + BATCH] for at in range(0, len(seeds), BATCH)]
+    if jobs <= 1:
+        for batch in batches:
+            yield from _run_batch(batch)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        try:
+            for done in pool.map(_run_batch, batches):
+                yield from done
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
+    began = time.monotonic()
+    fired: Counter[str] = Counter()
+    failed = done = steps = 0
+    for result in results(seeds, jobs):
+        done += 1
+        steps += result.steps
+        fired.update(result.fired)
+        if result.problem is not None:
+            failed += 1
+            print(f"seed {result.seed}: {result.problem}", flush=True)
+            if failed >= failures_max:
+                break
+    if counts:
+        for name, count in sorted(fired.items()):
+            print(f"{count:9} {name}")
+    seconds = time.monotonic() - began
+    print(f"{done} seeds, {failed} failed, {steps} steps, {done / seconds:.1f} seeds/s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The invariants, checked while a run goes on: on crash clones, and on what the nodes say.
+
+A crash clone is a copy of a host's disk whose power is cut; a node recovers on it, alone, in a
+loop of its own, and no time goes by in the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from nbdmirror.config import Config
+from nbdmirror.engine.node import Node
+from nbdmirror.ports import Env
+from tests.sim.clock import SimClock
+from tests.sim.disk import SimDisk
+from tests.sim.loop import Incarnation, SimLoop
+from tests.sim.oracle import Violation, compare
+from tests.sim.world import Host, World
+
+
+class Nobody:
+    """A network where nobody else is."""
+
+    async def connect(self, address: str, protocol: Any) -> Any:
+        raise OSError(f"no route to {address}")
+
+    async def listen(self, address: str, protocol: Any) -> Nobody:
+        return self
+
+    address = "nowhere"
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What a node makes of a disk after a power loss."""
+
+    initialised: bool
+    consistent: bool
+    epoch: int
+    seq: int
+    volumes: list[bytes]
+
+
+def recover_alone(disk: SimDisk, config: Config, seed: str) -> Image:
+    """Boots a node on a disk, with nobody around, lets it settle, and reads its volumes."""
+    outer = asyncio.get_running_loop()
+    loop = SimLoop()
+    life = Incarnation(f"clone of {disk.node}")
+    try:
+        main = loop.spawn(life, _boot(loop, disk, config, seed))
+        image: Image = loop.run_until_complete(main)
+    finally:
+        life.kill()
+        loop.close()
+        asyncio._set_running_loop(outer)
+    return image
+
+
+async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Image:
+    env = Env(disk, Nobody(), SimClock(loop, disk), random.Random(seed))
+    node = Node(env, config)
+    await node.start(nbd=False)
+    if node.secondary is not None:
+        await node.secondary.drain()
+    state = node.store.state
+    upstream = state["upstream"]
+    return Image(
+        initialised=state["uuid"] is not None,
+        consistent=bool(upstream and upstream["consistent"]),
+        epoch=state["epoch"],
+        seq=node.log.next_seq - 1,
+        volumes=[
+            disk.content(volume.source().path)[: volume.size] for volume in node.volumes
+        ],
+    )
+
+
+class Checks:
+    """Looks at the run from time to time."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._random = random.Random(f"{world.seed}:checks")
+        self._done: dict[str, tuple[object, int]] = {}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        gap = self._random.choice([0.003, 0.02, 0.1, 1.0])
+        while True:
+            await asyncio.sleep(gap * self._random.random() * 2)
+            self.look()
+            if self._random.random() < 0.3:
+                host = self._random.choice(list(self._world.hosts.values()))
+                if host.life.number > 1:
+                    self.crash_clone(host)
+                gap = min(gap * 1.1, 2.0)
+
+    # -- what must hold at every moment ----------------------------------------------------------
+
+    def look(self) -> None:
+        """Everything that can be checked without a clone."""
+        world = self._world
+        for host in world.hosts.values():
+            if host.node is not None:
+                self._bounds(host, host.node)
+        node = world.a.node
+        if node is None:
+            return
+        status = node.status()
+        for remote in status["remotes"]:
+            self._progress(remote)
+            if remote["state"] == "synchronised" and remote["dirty"]["regions"]:
+                raise Violation(f"{remote['name']} is synchronised with marked regions (I5)")
+        if not any(facet.pending for v in node.volumes for facet in v.facets):
+            line = world.history.lines[-1]
+            compare(world.a.images(), line.image(line.head), "the primary (V5)")
+
+    def _progress(self, remote: dict[str, Any]) -> None:
+        """Bytes done never fall within a pass; no more is sent than what is marked (I4)."""
+        resync = remote["resync"]
+        name = remote["name"]
+        if resync is None:
+            self._done.pop(name, None)
+            return
+        node = self._world.a.node
+        assert node is not None and node.primary is not None
+        progress = node.primary.remote(name).progress
+        identity, done = self._done.get(name, (progress, 0))
+        if identity is progress and resync["done_bytes"] < done:
+            raise Violation(f"progress of {name} fell from {done} to {resync['done_bytes']}")
+        self._done[name] = (progress, resync["done_bytes"])
+
+    def _bounds(self, host: Host, node: Node) -> None:
+        """I6: queues have limits, whatever happens."""
+        ring = node.log.ring
+        if ring.head - ring.durable_tail > ring.capacity:
+            raise Violation(f"the log of {host.name} holds more than it can")
+        for receiver in node._receivers.values():
+            if receiver._queued > (8 << 20) + (4 << 20):
+                raise Violation(f"{host.name} queues {receiver._queued} bytes")
+
+    # -- crash clones ----------------------------------------------------------------------------
+
+    def crash_clone(self, host: Host) -> None:
+        """What if this host lost its power now?"""
+        world = self._world
+        world.fired[f"clone of {host.role}"] += 1
+        disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
+        disk.power_cut()
+        image = recover_alone(disk, host.config, f"{world.seed}:clone")
+        if host.role == "primary":
+            for volume, data in enumerate(image.volumes):
+                world.content.check(
+                    volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
+                )
+        else:
+            self._check_secondary(host, image)
+
+    def _check_secondary(self, host: Host, image: Image) -> None:
+        world = self._world
+        believed = self._believed(host)
+        if not image.initialised or not image.consistent:
+            world.fired["clone inconsistent"] += 1
+            return
+        wanted = world.history.image(image.epoch, image.seq)
+        compare(image.volumes, wanted, f"a clone of {host.name} at record {image.seq} (I1)")
+        if image.seq < believed:
+            raise Violation(
+                f"a clone of {host.name} ends at {image.seq}, but {believed} was durable (O4)"
+            )
+
+    def _believed(self, host: Host) -> int:
+        """What the primary relies on that this secondary has on disk."""
+        node = self._world.a.node
+        if node is None or node.primary is None:
+            return 0
+        remote = node.primary.remote(host.name)
+        if remote.link != "connected" or remote.tracking or remote.starting:
+            return 0
+        return remote.durable_seq

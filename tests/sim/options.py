@@ -1,0 +1,125 @@
+"""What a seed stands for: the sizes, rates and faults of one run, drawn before it begins.
+
+A swarm: every run has some kinds of faults and lacks others, so that one kind does not always
+hide what another would have shown.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tests.sim.faults import Timing
+
+KIB = 1024
+
+LINK_FAULTS = ("cut", "one-way cut", "reset", "net stall", "slow link")
+NODE_FAULTS = (
+    "power a",
+    "power b",
+    "power both",
+    "kill a",
+    "kill b",
+    "stop a",
+    "stop b",
+    "die starting",
+    "stop and power",
+)
+DISK_FAULTS = ("disk stall", "sync error a", "sync error b", "sync loss b", "write error b")
+ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump")
+FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One run, but for what happens by chance within it."""
+
+    sizes: tuple[int, ...]
+    cell: int
+    region: int
+    extent: int
+    facets: int
+    remotes: int
+    log_size: int
+    remote_log_size: int
+    on_full: str
+    compression: str
+    window: int
+    timing: Timing
+    constants: dict[str, int | float]
+    shuffle: bool
+    clients: int
+    operations: int
+    write_cells: int
+    hot_cells: int
+    pause: float
+    fua: float
+    flush: float
+    clear: float
+    faults: dict[str, float]
+    fault_gap: float
+
+
+def draw(seed: int) -> Options:
+    """The options of a seed."""
+    rng = random.Random(f"{seed}:options")
+    odd = rng.random() < 0.12
+    cell = 32 if odd else 512
+    region = rng.choice([4, 4, 8, 16]) * KIB
+    regions = rng.choice([4, 8, 8] if odd else [8, 16, 32])
+    sizes = tuple(
+        region * regions - (rng.randrange(4) * cell if rng.random() < 0.3 else 0)
+        for _ in range(rng.choice([1, 1, 2, 3]))
+    )
+    log_size = rng.choice([44, 68, 132, 260, 1028]) * KIB
+    return Options(
+        sizes=sizes,
+        cell=cell,
+        region=region,
+        # Many small extents: the active map has 61 slots at least and must be made to evict.
+        extent=rng.choice([1, 2, 4, 16]) * KIB,
+        facets=2 if rng.random() < 0.2 else 1,
+        remotes=2 if rng.random() < 0.15 else 1,
+        log_size=log_size,
+        remote_log_size=max(log_size, rng.choice([68, 260]) * KIB),
+        on_full=rng.choice(["dcm", "dcm", "dcm", "block"]),
+        compression=rng.choice(["off", "off", "lz4"]),
+        window=rng.choice([4, 64, 8192]) * KIB,
+        timing=_timing(rng),
+        constants=_constants(rng),
+        shuffle=rng.random() < 0.1,
+        clients=rng.choice([1, 2, 4]),
+        operations=rng.choice([30, 60, 60, 120]),
+        write_cells=rng.choice([1, 4, 16, 40]),
+        hot_cells=rng.choice([16, 64, 1 << 30, 1 << 30]),
+        pause=rng.choice([0.0, 0.002, 0.02, 0.2]),
+        fua=rng.choice([0.0, 0.05, 0.3]),
+        flush=rng.choice([0.02, 0.1, 0.3]),
+        clear=rng.choice([0.0, 0.05, 0.2]),
+        faults=_faults(rng),
+        fault_gap=rng.choice([0.01, 0.05, 0.3, 3.0]),
+    )
+
+
+def _timing(rng: random.Random) -> Timing:
+    sync = rng.choice([(0.0001, 0.001), (0.0001, 0.004), (0.001, 0.03), (0.00001, 0.2)])
+    write = rng.choice([(0.00001, 0.0005), (0.00001, 0.0005), (0.001, 0.05)])
+    return Timing(sync=sync, write=write, miss=rng.choice([0.0, 0.0, 0.2]))
+
+
+def _constants(rng: random.Random) -> dict[str, int | float]:
+    """Bounds of the engine that only large volumes would reach."""
+    return {
+        "log.RECENT_BYTES_MAX": rng.choice([8 << 20, 16 * KIB, 1]),
+        "log.READ_BYTES": rng.choice([256 * KIB, 8 * KIB]),
+        "session.FRAME_BYTES": rng.choice([1, 4 * KIB, 16 * KIB]),
+        "session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
+        "resync.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
+        "resync.COMPARE_BYTES": rng.choice([16 * KIB, 4 << 20]),
+        "housekeeper.INTERVAL_SECONDS": rng.choice([0.02, 0.3, 5.0]),
+    }
+
+
+def _faults(rng: random.Random) -> dict[str, float]:
+    count = rng.choice([0, 1, 2, 3, 4, 6, 8])
+    return {kind: rng.choice([1.0, 1.0, 4.0]) for kind in rng.sample(FAULTS, count)}

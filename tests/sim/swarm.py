@@ -1,0 +1,339 @@
+"""One seed, from its options to its verdict: a phase of faults, then one in which all must heal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nbdmirror.errors import NbdmirrorError
+from tests.sim.checks import Checks
+from tests.sim.faults import Fault, Injector, Kind
+from tests.sim.loop import SimLoop
+from tests.sim.options import Options, draw
+from tests.sim.oracle import Violation, compare
+from tests.sim.workload import Clients
+from tests.sim.world import Gone, Host, World, constants
+
+HEAL_SECONDS = 900.0
+"""Of virtual time: within these everything is in sync once the faults are over (I2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a seed; ``problem`` is None if every promise was kept."""
+
+    seed: int
+    problem: str | None
+    digest: str
+    steps: int
+    seconds: float
+    fired: Counter[str]
+
+
+def run(
+    seed: int, *, options: Options | None = None, trace: Callable[[str], None] | None = None
+) -> Result:
+    """Runs a seed."""
+    options = options or draw(seed)
+    world = World(seed, options, trace=trace)
+    loop = world.loop
+    problem = None
+    with constants(options.constants):
+        try:
+            loop.run_until_complete(_run(world))
+        except Exception as error:
+            problem = "".join(traceback.format_exception(error)[-3:])
+        for host in world.hosts.values():
+            host.life.alive = False
+        loop.close()
+    if problem is None and loop.errors:
+        problem = _describe(loop)
+    return Result(
+        seed,
+        problem,
+        world.digest.hexdigest(),
+        loop.steps,
+        loop.time(),
+        _counts(world),
+    )
+
+
+def _describe(loop: SimLoop) -> str:
+    lines = []
+    for context in loop.errors[:3]:
+        error = context.get("exception")
+        lines.append(str(context.get("message")))
+        if isinstance(error, BaseException):
+            lines.append("".join(traceback.format_exception(error)[-4:]))
+    return "\n".join(lines)
+
+
+def _counts(world: World) -> Counter[str]:
+    fired = Counter(world.fired)
+    if hasattr(world, "net"):
+        fired.update({f"net {kind}": count for kind, count in world.net.fired.items()})
+    for host in world.hosts.values():
+        fired.update({f"disk {kind}": count for kind, count in host.disk.fired.items()})
+    return fired
+
+
+async def _run(world: World) -> None:
+    world.build()
+    work = asyncio.ensure_future(_phases(world))
+    broken = asyncio.ensure_future(world.broken.wait())
+    await asyncio.wait([work, broken], return_when=asyncio.FIRST_COMPLETED)
+    broken.cancel()
+    if world.violation is not None:
+        work.cancel()
+        raise world.violation
+    work.result()
+    if world.violation is not None:
+        raise world.violation
+
+
+async def _phases(world: World) -> None:
+    for host in world.hosts.values():
+        await world.create(host)
+    for host in world.hosts.values():
+        if not await world.start(host):
+            raise Violation(f"{host.name} does not start: {host.failed}")
+    checks = Checks(world)
+    clients = Clients(world)
+    faults = Faults(world)
+    background = [world.spawn(checks.run()), world.spawn(faults.run())]
+    await clients.run()
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
+    await faults.heal()
+    await _converge(world, checks)
+    await _stop_and_compare(world, checks)
+
+
+async def _converge(world: World, checks: Checks) -> None:
+    """Liveness: everything is up and healthy; it must come in sync by itself (I2)."""
+    world.trace("world", "healed")
+    node = world.a.node
+    assert node is not None and node.primary is not None
+    try:
+        await world.in_life(world.a, node.wait("in-sync", None, HEAL_SECONDS))
+    except NbdmirrorError as error:
+        states = [(r.name, r.state, r.link, r.status(0, 0)["why"]) for r in node.primary.remotes]
+        raise Violation(f"not in sync after {HEAL_SECONDS} s: {states} ({error})") from None
+    for remote in world.remotes:
+        compare(remote.images(), world.a.images(), f"{remote.name} in sync (I2)")
+    checks.look()
+    for host in world.hosts.values():
+        checks.crash_clone(host)
+
+
+async def _stop_and_compare(world: World, checks: Checks) -> None:
+    """A clean stop of everything leaves equal disks, and nothing to redo."""
+    for host in world.hosts.values():
+        await world.stop(host)
+    a = world.a.images()
+    line = world.history.lines[-1]
+    compare(a, line.image(line.head), "the primary after a clean stop")
+    for remote in world.remotes:
+        compare(remote.images(), a, f"{remote.name} after a clean stop")
+    for host in world.hosts.values():
+        checks.crash_clone(host)
+
+
+class Faults:
+    """Draws what goes wrong, one thing after another."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._random = random.Random(f"{world.seed}:faults")
+        self._restarts: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        kinds = self._world.options.faults
+        if not kinds:
+            return
+        rng = self._random
+        while True:
+            await asyncio.sleep(self._world.options.fault_gap * rng.expovariate(1.0))
+            (kind,) = rng.choices(list(kinds), list(kinds.values()))
+            self._world.trace("world", f"fault: {kind}")
+            self._world.fired[f"fault {kind}"] += 1
+            await self._apply(kind)
+
+    async def _apply(self, kind: str) -> None:
+        name, _, last = kind.rpartition(" ")
+        if name in ("power", "kill", "stop"):
+            await self._end(name, self._targets(last))
+        elif kind in ("die starting", "stop and power"):
+            await self._odd_end(kind)
+        elif kind in ("pause", "resync", "full resync", "clock jump"):
+            await self._admin(kind)
+        elif name in ("sync error", "sync loss", "write error"):
+            self._disk_error(name, self._targets(last)[0])
+        elif kind == "disk stall":
+            host = self._any()
+            host.disk.stall(self._random.choice([0.1, 3.0, 30.0]))
+        else:
+            self._link(kind)
+
+    def _targets(self, name: str) -> list[Host]:
+        world = self._world
+        if name == "both":
+            return list(world.hosts.values())
+        return [world.a if name == "a" else self._random.choice(world.remotes)]
+
+    def _any(self) -> Host:
+        return self._random.choice(list(self._world.hosts.values()))
+
+    # -- nodes -----------------------------------------------------------------------------------
+
+    async def _end(self, how: str, hosts: list[Host]) -> None:
+        world = self._world
+        for host in hosts:
+            if not host.alive:
+                continue
+            if how == "stop":
+                await world.stop(host)
+            elif how == "kill":
+                world.kill(host)
+            else:
+                world.power_cut(host)
+            self._restart_soon(host)
+
+    async def _odd_end(self, kind: str) -> None:
+        world, rng = self._world, self._random
+        host = self._any()
+        if not host.alive:
+            return
+        if kind == "stop and power":
+            stopping = world.spawn(world.stop(host))
+            await asyncio.sleep(rng.choice([0.001, 0.01, 0.1]) * rng.random())
+            world.power_cut(host)
+            await stopping
+        else:
+            for _ in range(rng.randint(1, 3)):
+                end = rng.choice([world.kill, world.power_cut])
+                end(host)
+                starting = world.spawn(self._start(host))
+                await asyncio.sleep(rng.choice([0.001, 0.01, 0.1]) * rng.random())
+            if host.alive:
+                world.power_cut(host)
+            await starting
+        self._restart_soon(host)
+
+    def _restart_soon(self, host: Host) -> None:
+        delay = self._random.choice([0.0, 0.1, 2.0, 15.0]) * self._random.random()
+
+        async def restart() -> None:
+            await asyncio.sleep(delay)
+            if not host.alive:
+                await self._start(host)
+
+        self._restarts.append(self._world.spawn(restart()))
+
+    async def _start(self, host: Host) -> None:
+        """Starts a host; one whose disk had failed gets a new one, if it was a secondary."""
+        world = self._world
+        if host.alive:
+            return
+        host.disk.faults = None
+        if host.failed is not None:
+            lost = host.disk.fired["sync LOSE"]
+            host.failed = None
+            if host.role == "secondary" and (lost or self._random.random() < 0.3):
+                await world.replace(host)
+        await world.start(host)
+
+    # -- links -----------------------------------------------------------------------------------
+
+    def _link(self, kind: str) -> None:
+        world, rng = self._world, self._random
+        net = world.net
+        remote = rng.choice(world.remotes).name
+        if kind == "reset":
+            net.reset("a", remote)
+        elif kind == "net stall":
+            net.stall("a", remote, rng.choice([0.05, 1.0, 8.0, 30.0]))
+        elif kind == "slow link":
+            for ends in (("a", remote), (remote, "a")):
+                net.link(*ends).bandwidth = rng.choice([20e3, 200e3, None])
+        else:
+            both = kind == "cut"
+            ends = ("a", remote) if rng.random() < 0.5 else (remote, "a")
+            net.cut(*ends, both=both)
+            seconds = rng.choice([0.05, 1.0, 12.0, 60.0])
+            world.loop.call_later(seconds, net.heal, "a", remote, context=net.context)
+
+    # -- disks -----------------------------------------------------------------------------------
+
+    def _disk_error(self, name: str, host: Host) -> None:
+        """The next operation of a kind on one of a node's files fails, and the node with it."""
+        rng = self._random
+        operation = "sync" if name.startswith("sync") else rng.choice(["pwrite", "pwritev"])
+        kind = {
+            "sync error": Kind.ERROR,
+            "sync loss": Kind.LOSE,
+            "write error": rng.choice([Kind.ERROR, Kind.SHORT]),
+        }[name]
+        prefix = rng.choice(["/state", "/facets", "/"])
+        host.disk.faults = _once(operation, prefix, Fault(kind))
+
+    # -- people ----------------------------------------------------------------------------------
+
+    async def _admin(self, kind: str) -> None:
+        world, rng = self._world, self._random
+        node = world.a.node
+        if kind == "clock jump":
+            self._any().clock.offset_ns += rng.choice([-86400, 86400, 3600]) * 1_000_000_000
+        elif node is not None:
+            name = rng.choice(world.remotes).name
+            with contextlib.suppress(Gone, NbdmirrorError):
+                if kind == "pause":
+                    await world.in_life(world.a, node.pause(name))
+                    await asyncio.sleep(rng.random())
+                    await world.in_life(world.a, node.resume(name))
+                else:
+                    await world.in_life(world.a, node.resync(name, kind == "full resync"))
+
+    # -- the end of it ---------------------------------------------------------------------------
+
+    async def heal(self) -> None:
+        """Everything is mended and started."""
+        world = self._world
+        if self._restarts:
+            await asyncio.wait(self._restarts)
+        world.net.heal_all()
+        for host in world.hosts.values():
+            host.disk.faults = None
+            for other in world.hosts:
+                if other != host.name:
+                    world.net.link(host.name, other).bandwidth = None
+        for host in world.hosts.values():
+            for _ in range(10):
+                while host.stopping:
+                    await asyncio.sleep(0.1)
+                if host.node is None:
+                    await self._start(host)
+        node = world.a.node
+        if node is None:
+            raise Violation(f"the primary does not start: {world.a.failed}")
+        for remote in world.remotes:
+            await world.in_life(world.a, node.resume(remote.name))
+
+
+def _once(operation: str, prefix: str, fault: Fault) -> Injector:
+    """The first operation of that kind on a file below ``prefix`` fails."""
+    left = [fault]
+
+    def inject(name: str, path: str, nth: int) -> Fault | None:
+        if left and name == operation and path.startswith(prefix):
+            return left.pop()
+        return None
+
+    return inject

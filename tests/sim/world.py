@@ -1,0 +1,412 @@
+"""The hosts of one run: nodes created, booted, killed, cut from power, stopped and started.
+
+Everything a node does happens in its own life; the world's tasks outlive it. Each start and stop
+is checked against the oracle, at the one place where both are known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from nbdmirror.codec import record as codec
+from nbdmirror.config import (
+    AdminConfig,
+    Config,
+    LogConfig,
+    NbdConfig,
+    RemoteConfig,
+    ReplicationConfig,
+    VolumeConfig,
+)
+from nbdmirror.engine.create import create
+from nbdmirror.engine.node import Node
+from nbdmirror.engine.volume import Change, Volume
+from nbdmirror.errors import NbdmirrorError
+from nbdmirror.ports import Env
+from tests.sim.clock import SimClock
+from tests.sim.disk import SimDisk
+from tests.sim.loop import Incarnation, SimLoop
+from tests.sim.net import SimNet
+from tests.sim.options import Options
+from tests.sim.oracle import Content, Entry, History, Violation, compare
+
+T = TypeVar("T")
+
+SLOTS_MIN = 61
+
+
+class Gone(Exception):
+    """The node died before it was done."""
+
+
+class Host:
+    """A machine that runs one node: its disk outlives the node's lives."""
+
+    def __init__(self, world: World, name: str, config: Config, role: str) -> None:
+        self.world = world
+        self.name = name
+        self.config = config
+        self.role = role
+        self.life = Incarnation(name)
+        self.gone: asyncio.Future[None] = world.loop.create_future()
+        self.node: Node | None = None
+        """The node while it serves."""
+        self.lost_power = False
+        self.starting = False
+        self.stopping = False
+        self.failed: str | None = None
+        self.replaced = 0
+        self.disk: SimDisk
+        self.clock: SimClock
+        self.new_disk()
+
+    def new_disk(self) -> None:
+        """A disk with nothing on it."""
+        self.disk = SimDisk(
+            self.name, f"{self.world.seed}:{self.replaced}", timing=self.world.options.timing
+        )
+        self.clock = SimClock(self.world.loop, self.disk)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process runs."""
+        return self.life.alive and (self.node is not None or self.starting or self.stopping)
+
+    def paths(self) -> list[list[str]]:
+        """The facets of each volume."""
+        return [list(volume.facets) for volume in self.config.volumes]
+
+    def images(self, disk: SimDisk | None = None) -> list[bytes]:
+        """What the first facet of each volume that is in service holds now."""
+        volumes: Sequence[Volume] = self.node.volumes if self.node is not None else ()
+        images = []
+        for index, volume in enumerate(self.config.volumes):
+            path = volume.facets[0]
+            if volumes and volumes[index].in_service():
+                path = volumes[index].source().path
+            images.append((disk or self.disk).content(path)[: volume.size])
+        return images
+
+
+class World:
+    """All of one run."""
+
+    def __init__(self, seed: int, options: Options, *, trace: Callable[[str], None] | None) -> None:
+        self.seed = seed
+        self.options = options
+        self.random = random.Random(f"{seed}:world")
+        shuffle = random.Random(f"{seed}:shuffle") if options.shuffle else None
+        self.loop = SimLoop(shuffle=shuffle)
+        self.net: SimNet
+        self.fired: Counter[str] = Counter()
+        self.digest = hashlib.blake2b(digest_size=16)
+        self._trace = trace
+        self.content = Content(options.sizes, options.cell)
+        self.history = History([bytes(size) for size in options.sizes])
+        self.hosts: dict[str, Host] = {}
+        self.violation: BaseException | None = None
+        self.broken: asyncio.Event
+
+    @property
+    def a(self) -> Host:
+        """The primary."""
+        return self.hosts["a"]
+
+    @property
+    def remotes(self) -> list[Host]:
+        """The secondaries."""
+        return [host for host in self.hosts.values() if host.role == "secondary"]
+
+    def build(self) -> None:
+        """Makes the hosts; within the running loop."""
+        self.broken = asyncio.Event()
+        self.net = SimNet(self.loop, self.seed)
+        names = ["b", "c"][: self.options.remotes]
+        for name in ("a", *names):
+            self.net.host(name)
+            role = "primary" if name == "a" else "secondary"
+            self.hosts[name] = Host(self, name, self._config(name, names), role)
+
+    def _config(self, name: str, remotes: list[str]) -> Config:
+        options = self.options
+        primary = name == "a"
+        facets = options.facets if primary else 1
+        return Config(
+            path="/etc/nbdmirror.toml",
+            group="g",
+            node=name,
+            state_dir="/state",
+            nbd=NbdConfig(),
+            admin=AdminConfig(socket=""),
+            log=LogConfig(
+                size=options.log_size if primary else options.remote_log_size,
+                on_full=options.on_full,
+                extent_size=options.extent,
+                hot_extents=SLOTS_MIN,
+            ),
+            volumes=tuple(
+                VolumeConfig(
+                    f"v{index}",
+                    size,
+                    tuple(f"/facets/v{index}.{facet}" for facet in range(facets)),
+                    options.region,
+                )
+                for index, size in enumerate(options.sizes)
+            ),
+            remotes=tuple(
+                RemoteConfig(remote, f"tcp:{remote}:7000", compression=options.compression)
+                for remote in remotes
+            )
+            if primary
+            else (),
+            replication=ReplicationConfig(
+                listen=None if primary else f"tcp:{name}:7000", window_bytes=options.window
+            ),
+        )
+
+    # -- trace and failure ---------------------------------------------------------------------
+
+    def trace(self, node: str, event: str) -> None:
+        """One line of the run's history: the same for the same seed."""
+        line = f"{self.loop.now_ns} {node} {event}"
+        self.digest.update(line.encode())
+        self.digest.update(b"\n")
+        if self._trace is not None:
+            self._trace(line)
+
+    def fail(self, error: BaseException) -> None:
+        """The run has found something; the first thing counts."""
+        if self.violation is None:
+            self.violation = error
+            self.trace("world", f"VIOLATION {error}")
+            self.broken.set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task of the world itself; what it raises ends the run."""
+
+        async def guard() -> None:
+            try:
+                await work
+            except Exception as error:
+                self.fail(error)
+
+        return self.loop.create_task(guard())
+
+    async def in_life(self, host: Host, work: Coroutine[Any, Any, T]) -> T:
+        """Runs work as part of a node; Gone if the node dies first."""
+        if not host.life.alive:
+            work.close()
+            raise Gone
+        task = self.loop.spawn(host.life, work)
+        gone = host.gone
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+
+    # -- lives -----------------------------------------------------------------------------------
+
+    def _begin_life(self, host: Host) -> None:
+        host.life = Incarnation(host.name, host.life.number + 1)
+        host.gone = self.loop.create_future()
+
+    def _end_life(self, host: Host, *, power: bool) -> None:
+        if host.role == "primary" and host.life.alive:
+            self.content.died()
+        if host.life.alive:
+            host.life.kill()
+        self.net.kill(host.life, power=power)
+        host.node = None
+        host.starting = host.stopping = False
+        if not host.gone.done():
+            host.gone.set_result(None)
+
+    def env(self, host: Host) -> Env:
+        """The world as a node of that host sees it."""
+        rng = random.Random(f"{self.seed}:node:{host.name}:{host.life.number}")
+        return Env(host.disk, self.net.host(host.name), host.clock, rng)
+
+    async def create(self, host: Host, *, force: bool = False) -> None:
+        """Makes a node's state."""
+        self._begin_life(host)
+        await self.in_life(host, create(self.env(host), host.config, host.role, force=force))
+        self._end_life(host, power=False)
+
+    async def start(self, host: Host) -> bool:
+        """Boots the host if need be and starts its node. False: it died or failed meanwhile."""
+        assert not host.alive
+        self.net.boot(host.name)
+        self._begin_life(host)
+        host.starting = True
+        self.trace(host.name, "start")
+        node = Node(self.env(host), host.config)
+        node.events.listen(lambda event: self._on_event(host, event))
+        try:
+            await self.in_life(host, node.start(nbd=False))
+        except Gone:
+            return False
+        except (NbdmirrorError, OSError) as error:
+            self._failed(host, str(error))
+            return False
+        host.starting = False
+        host.node = node
+        power, host.lost_power = host.lost_power, False
+        if host.role == "primary":
+            self._primary_recovered(host, power=power)
+        self.spawn(self._watch(host, node))
+        return True
+
+    def _on_event(self, host: Host, event: dict[str, Any]) -> None:
+        fields = {k: v for k, v in event.items() if k not in ("cursor", "time", "kind")}
+        self.fired[f"event {event['kind']}"] += 1
+        if event["kind"] == "handshake":
+            self.fired[f"rule {event['rule']}"] += 1
+            self._on_handshake(host, event)
+        self.trace(host.name, f"{event['kind']} {json.dumps(fields, sort_keys=True)}")
+
+    def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
+        """Rules that mean that something was lost, in a world where nothing is (T6, T9, T12, I4)."""
+        if event["rule"] in ("T6", "T9", "T12"):
+            self.fail(Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}"))
+
+    def _primary_recovered(self, host: Host, *, power: bool) -> None:
+        node = host.node
+        assert node is not None and node.primary is not None
+        end = node.log.next_seq - 1
+        images = host.images()
+        self.content.recovered(images, power=power)
+        if power:
+            self.history.fork(node.primary.group.epoch, end, images)
+        elif end != self.history.head:
+            raise Violation(f"a killed primary came back with {end} of {self.history.head} records")
+        else:
+            compare(images, self.history.lines[-1].image(end), "the primary after redo")
+        self._check_facets(host, node)
+        self._observe(node)
+
+    def _check_facets(self, host: Host, node: Node) -> None:
+        for volume in node.volumes:
+            facets = [host.disk.content(f.path)[: volume.size] for f in volume.in_service()]
+            for other in facets[1:]:
+                compare([other], facets[:1], f"facets of {volume.name} on {host.name}")
+
+    def _observe(self, node: Node) -> None:
+        """Every record that the primary logs goes into the history too."""
+        assert node.primary is not None
+        group, history = node.primary.group, self.history
+        append = group._append
+
+        def observed(volume: Volume, changes: Sequence[Change]) -> None:
+            seq = group.log.next_seq
+            append(volume, changes)
+            entries = [
+                Entry(
+                    volume.index,
+                    change.offset,
+                    change.length,
+                    None if change.payload is None else bytes(change.payload),
+                )
+                for change in changes
+            ]
+            try:
+                history.append(seq, entries)
+            except Violation as error:
+                self.fail(error)
+
+        setattr(group, "_append", observed)  # noqa: B010 (mypy forbids the plain assignment)
+
+    async def _watch(self, host: Host, node: Node) -> None:
+        """What the daemon does when its node has failed for good: it ends."""
+        assert node.failed is not None
+        await asyncio.wait([node.failed, host.gone], return_when=asyncio.FIRST_COMPLETED)
+        if node.failed.done() and host.node is node:
+            error = node.failed.result()
+            self.trace(host.name, f"failed: {error}")
+            await self.stop(host)
+            host.failed = str(error)
+
+    def _failed(self, host: Host, why: str) -> None:
+        self.trace(host.name, f"cannot start: {why}")
+        self.fired["start failed"] += 1
+        host.failed = why
+        self._end_life(host, power=False)
+
+    async def stop(self, host: Host) -> None:
+        """SIGTERM: the node stops cleanly, if nothing worse comes first."""
+        node, host.node = host.node, None
+        if node is None:
+            return
+        host.stopping = True
+        self.trace(host.name, "stop")
+        try:
+            if host.role == "primary":
+                await self._requests_end(host)
+            await self.in_life(host, node.stop())
+        except Gone:
+            return
+        except (NbdmirrorError, OSError) as error:
+            self.trace(host.name, f"stop: {error}")
+        self._end_life(host, power=False)
+
+    requests = 0
+    """Of clients, in flight."""
+
+    async def _requests_end(self, host: Host) -> None:
+        """As the export does: requests in flight have half a minute."""
+        for _ in range(300):
+            if not self.requests or host.gone.done():
+                return
+            await asyncio.sleep(0.1)
+
+    def kill(self, host: Host) -> None:
+        """SIGKILL: the page cache stays."""
+        self.trace(host.name, "kill")
+        self._end_life(host, power=False)
+
+    def power_cut(self, host: Host) -> None:
+        """The host loses power, and stays off until ``start``."""
+        self.trace(host.name, "power cut")
+        self._end_life(host, power=True)
+        host.disk.power_cut()
+        host.lost_power = True
+
+    async def replace(self, host: Host) -> None:
+        """A person puts in a new disk and creates the node anew."""
+        assert not host.alive and host.role == "secondary"
+        self.trace(host.name, "new disk")
+        host.replaced += 1
+        host.new_disk()
+        await self.create(host)
+
+
+@contextmanager
+def constants(values: dict[str, int | float]) -> Iterator[None]:
+    """Sets constants of engine modules (``module.NAME``) for one run."""
+    saved = []
+    for name, value in values.items():
+        module_name, _, attribute = name.partition(".")
+        module = importlib.import_module(f"nbdmirror.engine.{module_name}")
+        saved.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        for module, attribute, old in saved:
+            setattr(module, attribute, old)
+
+
+def clearing(kind: str) -> tuple[int, int]:
+    """(kind, flags) of the record of a clearing request."""
+    return {
+        "trim": (codec.TRIM, 0),
+        "zero": (codec.ZERO, 0),
+        "zero keeping space": (codec.ZERO, codec.NO_HOLE),
+    }[kind]

@@ -1,0 +1,184 @@
+"""The active map's file (O1): no extent is hot that would not be found after a power cut."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nbdmirror.codec.mappage import SECTOR_SIZE, SLOTS
+from nbdmirror.engine.activemap import FILE_NAME, ActiveMapFile
+from nbdmirror.errors import DiskFailed
+from tests.sim.disk import SimDisk
+from tests.unit.world import STATE, fail, make_disk, run
+
+EXTENT = 1 << 22
+PATH = f"{STATE}/{FILE_NAME}"
+
+
+async def make(disk: SimDisk, slots: int = SLOTS) -> ActiveMapFile:
+    await ActiveMapFile.create(disk, STATE, slots)
+    await disk.sync_directory(STATE)
+    return ActiveMapFile.open(disk, STATE, slots, EXTENT)
+
+
+def found_after_a_cut(disk: SimDisk, slots: int = SLOTS) -> list[int]:
+    other = disk.clone("cut")
+    other.power_cut()
+    active = ActiveMapFile.open(other, STATE, slots, EXTENT)
+    assert active.damaged is None
+    return sorted(active.hot)
+
+
+def test_activated_means_durable() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk, 3 * SLOTS)
+        await active.activate([5, 900, 5])
+        assert found_after_a_cut(disk, 3 * SLOTS) == [5, 900]
+        await active.activate(list(range(1000, 1100)))
+        assert set(found_after_a_cut(disk, 3 * SLOTS)) >= {5, 900, *range(1000, 1100)}
+
+    run(main())
+
+
+def test_hot_never_runs_ahead_of_the_disk() -> None:
+    """O1 under load: at every moment what is hot would be found."""
+
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        seq = 0
+        active.safe_seq = lambda: seq
+
+        async def writer(first: int) -> None:
+            nonlocal seq
+            for key in range(first, first + 60):
+                await active.activate([key])
+                seq += 1
+                active.hot[key] = seq
+
+        writers = [asyncio.ensure_future(writer(1000 * n)) for n in range(4)]
+        while not all(task.done() for task in writers):
+            assert set(active.hot) <= set(found_after_a_cut(disk))
+            await asyncio.sleep(0.0005)
+        await asyncio.gather(*writers)
+        assert len(active.hot) <= SLOTS
+
+    run(main())
+
+
+def test_a_full_map_asks_for_safety_and_waits() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        await active.activate(list(range(SLOTS)))
+        for key in range(SLOTS):
+            active.hot[key] = 10
+        safe, asked = 9, 0
+        active.safe_seq = lambda: safe
+
+        async def make_safe() -> None:
+            nonlocal safe, asked
+            asked += 1
+            await asyncio.sleep(0.01)
+            safe = 10
+
+        active.make_safe = make_safe
+        await active.activate([5000])
+        assert asked == 1 and 5000 in active.hot
+
+    run(main())
+
+
+@pytest.mark.parametrize("operation", ["pwrite", "sync"])
+def test_a_disk_error_leaves_the_extent_cold(operation: str) -> None:
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        disk.faults = fail(operation)
+        with pytest.raises(DiskFailed, match="active map"):
+            await active.activate([7])
+        assert 7 not in active.hot
+        if operation == "pwrite":  # after a failed sync no later one succeeds (O16)
+            await active.activate([7])
+            assert found_after_a_cut(disk) == [7]
+        else:
+            with pytest.raises(DiskFailed):
+                await active.activate([7])
+
+    run(main())
+
+
+def test_a_cancelled_activation_can_be_repeated() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        task = asyncio.ensure_future(active.activate([7]))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert 7 not in active.hot
+        await active.activate([7])
+        assert found_after_a_cut(disk) == [7]
+
+    run(main())
+
+
+def test_settle_makes_a_killed_process_s_marks_durable() -> None:
+    """O1, m6: on disk by luck is not durable."""
+
+    async def main() -> None:
+        lost = 0
+        for seed in range(20):
+            disk = make_disk(seed)
+            active = await make(disk)
+            task = asyncio.ensure_future(active.activate([7]))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            again = ActiveMapFile.open(disk, STATE, SLOTS, EXTENT)
+            assert list(again.hot) == [7]
+            lost += found_after_a_cut(disk) == []
+            await again.settle()
+            assert found_after_a_cut(disk) == [7]
+            task.cancel()
+        assert lost, "the test never saw the danger"
+
+    run(main())
+
+
+def test_damage_is_remembered_and_the_rest_kept() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk, 2 * SLOTS)
+        await active.activate(list(range(2 * SLOTS)))
+        disk.flip(PATH, SECTOR_SIZE + 100)
+        again = ActiveMapFile.open(disk, STATE, 2 * SLOTS, EXTENT)
+        assert again.damaged is not None and len(again.hot) == SLOTS
+
+    run(main())
+
+
+def test_a_lowered_limit_counts_as_damage_if_something_was_there() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk, 2 * SLOTS)
+        assert ActiveMapFile.open(disk, STATE, SLOTS, EXTENT).damaged is None
+        await active.activate(list(range(2 * SLOTS)))
+        assert ActiveMapFile.open(disk, STATE, SLOTS, EXTENT).damaged is not None
+
+    run(main())
+
+
+def test_a_clean_stop_empties_it() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        await active.activate([1, 2, 3])
+        active.hot[2] = 9
+        active.safe_seq = lambda: 5
+        await active.drop_safe()
+        assert found_after_a_cut(disk) == [2]
+
+    run(main())

@@ -1,0 +1,456 @@
+"""The log (V2, O5, O10, O15-O18): appends, wraps, reads back, and recovers a prefix."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nbdmirror.codec import record as codec
+from nbdmirror.codec.record import HEADER_SIZE, Record
+from nbdmirror.engine.log import RING_AT, Cursor, Log
+from nbdmirror.errors import DiskFailed, FormatError, StateError
+from nbdmirror.ports import Buffer
+from tests.sim.disk import SimDisk
+from tests.unit.world import STATE, fail, make_disk, run
+
+PATH = f"{STATE}/log"
+CAPACITY = 64 << 10
+
+
+async def make(disk: SimDisk, capacity: int = CAPACITY) -> Log:
+    await Log.create(disk, PATH, RING_AT + capacity)
+    await disk.sync_directory(STATE)
+    return Log.open(disk, PATH, 0, 1)
+
+
+def record(seq: int, length: int, epoch: int = 1) -> Record:
+    return Record(codec.WRITE, 0, epoch, 0, seq, 0, length, seq, bytes([seq % 256]) * length)
+
+
+def append(log: Log, lengths: list[int], epoch: int = 1) -> list[Record]:
+    records = [record(log.next_seq + n, length, epoch) for n, length in enumerate(lengths)]
+    parts: list[Buffer] = [part for r in records for part in codec.encode(r)]
+    sizes = [codec.stored_size(codec.WRITE, length) for length in lengths]
+    assert log.fits(sum(sizes), max(sizes))
+    log.append(parts, sum(sizes), len(records), sizes)
+    return records
+
+
+async def release(log: Log, seq: int) -> None:
+    position = await log.position_of(seq)
+    log.release(seq, position)
+    log.confirm_tail(position)
+
+
+async def read_all(log: Log, cursor: Cursor, size_max: int = 1 << 16) -> list[Record]:
+    found: list[Record] = []
+    while cursor.seq < log.next_seq:
+        found += (await log.read(cursor, size_max)).parsed()
+    return found
+
+
+def reopened(
+    disk: SimDisk, tail: tuple[int, int], epoch: int = 9, forks: list[tuple[int, int]] | None = None
+) -> tuple[Log, list[Record]]:
+    log = Log.open(disk, PATH, *tail)
+    found = [r._replace(payload=bytes(r.payload or b"")) for r in log.scan(forks or [], epoch)]
+    return log, found
+
+
+def test_near_and_far_readers_see_the_same() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        written = append(log, [10, 4096, 0]) + append(log, [100]) + append(log, [5000, 64])
+        assert await read_all(log, Cursor(1)) == written
+        log._recent.clear()
+        for size_max in (64, 200, 4096, 1 << 20):
+            for first in range(1, 7):
+                assert await read_all(log, Cursor(first), size_max) == written[first - 1 :]
+
+    run(main())
+
+
+def test_a_far_reader_stops_where_memory_takes_over() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        written = append(log, [100, 100]) + append(log, [100])
+        del log._recent[1]
+        chunk = await log.read(cursor := Cursor(1))
+        assert (chunk.first_seq, chunk.last_seq) == (1, 2)
+        assert await log.read(cursor) is log.near(3)
+        assert cursor.seq == 4 and len(written) == 3
+
+    run(main())
+
+
+def test_the_ring_wraps_with_a_fill_that_readers_never_see() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        written = append(log, [20_000]) + append(log, [20_000])
+        await release(log, 3)
+        written += append(log, [10_000, 20_000, 3000])
+        assert log.ring.head > log.capacity
+        log._recent.clear()
+        assert await read_all(log, Cursor(3)) == written[2:]
+        tail = (log.ring.tail, log.ring.tail_seq)
+        again, found = reopened(disk, tail)
+        assert found == written[2:]
+        assert (again.ring.head, again.next_seq) == (log.ring.head, log.next_seq)
+
+    run(main())
+
+
+def test_a_record_that_ends_with_the_ring_needs_no_fill() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [CAPACITY // 2 - HEADER_SIZE])
+        await release(log, 2)
+        append(log, [CAPACITY // 2 - HEADER_SIZE])
+        assert log.ring.head == CAPACITY
+        await release(log, 3)
+        written = append(log, [100])
+        assert log.ring.head == CAPACITY + 64 + 128
+        log._recent.clear()
+        assert await read_all(log, Cursor(3)) == written
+
+    run(main())
+
+
+def test_space_is_used_again_only_after_the_tail_is_durable() -> None:
+    """O5."""
+
+    async def main() -> None:
+        log = await make(make_disk())
+        append(log, [60_000])
+        assert not log.fits(10_000, 10_000)
+        log.release(2, await log.position_of(2))
+        assert not log.fits(10_000, 10_000), "the superblock still names the old tail"
+        log.confirm_tail(log.ring.tail)
+        assert log.fits(10_000, 10_000)
+
+    run(main())
+
+
+def test_fits_is_exact_enough_never_to_overrun() -> None:
+    async def main() -> None:
+        for size in range(64, 9000, 192):
+            log = await make(make_disk(), 8192)
+            total = 0
+            while log.fits(size, size):
+                append(log, [size - 64])
+                total += size
+                if total > 100_000:
+                    await release(log, log.next_seq)
+                    break
+                if log.next_seq % 3 == 0:
+                    await release(log, log.next_seq)
+
+    run(main())
+
+
+def test_sync_covers_what_was_appended_before() -> None:
+    async def main() -> None:
+        for seed in range(20):
+            disk = make_disk(seed)
+            log = await make(disk)
+            written = append(log, [3000, 100])
+            await log.sync(2)
+            assert log.durable_seq == 2
+            append(log, [5000])
+            disk.power_cut()
+            _, found = reopened(disk, (0, 1))
+            assert found[:2] == written
+
+    run(main())
+
+
+def test_an_append_during_a_sync_is_not_claimed() -> None:
+    """O15."""
+
+    async def main() -> None:
+        log = await make(make_disk())
+        append(log, [100])
+        syncing = asyncio.ensure_future(log.sync(1))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        append(log, [100])
+        await syncing
+        assert log.durable_seq == 1
+        await log.sync(2)
+        assert log.durable_seq == 2
+
+    run(main())
+
+
+def test_a_sync_that_a_reset_overtook_claims_nothing_of_the_new_stream() -> None:
+    async def main() -> None:
+        log = await make(make_disk())
+        append(log, [100, 100, 100])
+        syncing = asyncio.ensure_future(log._commit())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        log.reset(2)
+        await syncing
+        assert log.durable_seq == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("operation", ["pwritev", "sync"])
+def test_an_error_is_final_for_the_log(operation: str) -> None:
+    """O16, faults 8, 9, 10."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100])
+        disk.faults = fail(operation)
+        with pytest.raises(DiskFailed, match="log"):
+            append(log, [100])
+            await log.sync(2)
+        disk.faults = None
+        with pytest.raises(DiskFailed):
+            append(log, [100])
+        with pytest.raises(DiskFailed):
+            await log.sync(1)
+        assert log.durable_seq == 0
+
+    run(main())
+
+
+def scan_stops_at(
+    disk: SimDisk, expected: int, *, epoch: int = 9, forks: list[tuple[int, int]] | None = None
+) -> None:
+    _, found = reopened(disk, (0, 1), epoch, forks)
+    assert [r.seq for r in found] == list(range(1, expected + 1))
+
+
+def test_a_scan_stops_at_a_flipped_bit_anywhere_in_a_record() -> None:
+    """O10, w8."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100])
+        for at in (0, 5, 17, 60, 64, 163):
+            disk.flip(PATH, RING_AT + 192 + at)
+            scan_stops_at(disk, 1)
+            disk.flip(PATH, RING_AT + 192 + at)
+        scan_stops_at(disk, 3)
+
+    run(main())
+
+
+def test_a_scan_does_not_take_a_former_lap_s_records() -> None:
+    """O10, w7: the bytes behind the head are whole, valid records."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk, 8192)
+        for _ in range(7):
+            append(log, [1024 - 64])
+        await release(log, 8)
+        append(log, [1024 - 64, 1024 - 64])
+        tail = (log.ring.tail, log.ring.tail_seq)
+        assert log.ring.head == 9 * 1024
+        _, found = reopened(disk, tail)
+        assert [r.seq for r in found] == [8, 9]
+
+    run(main())
+
+
+def overwrite(disk: SimDisk, position: int, *records: Record) -> None:
+    disk.open(PATH).pwrite(RING_AT + position, b"".join(b"".join(codec.encode(r)) for r in records))
+
+
+def test_the_survivor_of_a_lost_tail_is_not_taken() -> None:
+    """O10, w10: 2 was lost and written anew in a later epoch; 3 is of the former one."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100], epoch=1)
+        overwrite(disk, 192, record(2, 100, 2))
+        scan_stops_at(disk, 2)
+
+    run(main())
+
+
+def test_records_beyond_a_fork_are_not_taken() -> None:
+    """O10: 3 is next and its epoch does not go back, but its epoch had ended at 2."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100], epoch=1)
+        scan_stops_at(disk, 2, forks=[(1, 2)])
+        scan_stops_at(disk, 3, forks=[(1, 3)])
+        overwrite(disk, 384, record(3, 100, 2))
+        scan_stops_at(disk, 3, forks=[(1, 2)])
+        scan_stops_at(disk, 2, forks=[(1, 2), (2, 2)])
+
+    run(main())
+
+
+def test_a_record_of_an_epoch_to_come_is_not_taken() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100], epoch=1)
+        append(log, [100], epoch=4)
+        scan_stops_at(disk, 2, epoch=4)
+        scan_stops_at(disk, 1, epoch=3)
+
+    run(main())
+
+
+def test_a_scan_never_passes_the_tail_again() -> None:
+    """A ring that is full to the last byte: the scan ends where it began."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk, 4096)
+        append(log, [960] * 3)
+        append(log, [832])
+        assert log.ring.head == 4096 - 128
+        again, found = reopened(disk, (0, 1))
+        assert len(found) == 4 and again.ring.head == log.ring.head
+
+    run(main())
+
+
+def test_a_scan_crosses_its_own_windows() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk, 16 << 20)
+        written = []
+        for _ in range(12):
+            written += append(log, [(1 << 20) - 100])
+        _, found = reopened(disk, (0, 1))
+        assert found == written
+
+    run(main())
+
+
+@pytest.mark.parametrize("at", [0, 8, 20, 40, 100])
+def test_rot_in_the_log_is_named_not_sent(at: int) -> None:
+    """Fault 15, X6."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100])
+        log._recent.clear()
+        disk.flip(PATH, RING_AT + 192 + at)
+        cursor = Cursor(1)
+        chunk_seqs = []
+        with pytest.raises(FormatError, match="record 2"):
+            while True:
+                chunk_seqs += [r.seq for r in (await log.read(cursor, 192)).parsed()]
+        assert chunk_seqs == [1]
+
+    run(main())
+
+
+def test_rot_never_ends_in_a_wrong_position() -> None:
+    """A tail saved at a wrong place would be a log that recovers to nothing."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100])
+        for at in range(HEADER_SIZE):
+            disk.flip(PATH, RING_AT + at)
+            with pytest.raises(FormatError):
+                await log.position_of(3)
+            disk.flip(PATH, RING_AT + at)
+        assert await log.position_of(3) == 384
+
+    run(main())
+
+
+def test_a_read_error_is_a_record_that_cannot_be_read_back() -> None:
+    """So that whoever reads falls back to the facets instead of trying for ever."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100])
+        log._recent.clear()
+        disk.faults = fail("read", 2)
+        with pytest.raises(FormatError, match="read failed"):
+            await log.read(Cursor(1))
+        with pytest.raises(FormatError, match="read failed"):
+            await log.position_of(2)
+
+    run(main())
+
+
+def test_a_reset_goes_on_with_another_seq_and_finds_it_again() -> None:
+    """What lies behind the head after a reset is of another stream, with lower and higher seqs."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100] * 6, epoch=1)
+        log.reset(4)
+        tail = (log.ring.tail, log.ring.tail_seq)
+        assert tail == (6 * 192, 4) and log.durable_seq == 3
+        written = append(log, [50, 60], epoch=2)
+        assert await read_all(log, Cursor(4)) == written
+        _, found = reopened(disk, tail, 2, [(1, 3)])
+        assert found == written
+
+    run(main())
+
+
+@pytest.mark.parametrize(("offset", "value"), [(0, b"X"), (8, bytes(8)), (8, b"\xff" * 8)])
+def test_a_file_that_is_no_log_is_refused(offset: int, value: bytes) -> None:
+    async def main() -> None:
+        disk = make_disk()
+        with pytest.raises(StateError, match="missing"):
+            Log.open(disk, PATH, 0, 1)
+        await make(disk)
+        disk.open(PATH).pwrite(offset, value)
+        with pytest.raises(StateError, match="not a log"):
+            Log.open(disk, PATH, 0, 1)
+
+    run(main())
+
+
+def test_no_room_on_the_disk_is_found_at_creation() -> None:
+    """O18, fault 11."""
+
+    async def main() -> None:
+        with pytest.raises(OSError, match="space"):
+            await make(make_disk(capacity=CAPACITY // 2))
+
+    run(main())
+
+
+def test_memory_for_near_readers_is_bounded() -> None:
+    """I6."""
+
+    async def main() -> None:
+        log = await make(make_disk(), 64 << 20)
+        for _ in range(40):
+            append(log, [1 << 20])
+        assert sum(chunk.size for chunk in log._recent.values()) <= 8 << 20
+        assert log.near(40) is not None and log.near(1) is None
+
+    run(main())
+
+
+def test_bytes_between_counts_from_a_record_to_the_head() -> None:
+    async def main() -> None:
+        log = await make(make_disk())
+        append(log, [0, 0])
+        append(log, [128])
+        assert [log.bytes_between(seq) for seq in (0, 1, 3, 4)] == [0, 320, 192, 0]
+
+    run(main())

@@ -1,0 +1,117 @@
+"""The superblock's file (O11, O16, O18): saved whole, never half, whatever is cut or fails."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from nbdmirror.engine.store import FILE_NAME, Store
+from nbdmirror.errors import DiskFailed, FormatError, StateError
+from tests.unit.world import STATE, fail, make_disk, run
+
+FIRST: dict[str, Any] = {"format": 1, "n": 0}
+
+
+def test_what_was_saved_is_read_back() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, dict(FIRST))
+        for number in range(1, 6):
+            store.state["n"] = number
+            await store.save()
+            disk.power_cut()
+            store = Store.open(disk, STATE)
+            assert store.state == {"format": 1, "n": number}
+
+    run(main())
+
+
+def test_a_power_cut_leaves_the_old_state_or_the_new_one() -> None:
+    """O11: one slot stays untouched until the other is durable; every cut of a save is tried."""
+
+    async def main() -> None:
+        seen = set()
+        for seed in range(60):
+            disk = make_disk(seed)
+            store = await Store.create(disk, STATE, dict(FIRST))
+            for number in (1, 2, 3):
+                store.state["n"] = number
+                await store.save()
+            store.state.update(n=4, filler="x" * 3000)
+            saving = asyncio.ensure_future(store.save())
+            await asyncio.sleep(1e-6)
+            disk.power_cut()
+            seen.add(Store.open(disk, STATE).state["n"])
+            saving.cancel()
+        assert seen == {3, 4}
+
+    run(main())
+
+
+def test_a_change_during_a_save_is_in_the_next() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, dict(FIRST))
+        store.state["n"] = 1
+        first = asyncio.ensure_future(store.save())
+        await asyncio.sleep(1e-6)
+        store.state["n"] = 2
+        await asyncio.gather(first, store.save())
+        disk.power_cut()
+        assert Store.open(disk, STATE).state["n"] == 2
+
+    run(main())
+
+
+@pytest.mark.parametrize("operation", ["pwrite", "sync"])
+def test_a_disk_error_is_told_and_the_old_state_stays(operation: str) -> None:
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, dict(FIRST))
+        disk.faults = fail(operation)
+        store.state["n"] = 9
+        with pytest.raises(DiskFailed, match="superblock"):
+            await store.save()
+        assert disk.fired
+        disk.power_cut()
+        assert Store.open(disk, STATE).state["n"] in (0, 9)
+
+    run(main())
+
+
+def test_after_a_failed_sync_no_save_succeeds() -> None:
+    """O16, fault 9."""
+
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, dict(FIRST))
+        disk.faults = fail("sync")
+        for _ in range(3):
+            with pytest.raises(DiskFailed):
+                await store.save()
+
+    run(main())
+
+
+def test_what_cannot_be_used_is_named() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        with pytest.raises(StateError, match="no state of a node") as missing:
+            Store.open(disk, STATE)
+        assert "create" in str(missing.value.hint)
+        store = await Store.create(disk, STATE, {"format": 2})
+        with pytest.raises(StateError, match="format 2"):
+            Store.open(disk, STATE)
+        with pytest.raises(FileExistsError):
+            await Store.create(disk, STATE, dict(FIRST))
+        store.state["n"] = "x" * (1 << 18)
+        with pytest.raises(FormatError, match="larger than its slot"):
+            await store.save()
+        for offset in (0, 256 * 1024):
+            disk.flip(f"{STATE}/{FILE_NAME}", offset + 3)
+        with pytest.raises(StateError, match="cannot be used"):
+            Store.open(disk, STATE)
+
+    run(main())
