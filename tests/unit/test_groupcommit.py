@@ -17,13 +17,17 @@ class Commits:
         self.written = 0
         self.durable = 0
         self.began = 0
+        self.running = 0
         self.errors: list[Exception] = []
         self.commit = GroupCommit(self._commit)
 
     async def _commit(self) -> None:
         self.began += 1
+        self.running += 1
+        assert self.running == 1, "one at a time"
         upto = self.written
         await asyncio.sleep(1)
+        self.running -= 1
         if self.errors:
             raise self.errors.pop(0)
         self.durable = upto

@@ -129,6 +129,12 @@ def test_damaged_compression_is_refused(payload: bytes) -> None:
         bytes(frame.payload)
 
 
+def test_a_declared_size_beyond_the_limit_allocates_nothing() -> None:
+    packed = lz4.block.compress(bytes(repl.FRAME_MAX + 1), store_size=True)
+    with pytest.raises(PeerError, match="limit"):
+        bytes(one(raw(packed, flags=1)).payload)
+
+
 def test_compressed_frames_that_wait_cost_what_they_cost_on_the_wire() -> None:
     """I6: a slab of lz4 bombs must not become a gigabyte before anybody looks at the queue."""
     bomb = lz4.block.compress(bytes(repl.FRAME_MAX), store_size=True)
