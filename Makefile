@@ -14,6 +14,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/sim/test_*.py) \
 	tests/test_architecture.py
+SLOW := $(wildcard tests/faults) tests/integration tests/guest
 SEEDS ?= 2000
 CHECK_SEEDS ?= 50
 
@@ -30,7 +31,7 @@ run: setup-run
 
 # One pytest run for all, so that its last line counts all.
 test: setup lint sim-if-any
-	$(PYTEST) $(FAST) tests/integration tests/guest
+	$(PYTEST) $(FAST) $(SLOW)
 
 check: lint
 	$(PYTEST) -q $(FAST)

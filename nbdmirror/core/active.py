@@ -10,6 +10,7 @@ so a newer write keeps it in (O6). Knows nothing of files; ``engine.activemap`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import nsmallest
 
 from nbdmirror.codec.mappage import SLOTS
@@ -56,16 +57,20 @@ class ActiveMap:
                 del self._free[place]
                 self.hot[value - 1] = 0
 
-    def admit(self, keys: list[int], safe_seq: int) -> list[int] | None:
+    def admit(self, keys: list[int], safe_seq: int, keep: Sequence[int] = ()) -> list[int] | None:
         """Gives cold extents their slots; returns the sectors to make durable before ``enter``.
 
-        ``safe_seq``: writes up to here are safe, extents last written at or below may be evicted.
-        ``None`` if too few may: the log has to be synced first. ``keys`` must be cold and distinct.
+        ``safe_seq``: writes up to here are safe, extents last written at or below may be evicted,
+        but for those to ``keep``: the same request needs them. ``None`` if too few may: the log
+        has to be synced first. ``keys`` must be cold and distinct.
         """
         assert len(keys) <= len(self._slots)
         if len(self._free) < len(keys):
             want = max(_EVICT_AT_ONCE, len(keys)) - len(self._free)
-            evictable = ((seq, key) for key, seq in self.hot.items() if seq <= safe_seq)
+            kept = frozenset(keep)
+            evictable = (
+                (seq, key) for key, seq in self.hot.items() if seq <= safe_seq and key not in kept
+            )
             for _, key in nsmallest(want, evictable):
                 del self.hot[key]
                 place = self._place.pop(key)

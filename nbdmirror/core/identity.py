@@ -47,8 +47,6 @@ class Source:
     base_seq: int
     """The remote's DCM holds every change after this seq that the log does not."""
     tracking: bool
-    full: bool
-    """A full comparison was asked for, or is not finished."""
     met_epoch: int = 0
     """The epoch in which the remote last agreed to a stream."""
     consistent: bool = False
@@ -113,8 +111,6 @@ def _decide(source: Source, target: Target) -> Decision:
                 f"the secondary holds records {end + 1}..{target.durable_seq} of a former "
                 "generation that are not part of the history",
             )
-    if source.full:
-        return _full("a full comparison was asked for, or is not finished")
     fork = _fork_end(source, target.epoch)
     end = source.next_seq - 1 if fork is None else fork.end_seq
     if target.durable_seq > end:

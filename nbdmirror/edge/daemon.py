@@ -1,7 +1,8 @@
 """``nbdmirror serve``: one node in the foreground, from its configuration to its clean stop.
 
 SIGTERM and SIGINT stop it cleanly; SIGHUP reads the configuration again and says what would need
-a restart. A disk that failed for good ends it with exit code 1 (O16).
+a restart. A disk that failed for good ends it with exit code 1 (O16), as everything else that it
+can put a name to and that starting again does not mend; its own mistakes with ``EXIT_MISTAKE``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +18,27 @@ from nbdmirror.config import Config
 from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
 from nbdmirror.edge.lock import exclusive
-from nbdmirror.edge.notify import notify
+from nbdmirror.edge.notify import keep_alive, notify
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import ConfigError, NbdmirrorError
+
+EXIT_MISTAKE = 70
+"""Exit code of a daemon that ended over a mistake of its own (EX_SOFTWARE): recovery at the next
+start mends that, so a service manager may start it again; not after 1, 2 and 4."""
 
 
 def serve(config_path: str) -> int:
     """Runs the node of this configuration until it is told to stop; returns the exit code."""
-    config = load(config_path)
+    try:
+        return _serve_config(load(config_path))
+    except (NbdmirrorError, OSError):
+        raise
+    except Exception:
+        traceback.print_exc()
+        return EXIT_MISTAKE
+
+
+def _serve_config(config: Config) -> int:
     if config.nbd.frontend == "nbdkit" and config.nbd.listen:
         from nbdmirror.edge.nbdkit import supervise
 
@@ -57,11 +72,15 @@ class Daemon:
         self.node = Node(world.real_env(), config, peer_uid=world.peer_uid)
         self.node.events.listen(_journal)
         self._tell = tell
+        self._alive: asyncio.Task[None] | None = None
 
     async def start(self, *, nbd: bool = True) -> None:
-        """Recovers and serves; ``nbd`` as in ``Node.start``, whose errors pass through."""
+        """Recovers and serves; ``nbd`` as in ``Node.start``, whose errors pass through.
+
+        From then on until the loop ends the service manager's watchdog is told that it turns."""
         await self.node.start(nbd=nbd)
         world.settle_garbage()
+        self._alive = asyncio.ensure_future(keep_alive(self._tell))
 
     def ready(self) -> None:
         """Tells the service manager that clients are served."""

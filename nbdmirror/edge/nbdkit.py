@@ -31,7 +31,7 @@ from nbdmirror.edge import env as world
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.nbdkit_bridge import RESTARTED, SUPERVISOR_FD, SUPERVISOR_PID
 from nbdmirror.edge.net import listen_for_another
-from nbdmirror.edge.notify import notify
+from nbdmirror.edge.notify import WATCHDOG, keep_alive, notify
 from nbdmirror.errors import ConfigError, NbdmirrorError
 from nbdmirror.ports import Listener
 
@@ -44,7 +44,8 @@ PLUGIN = Path(__file__).with_name("nbdkit_plugin.py")
 FIRST_FD = 3
 _HIGH_FD = 64  # above all numbers that the sockets get in nbdkit
 _INSTALL = 'install nbdkit and its Python plugin, or set nbd.frontend = "native"'
-_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDNAMES")
+# The node in nbdkit gives its signs of life through us, so the watchdog's time is passed on.
+_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDNAMES")
 
 
 def supervise(config: Config) -> int:
@@ -105,6 +106,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
         listeners: list[Listener] = []
+        alive = asyncio.ensure_future(keep_alive(wanted=lambda: not self._ready))
         try:
             for address in self._config.nbd.listen:
                 sock, listener = await listen_for_another(address)
@@ -112,6 +114,7 @@ class Supervisor:
                 self._sockets.append(sock)
             await self._keep_running()
         finally:
+            alive.cancel()
             for listener in listeners:
                 listener.close()
 
@@ -167,6 +170,7 @@ class Supervisor:
         finally:
             self._pid, self._ready = None, False
             transport.close()
+            notify(WATCHDOG)  # the time until the next one serves is ours
         return status
 
     def _spawn(self, writer: int, previous: str) -> int:

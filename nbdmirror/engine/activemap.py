@@ -70,7 +70,7 @@ class ActiveMapFile:
             cold = [key for key in dict.fromkeys(keys) if key not in self.hot]
             while cold:
                 batch = cold[: self.map.slots_max]
-                sectors = self.map.admit(batch, self.safe_seq())
+                sectors = self.map.admit(batch, self.safe_seq(), keys)
                 if sectors is None:
                     assert self.make_safe is not None
                     await self.make_safe()

@@ -77,7 +77,9 @@ class Applier:
                 self.settings["limit"] = until
                 await self._store.save()
             async with self._lock:
-                await self._apply_until(until)
+                # Another may have applied it, or emptied the log, in the meantime.
+                if self.applied_seq < min(until, self._log.durable_seq):
+                    await self._apply_until(until)
             if self.applied_seq >= self._due():
                 await self.caught_up()
 

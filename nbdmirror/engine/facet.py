@@ -6,7 +6,10 @@ final for the file marks the facet failed; what follows from that is the group's
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from enum import Enum
+from typing import Any
 
 from nbdmirror.codec.record import NO_HOLE, ZERO, Record
 from nbdmirror.errors import DiskFailed, StateError
@@ -82,12 +85,16 @@ class LocalFacet:
         self.pending[seq] = None
         try:
             if keep_space:
-                await self.file.zero(offset, length)
+                await _to_the_end(self.file.zero(offset, length))
             else:
-                await self.file.punch(offset, length)
-            self.written_seq = max(self.written_seq, seq)
+                await self.punch(offset, length)
         finally:
+            self.written_seq = max(self.written_seq, seq)
             del self.pending[seq]
+
+    async def punch(self, offset: int, length: int) -> None:
+        """The range reads as zeros and gives its space back; OSError if the disk refuses."""
+        await _to_the_end(self.file.punch(offset, length))
 
     async def apply(self, record: Record) -> None:
         """Carries a log record into the facet; OSError if the disk refuses."""
@@ -100,7 +107,7 @@ class LocalFacet:
 
     def floor(self, applied_seq: int) -> int:
         """The log up to here is not needed for this facet, all up to ``applied_seq`` being in."""
-        if self.written_seq > self.synced_seq or self.pending:
+        if self.failed is not None or self.written_seq > self.synced_seq or self.pending:
             return self.synced_seq
         return applied_seq
 
@@ -118,3 +125,18 @@ class LocalFacet:
     def close(self) -> None:
         """Closes the file."""
         self.file.close()
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits what the disk goes on doing though the caller is cancelled: the cancellation waits,
+    or a write that follows would be overtaken."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled

@@ -55,6 +55,8 @@ class Group:
         """Awaited when the log is full; returns when there may be room. Set by housekeeping."""
         self.facet_lost: Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]] = _nothing
         """Awaited, before the reply, when a facet went out of service (M12)."""
+        self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
+        """Called once, when no write is taken any more; the node then ends."""
         self.failed: NbdmirrorError | None = None
         self.timeline = Timeline()
         self.bytes_written = 0
@@ -99,12 +101,15 @@ class Group:
             self._append(volume, [change])
             keep_space = change.kind == codec.ZERO and bool(change.flags & codec.NO_HOLE)
             seq = self.log.next_seq - 1
-            for facet in volume.in_service():
+            facets = volume.in_service()
+            for facet in facets:
+                facet.pending[seq] = None  # from this step on no sync covers it (O5)
+            for facet in facets:
                 try:
                     await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
                 except OSError as error:
                     facet.fail("clear", error)
-                    await self._facet_failed(volume, facet)
+                    await self._facets_failed(volume, [facet])
 
     def _clear_pieces(self, change: Change) -> list[Change]:
         """A large TRIM or WRITE_ZEROES cut so that all its extents can be hot at once."""
@@ -133,7 +138,9 @@ class Group:
         size = largest = 0
         for _, _, offset, length, _ in changes:
             first, last = offset // extent_size, (offset + length - 1) // extent_size
-            if base | first not in hot or (last != first and base | last not in hot):
+            if base | first not in hot:
+                return True
+            if last != first and any(base | e not in hot for e in range(first + 1, last + 1)):
                 return True
             if held and volume.locks.conflict(offset, offset + length, exclusive=True):
                 return True
@@ -199,7 +206,7 @@ class Group:
         """Log, then facets, in one step. Returns what must be awaited before the reply, if any."""
         self._append(volume, changes)
         seq = self.log.next_seq - 1
-        after = None
+        lost: list[LocalFacet] = []
         for facet in volume.facets:
             if not facet.in_service:
                 continue
@@ -211,8 +218,8 @@ class Group:
                 facet.written_seq = seq
             except OSError as error:
                 facet.fail("write", error)
-                after = self._facet_failed(volume, facet)
-        return after
+                lost.append(facet)
+        return self._facets_failed(volume, lost) if lost else None
 
     def _append(self, volume: Volume, changes: Sequence[Change]) -> None:
         """Encodes and appends; marks the maps of remotes in DCM logging."""
@@ -259,10 +266,13 @@ class Group:
             self._written_since = 0
             self.on_pressure()
 
-    async def _facet_failed(self, volume: Volume, facet: LocalFacet) -> None:
+    async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Out of service, durably, before the write that saw it is acknowledged (M12)."""
-        facet.state = FacetState.NOT_SYNCHRONISED
-        await self.facet_lost(volume, facet)
+        for facet in facets:
+            facet.state = FacetState.NOT_SYNCHRONISED
+            await self.facet_lost(volume, facet)
+        if not volume.in_service() and facets[-1].failed is not None:
+            self.fail(facets[-1].failed)
         volume.source()  # no facet left: the client's error
 
     async def _finish(self, after: Coroutine[Any, Any, None] | None, sync_seq: int) -> None:
@@ -278,10 +288,11 @@ class Group:
         """No write is taken any more: what it promised could not be kept (O16)."""
         if self.failed is None:
             self.failed = error
+            self.on_failed(error)
 
     def _client_error(self, error: NbdmirrorError) -> VolumeFailed:
-        if error is self.log.failed:
-            self.fail(error)
+        if isinstance(error, DiskFailed):
+            self.fail(error)  # of the log or of a map: final for that file (O16)
         return VolumeFailed(error.message, number=getattr(error, "errno", 5), hint=error.hint)
 
 

@@ -56,6 +56,7 @@ class Housekeeper:
         """Awaited when a facet failed: makes that durable (O16)."""
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
+        self._releasing = asyncio.Lock()
         self._waiting = 0
         self._stalled = False
         self._forcing: asyncio.Task[None] | None = None
@@ -141,20 +142,26 @@ class Housekeeper:
 
     def _floor(self) -> int:
         applied = self._applied_seq()
-        floors = [f.floor(applied) for v in self._volumes for f in v.in_service()]
+        # The last facet that a volume had comes back from the log, if the log is kept for it.
+        floors = [f.floor(applied) for v in self._volumes for f in v.in_service() or v.facets]
         floors += [remote.floor(applied) for remote in self.remotes]
         return min([applied, *floors])
 
     async def _release(self) -> None:
-        ring = self._log.ring
-        seq = self._floor() + 1
-        if seq > ring.tail_seq:
-            position = await self._log.position_of(seq)
-            if seq <= ring.tail_seq or seq > ring.next_seq:
-                return  # the log was reset meanwhile
-            self._log.release(seq, position)
-        if ring.durable_tail < ring.tail:
-            await self._confirm()
+        # One at a time: what one has released the next must not look for records in.
+        async with self._releasing:
+            ring = self._log.ring
+            seq = self._floor() + 1
+            if seq > ring.tail_seq:
+                position = await self._log.position_of(seq)
+                if ring is not self._log.ring:
+                    return  # the log was reset meanwhile
+                self._log.release(seq, position)
+                for volume in self._volumes:
+                    for facet in volume.in_service():
+                        facet.synced_seq = max(facet.synced_seq, seq - 1)
+            if ring.durable_tail < ring.tail:
+                await self._confirm()
 
     async def _confirm(self) -> None:
         """Makes the tail durable; only then is the space free (O5)."""
@@ -162,6 +169,8 @@ class Housekeeper:
         for remote in self.remotes:
             if remote.tracking:
                 await remote.sync_maps()  # what was pending is in the DCM before it goes (O12)
+        if self._log.ring is not ring:
+            return  # the log was reset meanwhile
         position = ring.tail
         self._store.state["tail"] = {"position": position, "seq": ring.tail_seq}
         self._store.state["durable_seq"] = self._log.durable_seq

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nbdmirror.codec import record as codec
@@ -70,6 +70,8 @@ class Log:
         self._recent_bytes = 0
         self._commit = GroupCommit(self._sync_head)
         self.failed: DiskFailed | None = None
+        self.on_failed: Callable[[DiskFailed], None] = lambda error: None
+        """Called once, when the log has failed; whoever holds the node together sets it."""
         self.appended = asyncio.Event()
         """Set with every append; readers at the head clear it and wait."""
 
@@ -212,6 +214,7 @@ class Log:
             hint="the log's disk is not trusted any more; replace it and restart the node",
         )
         self.appended.set()
+        self.on_failed(self.failed)
         return self.failed
 
     # -- reading back ------------------------------------------------------------------------

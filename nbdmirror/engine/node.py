@@ -25,6 +25,7 @@ from nbdmirror.engine.recovery import (
     Recovered,
     doubtful_ranges,
     facet_state,
+    level,
     note_fork,
     redo,
 )
@@ -80,7 +81,7 @@ class Node:
         self.housekeeper = Housekeeper(
             self.volumes, self.log, self.store, self.events, self._applied_seq
         )
-        self.housekeeper.on_failed = self._fail
+        self.log.on_failed = self.store.on_failed = self.housekeeper.on_failed = self._fail
         self.housekeeper.facet_lost = self._facet_lost
         if self.role == "primary":
             await self._start_primary(recovered)
@@ -94,6 +95,8 @@ class Node:
             records=recovered.records,
             facets_healed=list(recovered.healed),
         )
+        if recovered.lost:
+            self.events.emit("log-damaged", lost_records=recovered.lost, end_seq=recovered.end_seq)
         self.housekeeper.start()
         await self._listen(nbd)
 
@@ -153,10 +156,12 @@ class Node:
         await self._mark_doubtful(recovered, active)
         await active.settle()
         state.update(clean=False, boot_id=self.env.clock.boot_id())
+        state["durable_seq"] = self.log.durable_seq
         # The new epoch is durable before the first append (O10).
         await self.store.save()
         group.need_space = self.housekeeper.need_space
         group.facet_lost = self._facet_lost
+        group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick
         self.housekeeper.on_full = config.log.on_full
         self.primary.start()
@@ -165,6 +170,7 @@ class Node:
         """What each remote's DCM has to hold after a crash, made durable."""
         assert self.primary is not None
         doubtful = doubtful_ranges(active, self.volumes) if recovered.power_loss else []
+        await level(self.volumes, doubtful)
         pending = []
         if any(remote.tracking for remote in self.primary.remotes):
             pending = await self._pending()
@@ -178,7 +184,9 @@ class Node:
                     remote.mark(volume, offset, length)
             for place, offset, length in doubtful:
                 remote.mark(place.index, offset, length)
-            if doubtful:
+            if recovered.lost:
+                await remote.fill(f"the log lost {recovered.lost} records: it was damaged")
+            elif doubtful:
                 remote.facts.update(compare=True, consistent=False)
                 remote.facts["why"] = remote.facts["why"] or "the primary lost power"
             remote.save_defaults()
@@ -204,7 +212,11 @@ class Node:
             self.events,
             config.replication,
         )
+        if not recovered.clean:
+            self.store.state["cache_doubt"] = not recovered.power_loss
         self.store.state.update(clean=False, boot_id=self.env.clock.boot_id())
+        if recovered.lost and self.store.state["upstream"] is not None:
+            self.store.state["upstream"]["consistent"] = False  # it promised more than it has
         await self.store.save()
         self.secondary.on_failed = self._fail
         self.secondary.need_space = self.housekeeper.need_space
@@ -242,13 +254,12 @@ class Node:
     # -- what the parts ask for --------------------------------------------------------------
 
     def _safe_seq(self) -> int:
-        """Writes up to here stand in the durable log, and in every durable DCM in use."""
+        """Writes up to here stand in the log, known to be durable there should it ever be damaged,
+        and in every durable DCM."""
         assert self.primary is not None
-        if self.primary.group.trackers:
-            return min(self.log.durable_seq, self._maps_seq)
-        return self.log.durable_seq
+        return min(self.log.durable_seq, self._safe)
 
-    _maps_seq = 0
+    _safe = 0
 
     async def _make_safe(self) -> None:
         assert self.primary is not None
@@ -256,7 +267,9 @@ class Node:
         await self.log.sync(upto)
         for remote in self.primary.remotes:
             await remote.sync_maps()
-        self._maps_seq = upto
+        self.store.state["durable_seq"] = upto
+        await self.store.save()
+        self._safe = upto
 
     async def _facet_lost(self, volume: Volume, facet: LocalFacet) -> None:
         """A facet went out of service: durable before the write that saw it is acknowledged."""
@@ -271,11 +284,12 @@ class Node:
         await self.store.save()
 
     def _fail(self, error: NbdmirrorError) -> None:
-        if self.primary is not None and self.primary.group.failed is None:
-            self.primary.group.fail(error)
+        if self.failed is None or self.failed.done():
+            return
+        self.failed.set_result(error)
         self.events.emit("failed", why=error.message, hint=error.hint)
-        if self.failed is not None and not self.failed.done():
-            self.failed.set_result(error)
+        if self.primary is not None:
+            self.primary.group.fail(error)
 
     # -- stop --------------------------------------------------------------------------------
 
@@ -310,8 +324,11 @@ class Node:
         if self.primary is not None:
             await self._make_safe()
             await self.primary.group.active.drop_safe()
-        if all(f.failed is None for v in self.volumes for f in v.facets):
-            self.store.state["clean"] = True
+        # A failed log may hold a record that nobody was told of: redo decides about it.
+        if self.log.failed is None and all(
+            facet.failed is None for volume in self.volumes for facet in volume.facets
+        ):
+            self.store.state.update(clean=True, end_seq=self.log.next_seq - 1)
             await self.store.save()
 
     def _close(self) -> None:

@@ -16,7 +16,7 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.remote import NEW_FACTS, Remote
 from nbdmirror.engine.session import Context, Session
 from nbdmirror.engine.store import Store
-from nbdmirror.errors import FormatError, NbdmirrorError, Refused, UsageError
+from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, UsageError
 from nbdmirror.ports import Env
 
 REFUSED_PAUSE_SECONDS = 10.0
@@ -124,6 +124,12 @@ class Primary:
                 cause: BaseException = ConnectionResetError("ended to begin anew")
             except (NbdmirrorError, OSError, TimeoutError) as error:
                 cause = error
+                if isinstance(error, DiskFailed):  # of this node: the session promised something
+                    self.group.fail(error)
+            except Exception as error:
+                # A defect costs this remote its session, not the others theirs; it is told.
+                cause = error
+                self._events.emit("defect", remote=remote.name, why=repr(error))
             was_connected = remote.link == "connected"
             self._disconnected(remote, cause)
             if was_connected and asyncio.get_running_loop().time() - began > SETTLED_SECONDS:
@@ -179,14 +185,7 @@ class Primary:
                 f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
             )
         if full:
-            for dcm in remote.dcms:
-                dcm.fill()
-            remote.facts.update(
-                full=True, compare=True, consistent=False, why="asked for by a person"
-            )
-            remote.save_defaults()
-            await remote.sync_maps()
-            await self._store.save()
+            await remote.fill("asked for by a person")
             remote.drop.set()
         remote.kick.set()
         return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())

@@ -14,16 +14,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
+from nbdmirror.codec import fields, repl
 from nbdmirror.codec import record as codec
-from nbdmirror.codec import repl
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
-from nbdmirror.ports import Buffer
 
 QUEUE_BYTES_MAX = 8 << 20
 """Frames that wait to be handled; beyond it the connection is not read."""
@@ -58,6 +58,8 @@ class Receiver:
                 task.result()
         except (NbdmirrorError, ConnectionError, TimeoutError) as error:
             self.link.close(error)
+            if isinstance(error, DiskFailed):
+                self.secondary.fail(error)
         finally:
             if self._sync_task is not None:
                 tasks.append(self._sync_task)
@@ -73,7 +75,7 @@ class Receiver:
         if frame.type is Type.PING:
             return
         self._frames.append(frame)
-        self._queued += len(frame.payload)
+        self._queued += frame.size
         if self._queued > QUEUE_BYTES_MAX:
             self.link.set_reading(False)
         self._arrived.set()
@@ -109,8 +111,10 @@ class Receiver:
         while not self._frames:
             self._arrived.clear()
             await self._arrived.wait()
+        if self.link.cause is not None:  # closed: a stale session never writes after a new one
+            raise ConnectionResetError(str(self.link.cause))
         frame = self._frames.popleft()
-        self._queued -= len(frame.payload)
+        self._queued -= frame.size
         if self._queued <= QUEUE_BYTES_MAX // 2:
             self.link.set_reading(True)
         return frame
@@ -133,6 +137,8 @@ class Receiver:
         self._hello = hello
         # The former session ends before this one may write: a stale one never comes after.
         await self.secondary.enter(self)
+        # What is told as durable is durable (O4).
+        await self.secondary.log.sync(self.secondary.log.next_seq - 1)
         self.link.send_json(Type.WELCOME, self.secondary.welcome())
 
     async def _start(self, frame: Frame) -> None:
@@ -144,7 +150,11 @@ class Receiver:
             raise PeerError(f"{frame.type.name} came instead of START")
         start = frame.json()
         action, seq, resync = start.get("action"), start.get("seq"), start.get("resync")
-        if action not in ("continue", "reset") or type(seq) is not int or seq < 1:
+        if (
+            action not in ("continue", "reset")
+            or type(seq) is not int
+            or not 1 <= seq <= fields.SEQ_MAX
+        ):
             raise PeerError(f"START garbled: {start}")
         log = self.secondary.log
         if action == "continue" and seq != log.next_seq:
@@ -166,17 +176,30 @@ class Receiver:
         records, payload = self._checked(frame.payload, log.next_seq)
         if not records:
             return
-        sizes = [codec.stored_size(record.kind, record.length) for record in records]
-        size = sum(sizes)
-        if size > log.capacity // 2:
-            raise PeerError(f"a frame of {size} bytes does not fit a log of {log.capacity}")
-        while not log.fits(size, max(sizes)):
-            await self.secondary.need_space()
-        parts: list[Buffer] = [payload]
-        first_seq = log.next_seq
-        log.append(parts, size, len(records), sizes, records)
-        self.secondary.applier.arrived(first_seq)
-        self.acknowledge()
+        for part, some in self._portions(payload, records):
+            sizes = [codec.stored_size(record.kind, record.length) for record in some]
+            largest = max(sizes)
+            if largest > log.capacity // 4:
+                raise PeerError(f"a record of {largest} bytes, the log here has {log.capacity}")
+            while not log.fits(len(part), largest):
+                await self.secondary.need_space()
+            first_seq = log.next_seq
+            log.append([part], len(part), len(some), sizes, some)
+            self.secondary.applier.arrived(first_seq)
+            self.acknowledge()
+
+    def _portions(
+        self, payload: memoryview, records: list[Record]
+    ) -> Iterator[tuple[memoryview, list[Record]]]:
+        """A frame's records as a whole, or one by one where the log here is small."""
+        if len(payload) <= self.secondary.log.capacity // 4:
+            yield payload, records
+            return
+        at = 0
+        for record in records:
+            size = codec.stored_size(record.kind, record.length)
+            yield payload[at : at + size], [record]
+            at += size
 
     def _checked(self, view: memoryview, next_seq: int) -> tuple[list[Record], memoryview]:
         """The records that are new here, all verified (X6), and their bytes."""
@@ -230,10 +253,12 @@ class Receiver:
     async def _on_hashes(self, frame: Frame) -> None:
         token, volume, region, offset, length = frame.unpack(repl.HASHES)
         hashes = frame.payload[repl.HASHES.size :]
-        count = -(-length // region) if region else 0
-        if not count or len(hashes) != count * repl.HASH_SIZE:
-            raise PeerError(f"HASHES of {length} bytes carries {len(hashes)} bytes of hashes")
         self.secondary.check_range(volume, offset, length)
+        if region != self.secondary.volumes[volume].region_size:
+            raise PeerError(f"HASHES of regions of {region} bytes")
+        count = -(-length // region)
+        if len(hashes) != count * repl.HASH_SIZE:
+            raise PeerError(f"HASHES of {length} bytes carries {len(hashes)} bytes of hashes")
         self.secondary.check_resyncing()
         flags = bytearray(count)
         for index in range(count):
@@ -242,6 +267,9 @@ class Receiver:
             digest = hashlib.sha256(data).digest()[: repl.HASH_SIZE]
             start = index * repl.HASH_SIZE
             flags[index] = digest != hashes[start : start + repl.HASH_SIZE]
+            if not flags[index] and self.secondary.store.state.get("cache_doubt"):
+                # Equal in the page cache, and perhaps only there: written once more (O16).
+                await self.secondary.place(volume, at, len(data), data)
             await asyncio.sleep(0)  # acknowledgements go on meanwhile
         self.link.send(Type.WANT, [repl.TOKEN.pack(token), bytes(flags)])
         self._sync_soon(token)

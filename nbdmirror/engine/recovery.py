@@ -17,15 +17,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nbdmirror.codec import record as codec
 from nbdmirror.core.active import volume_extent
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.facet import FacetState, LocalFacet
-from nbdmirror.engine.log import Log
+from nbdmirror.engine.log import Cursor, Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed
+
+LEVEL_BYTES = 1 << 20
+"""Facets are compared in pieces of this size after a power loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Recovered:
     power_loss: bool
     records: int
     end_seq: int
+    lost: int
+    """Records that were durable once and that the log does not give back: it was damaged."""
     timeline: Timeline
     """When the records in the log were taken, for lag in seconds."""
     healed: tuple[str, ...] = ()
@@ -52,41 +56,62 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     clean = bool(state["clean"])
     power_loss = not clean and state["boot_id"] != boot_id
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
-    limit = (state.get("apply") or {}).get("limit")
     healing = _healing(store, volumes, log.ring.tail_seq)
     timeline = Timeline()
-    records = applied = 0
+    records = 0
     for record in log.scan(forks, int(state["epoch"])):
         records += 1
         timeline.add(record.seq, record.time_ns)
-        # A secondary whose applying is held back comes back to exactly that point (V8).
-        if limit is None or record.seq <= limit:
-            applied = record.seq
-            volume = volumes[record.volume]
-            facets = [facet for facet in volume.facets if facet in healing]
-            await _apply(facets if clean else volume.in_service() + facets, record)
     end_seq = log.next_seq - 1
-    for volume in volumes:
-        for facet in volume.facets:
-            facet.written_seq = applied or end_seq
-            # Redo may have brought back older versions of blocks: nothing counts as synced (O23).
-            redone = records and (not clean or facet in healing)
-            facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
     if clean:
         log.durable_seq = end_seq
-    elif power_loss:
-        await log.sync(end_seq)
     else:
         # A sync that failed before the process died may have left pages marked clean that are
         # not on disk: what was not known to be durable is written once more (O16).
         await log.rewrite(max(int(state.get("durable_seq", 0)) + 1, log.ring.tail_seq))
+        await log.sync(end_seq)  # before anything of it reaches a facet (O2)
+    # A secondary whose applying is held back comes back to exactly that point (V8).
+    limit = (state.get("apply") or {}).get("limit")
+    until = end_seq if limit is None else min(limit, end_seq)
+    if not clean or healing:
+        await _apply(log, until, volumes, healing, only_healing=clean)
     for volume in volumes:
         for facet in volume.facets:
+            facet.written_seq = max(until, log.ring.tail_seq - 1)
+            # Redo may have brought back older versions of blocks: nothing counts as synced (O23).
+            redone = records and (not clean or facet in healing)
+            facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
             if facet in healing or (power_loss and facet.in_service):
                 await facet.sync()
     _trust_again(store, healing)
-    paths = tuple(facet.path for facet in healing)
-    return Recovered(clean, power_loss, records, end_seq, timeline, paths)
+    known = int(state.get("end_seq" if clean else "durable_seq", 0))
+    return Recovered(
+        clean=clean,
+        power_loss=power_loss,
+        records=records,
+        end_seq=end_seq,
+        lost=max(0, known - end_seq),
+        timeline=timeline,
+        healed=tuple(facet.path for facet in healing),
+    )
+
+
+async def _apply(
+    log: Log, until: int, volumes: list[Volume], healing: list[LocalFacet], *, only_healing: bool
+) -> None:
+    """Carries the log's records up to ``until`` into the facets."""
+    cursor = Cursor(log.ring.tail_seq)
+    while cursor.seq <= until:
+        for record in (await log.read(cursor)).parsed():
+            if record.seq > until:
+                return
+            volume = volumes[record.volume]
+            facets = [facet for facet in volume.facets if facet in healing]
+            for facet in facets if only_healing else volume.in_service() + facets:
+                try:
+                    await facet.apply(record)
+                except OSError as error:
+                    raise facet.fail("redo", error) from error
 
 
 def _entries(store: Store) -> Iterator[dict[str, Any]]:
@@ -115,17 +140,9 @@ def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
             entry.update(state=FacetState.SYNCHRONISED.value, since=None)
 
 
-async def _apply(facets: list[LocalFacet], record: codec.Record) -> None:
-    for facet in facets:
-        try:
-            await facet.apply(record)
-        except OSError as error:
-            raise facet.fail("redo", error) from error
-
-
 def note_fork(store: Store, recovered: Recovered) -> None:
-    """Remembers where a power loss ended the epoch; the caller saves (O10)."""
-    if recovered.power_loss:
+    """Remembers where a power loss, or damage, ended the epoch; the caller saves (O10)."""
+    if recovered.power_loss or recovered.lost:
         store.state["forks"].append([store.state["epoch"], recovered.end_seq])
 
 
@@ -143,6 +160,23 @@ def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[
                 length = min(active.extent_size, volume.size - offset)
                 ranges.append((volume, offset, length))
     return ranges
+
+
+async def level(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
+    """Makes the facets of each volume equal in the ranges, durably: writes that the log lost may
+    have reached one facet and not another, and a read must not depend on which one serves it."""
+    for volume, offset, length in ranges:
+        facets = volume.in_service()
+        for at in range(offset, offset + length, LEVEL_BYTES):
+            size = min(LEVEL_BYTES, offset + length - at)
+            for first, other in ((facets[0], other) for other in facets[1:]):
+                data = await first.read(at, size)
+                if await other.read(at, size) != data:
+                    other.pwrite(at, data)
+    for volume in volumes:
+        if ranges and len(volume.in_service()) > 1:
+            for facet in volume.in_service():
+                await facet.sync()
 
 
 def facet_state(word: str) -> FacetState:

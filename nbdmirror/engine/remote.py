@@ -31,6 +31,7 @@ from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile, dirty_runs
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk
 
 PENDING_SCAN_MAX = 64 << 20
@@ -125,6 +126,8 @@ class Remote:
         """Opens the DCMs; a damaged one is filled and said so (X1)."""
         for volume, dcm in zip(self.group.volumes, self.dcms, strict=True):
             dcm.open(bool(self.facts["defaults"].get(volume.name, True)))
+            if not self.facts["initialised"]:
+                dcm.fill()  # a file of that name may be left from a former remote
             if dcm.damage is not None:
                 self.facts["full"] = True
                 self.facts["why"] = f"the map could not be read ({dcm.damage})"
@@ -172,9 +175,23 @@ class Remote:
         self.dcms[volume].mark(offset, length)
 
     async def sync_maps(self) -> None:
-        """Makes every mark so far durable."""
+        """Makes every mark so far durable; DiskFailed if it cannot, for the whole node (O16)."""
+        try:
+            for dcm in self.dcms:
+                await dcm.sync()
+        except DiskFailed as error:
+            self.group.fail(error)
+            raise
+
+    async def fill(self, why: str) -> None:
+        """Marks everything, to be compared, durably: the maps first, because what the superblock
+        says of them must never be less than what they hold (O12)."""
         for dcm in self.dcms:
-            await dcm.sync()
+            dcm.fill()
+        await self.sync_maps()
+        self.facts.update(full=True, compare=True, consistent=False, why=why)
+        self.save_defaults()
+        await self._store.save()
 
     async def overflow(self, why: str) -> None:
         """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
@@ -186,7 +203,7 @@ class Remote:
         self.marked_seq = self.durable_seq
         facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, why=why)
         self.group.trackers.append(self)
-        self.drop.set()
+        self.cancel_start()
         self._events.emit(
             "overflow",
             remote=self.name,
@@ -195,12 +212,17 @@ class Remote:
         )
         await self._store.save()
         cursor = Cursor(self.durable_seq + 1)
-        while cursor.seq < upto:
-            chunk = await log.read(cursor)
-            for record in chunk.parsed():
-                self.mark(record.volume, record.offset, record.length)
-            self.marked_seq = chunk.last_seq
-            await asyncio.sleep(0)
+        try:
+            while cursor.seq < upto:
+                chunk = await log.read(cursor)
+                for record in chunk.parsed():
+                    self.mark(record.volume, record.offset, record.length)
+                self.marked_seq = chunk.last_seq
+                await asyncio.sleep(0)
+        except FormatError as error:
+            # What cannot be read back cannot be marked: then everything is.
+            self._events.emit("log-damaged", remote=self.name, why=error.message)
+            await self.fill(error.message)
         self.marked_seq = None
         self.notify()
 
@@ -244,8 +266,11 @@ class Remote:
         for first, size, dirty in pieces:
             if dirty:
                 marked.mark(first // region, (first + size - 1) // region)
-        cursor = Cursor(max(self.durable_seq + 1, log.ring.tail_seq))
+        cursor = Cursor(self.durable_seq + 1)
         while cursor.seq < log.next_seq:
+            if cursor.seq < log.ring.tail_seq:  # acknowledged, or overflowed, meanwhile
+                cursor = Cursor(log.ring.tail_seq)
+                continue
             for record in (await log.read(cursor)).parsed():
                 if record.volume == volume:
                     last = record.offset + record.length - 1

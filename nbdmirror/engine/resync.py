@@ -25,12 +25,16 @@ from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.remote import Remote, ResyncProgress
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import PeerError
+from nbdmirror.errors import PeerError, VolumeFailed
 
 COPY_BYTES = 1 << 20
 """A stretch of marked regions is copied in pieces of at most this (or one region)."""
 COMPARE_BYTES = 4 << 20
 """... and compared in pieces of at most this."""
+HOLE_REGION_BYTES = 64
+"""What a region of a hole counts for in the window of what is under way."""
+RETRY_SECONDS = 10.0
+"""Regions that the facet could not give are tried again so often."""
 HOLE_BYTES = 1 << 30
 """... and cleared, where it is a hole, in pieces of at most this."""
 
@@ -69,6 +73,7 @@ class Resync:
         self._wanted: deque[tuple[Volume, int]] = deque()
         self._progressed = asyncio.Event()
         self._end_seq: int | None = None
+        self._failed_reads: str | None = None
         kind = "full" if remote.facts["full"] else "dcm"
         self.progress = ResyncProgress(kind, remote.dirty_bytes)
         remote.progress = self.progress
@@ -84,6 +89,9 @@ class Resync:
                 await self._wait_progress(lambda: not self._windows or bool(self._wanted))
             if remote.dirty_regions == 0:
                 break
+            if self._failed_reads is not None:
+                remote.stall, self._failed_reads = self._failed_reads, None
+                await asyncio.sleep(RETRY_SECONDS)
         self._end_seq = remote.group.log.next_seq - 1
         self._link.send(Type.RESYNC_END, [repl.SEQ.pack(self._end_seq)])
         await self._wait_progress(lambda: self._end_seq is None)
@@ -99,7 +107,7 @@ class Resync:
         remote.save_defaults()
         await remote.sync_maps()
         await self._store.save()
-        remote.progress = None
+        remote.progress = remote.stall = None
         remote.notify()
 
     # -- walking -----------------------------------------------------------------------------
@@ -129,11 +137,20 @@ class Resync:
                 return hole
         size_max = COMPARE_BYTES if self._compare else COPY_BYTES
         count = min(count, max(1, size_max // region))
-        if self._compare:
-            await self._send_hashes(volume, first, count)
-        else:
-            await self._send_copy(volume, first, count)
+        try:
+            if self._compare:
+                await self._send_hashes(volume, first, count)
+            else:
+                await self._send_copy(volume, first, count)
+        except VolumeFailed as error:
+            self._unreadable(error)
         return count
+
+    def _unreadable(self, error: VolumeFailed) -> None:
+        """The regions of the last window stay marked; the others go on (fault 14)."""
+        window = self._windows.pop(self._token)
+        self._in_flight -= window.size
+        self._failed_reads = error.message
 
     def _open(self, volume: Volume, first: int, count: int, *, hashed: bool = False) -> int:
         """Registers a window that is about to be read; the caller holds the range lock."""
@@ -158,8 +175,9 @@ class Resync:
             if not all(piece[2] for piece in volume.allocation(offset, length)):
                 return  # written to meanwhile: the walk comes by again
             token = self._open(volume, first, count)
-            self._in_flight -= length  # costs the link nothing
-            self._windows[token].size = 0
+            # It costs the link nothing, but memory here.
+            self._windows[token].size = size = count * HOLE_REGION_BYTES
+            self._in_flight += size - length
             head = repl.REGION.pack(token, volume.index, repl.ZEROS, offset, length)
             self._count(self._link.send(Type.REGION, [head]), length)
         await self._link.drain()
@@ -203,7 +221,10 @@ class Resync:
             while count < limit and self._wanted and self._wanted[0] == (volume, first + count):
                 self._wanted.popleft()
                 count += 1
-            await self._send_copy(volume, first, count)
+            try:
+                await self._send_copy(volume, first, count)
+            except VolumeFailed as error:
+                self._unreadable(error)
 
     def _count(self, sent: int, skipped: int) -> None:
         self.progress.sent_bytes += sent

@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from nbdmirror.codec import repl
+from nbdmirror.codec import fields, repl
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
@@ -59,6 +59,7 @@ class Secondary:
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
         self._tasks: list[asyncio.Task[None]] = []
+        log.on_failed = self.fail
 
     def start(self) -> None:
         """Starts committing and applying."""
@@ -86,9 +87,9 @@ class Secondary:
         try:
             await work
         except (NbdmirrorError, OSError) as error:
-            self._fail(error)
+            self.fail(error)
 
-    def _fail(self, error: NbdmirrorError | OSError) -> None:
+    def fail(self, error: NbdmirrorError | OSError) -> None:
         """A disk of this node failed for good: no more promises, the primary is told (O16)."""
         if not isinstance(error, NbdmirrorError):
             error = DiskFailed(str(error), number=error.errno or 5)
@@ -145,13 +146,17 @@ class Secondary:
             return "failed", f"{self.node_name} failed: {self.failed.message}"
         low, high = repl.PROTOCOL_VERSIONS
         versions = hello.get("versions")
-        if not isinstance(versions, list) or len(versions) != 2:
+        if not isinstance(versions, list) or [type(v) for v in versions] != [int, int]:
             return "T1", "HELLO names no versions"
         if not (versions[0] <= high and low <= versions[1]):
             return "T1", (
                 f"the primary speaks protocol versions {versions[0]}..{versions[1]}, "
                 f"{self.node_name} {low}..{high}"
             )
+        try:
+            self._check_hello(hello)
+        except PeerError as error:
+            return "T1", f"HELLO: {error.message}"
         if hello.get("group") != self.group_name:
             return "T1", (
                 f"the primary serves group {hello.get('group')!r}, {self.node_name} belongs to "
@@ -163,6 +168,15 @@ class Secondary:
                 f"the primary's group has uuid {hello.get('uuid')}, {self.node_name} holds {uuid}"
             )
         return self._volume_refusal(hello.get("volumes"))
+
+    @staticmethod
+    def _check_hello(hello: dict[str, Any]) -> None:
+        """PeerError unless everything that ``adopt`` stores is of its type and size (I9)."""
+        for key in ("uuid", "generation", "node"):
+            fields.text(hello, key)
+        fields.integer(hello, "epoch", fields.EPOCH_MAX)
+        fields.history(hello)
+        fields.forks(hello)
 
     def _volume_refusal(self, theirs: Any) -> tuple[str, str] | None:
         if not isinstance(theirs, list) or not all(isinstance(v, dict) for v in theirs):
@@ -178,7 +192,11 @@ class Secondary:
                         f"volume {volume.name}: the primary's {key} is {other.get(key)}, "
                         f"{self.node_name} has {value}"
                     )
-            if volume.uuid and volume.uuid != other.get("uuid"):
+            try:
+                uuid = fields.text(other, "uuid")
+            except PeerError as error:
+                return "T1", f"volume {volume.name}: {error.message}"
+            if volume.uuid and volume.uuid != uuid:
                 return "T1", (
                     f"volume {volume.name}: the primary's uuid is {other.get('uuid')}, "
                     f"{self.node_name} has {volume.uuid}"
@@ -202,32 +220,39 @@ class Secondary:
         }
 
     async def adopt(self, hello: dict[str, Any], reset_seq: int | None, resync: bool) -> None:
-        """Takes over the primary's identity and history, and the terms of START, durably."""
+        """Takes over the primary's identity and history, and the terms of START, durably.
+
+        Before a resync the log is emptied too: a record from before it, redone over a region
+        copy, could bring back what the copy replaced."""
+        if resync and reset_seq is None:
+            reset_seq = self.log.next_seq
+        if reset_seq is not None:
+            await self.drain()
+        # No await from here to the save: what is saved is all of it or nothing.
         state = self.store.state
-        state["uuid"] = hello["uuid"]
-        state["generation"] = hello["generation"]
-        state["history"] = hello["history"]
-        state["epoch"] = int(hello["epoch"])
-        state["forks"] = hello["forks"]
+        state["uuid"] = fields.text(hello, "uuid")
+        state["generation"] = fields.text(hello, "generation")
+        state["history"] = [list(pair) for pair in fields.history(hello)]
+        state["epoch"] = fields.integer(hello, "epoch", fields.EPOCH_MAX)
+        state["forks"] = fields.forks(hello)
         for volume, other, saved in zip(
             self.volumes, hello["volumes"], state["volumes"], strict=True
         ):
-            volume.uuid = saved["uuid"] = str(other["uuid"])
+            volume.uuid = saved["uuid"] = fields.text(other, "uuid")
         former = state["upstream"] or {}
         state["upstream"] = {
-            "name": str(hello["node"]),
+            "name": fields.text(hello, "node"),
             "consistent": bool(former.get("consistent")) and not resync,
             "since": former.get("since"),
         }
         if reset_seq is not None:
-            await self._reset(reset_seq)
+            self._reset(reset_seq)
         await self.store.save()
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
 
-    async def _reset(self, seq: int) -> None:
-        """Empties the log, to go on with ``seq``; what it held is in the facets first."""
-        await self.drain()
+    def _reset(self, seq: int) -> None:
+        """Empties the log, to go on with ``seq``; what it held is in the facets, durably."""
         self.log.reset(seq)
         self.applier.reset(seq)
         for volume in self.volumes:
@@ -240,6 +265,7 @@ class Secondary:
     async def become_consistent(self, seq: int) -> None:
         """The stream has passed the end of a resync: say so, durably."""
         self.store.state["upstream"].update(consistent=True, since=seq)
+        self.store.state["cache_doubt"] = False
         await self.store.save()
         self.events.emit("consistent", seq=seq)
 
@@ -262,10 +288,10 @@ class Secondary:
                 if data is not None:
                     facet.pwrite(offset, data)
                 elif any(True for _ in facet.file.data_ranges(offset, length)):
-                    await facet.file.punch(offset, length)
+                    await facet.punch(offset, length)
             except OSError as error:
                 failure = facet.fail("write", error)
-                self._fail(failure)
+                self.fail(failure)
                 raise failure from error
 
     async def read(self, volume: int, offset: int, length: int) -> Buffer:
@@ -275,7 +301,7 @@ class Secondary:
             return await facet.read(offset, length)
         except OSError as error:
             failure = facet.fail("read", error)
-            self._fail(failure)
+            self.fail(failure)
             raise failure from error
 
     async def sync_facets(self) -> None:
@@ -285,7 +311,7 @@ class Secondary:
                 try:
                     await facet.sync()
                 except DiskFailed as error:
-                    self._fail(error)
+                    self.fail(error)
                     raise
 
     def status(self) -> dict[str, Any]:

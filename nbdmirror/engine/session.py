@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nbdmirror.codec import repl
+from nbdmirror.codec import fields, repl
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
@@ -60,6 +60,7 @@ class Session:
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self.resync: Resync | None = None
         self._streaming = False
+        self._shipped_seq = 0
         self._compress = remote.facts.get("compression") == "lz4"
 
     async def run(self, connected: Callable[[], None]) -> None:
@@ -120,17 +121,15 @@ class Session:
             },
         )
         welcome = await self._receive(Type.WELCOME)
-        try:
-            return Target(
-                initialised=bool(welcome["initialised"]),
-                generation=welcome["generation"],
-                epoch=int(welcome["epoch"]),
-                durable_seq=int(welcome["durable_seq"]),
-                consistent=bool(welcome["consistent"]),
-                history=tuple((str(g), int(s)) for g, s in welcome["history"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PeerError(f"WELCOME lacks or garbles {error}") from error
+        generation = welcome.get("generation")
+        return Target(
+            initialised=welcome.get("initialised") is True,
+            generation=None if generation is None else fields.text(welcome, "generation"),
+            epoch=fields.integer(welcome, "epoch", fields.EPOCH_MAX),
+            durable_seq=fields.integer(welcome, "durable_seq"),
+            consistent=welcome.get("consistent") is True,
+            history=fields.history(welcome),
+        )
 
     def _decide(self, target: Target) -> Decision:
         state, facts, log = self.context.store.state, self.remote.facts, self.remote.group.log
@@ -143,7 +142,6 @@ class Session:
             next_seq=log.next_seq,
             base_seq=facts["base_seq"],
             tracking=self.remote.tracking,
-            full=facts["full"],
             met_epoch=facts["met_epoch"],
             consistent=facts["consistent"],
         )
@@ -167,16 +165,17 @@ class Session:
         remote, log, facts = self.remote, self.remote.group.log, self.remote.facts
         while remote.marked_seq is not None:  # an overflow is still marking
             await remote.changed.wait()
-        if decision.action is Action.FULL and not facts["full"]:
-            for dcm in remote.dcms:
-                dcm.fill()
-            facts.update(full=True, why=decision.why)
+        if decision.action is Action.FULL:
+            await remote.fill(decision.why)
         facts["compare"] = facts["compare"] or decision.action is Action.FULL
         if facts["full"]:
             facts["why"] = decision.why
         reset = decision.action is not Action.CONTINUE
         # From this step on the log is kept for the remote, whatever it answers.
-        seq = log.next_seq if reset else target.durable_seq + 1
+        # Where the DCM has everything, the stream begins now: what was decided is older already.
+        in_map = decision.action is Action.FULL or (reset and remote.tracking)
+        seq = log.next_seq if in_map else decision.seq
+        assert log.ring.tail_seq <= seq <= log.next_seq
         remote.starting = True
         remote.durable_seq = remote.received_seq = remote.applied_seq = seq - 1
         resync = remote.dirty_regions > 0
@@ -210,6 +209,7 @@ class Session:
 
     async def _stream(self, seq: int) -> None:
         tuning = self.context.tuning
+        self._shipped_seq = seq - 1
         self._streaming = True
         ends = [
             asyncio.ensure_future(self._ship(Cursor(seq))),
@@ -255,6 +255,7 @@ class Session:
                     raise
                 parts += chunk.parts
                 size += chunk.size
+            self._shipped_seq = cursor.seq - 1
             remote.bytes_sent += link.send(Type.RECORDS, parts, compress=self._compress)
             await link.drain()
             if size < FRAME_BYTES:
@@ -263,13 +264,7 @@ class Session:
     async def _log_rotten(self, error: FormatError) -> None:
         """A pending record cannot be read back: the regions are copied from the facet instead."""
         self.context.events.emit("log-damaged", remote=self.remote.name, why=error.message)
-        facts = self.remote.facts
-        facts.update(full=True, compare=True, consistent=False, why=error.message)
-        for dcm in self.remote.dcms:
-            dcm.fill()
-        self.remote.save_defaults()
-        await self.remote.sync_maps()
-        await self.context.store.save()
+        await self.remote.fill(error.message)
 
     def _on_frame(self, frame: Frame) -> None:
         kind = frame.type
@@ -279,10 +274,10 @@ class Session:
             self._inbox.put_nowait(frame)
         elif kind is Type.ACK:
             received, durable, applied = frame.unpack(repl.ACK)
-            if not applied <= durable <= received < self.remote.group.log.next_seq:
+            if not applied <= durable <= received <= self._shipped_seq:
                 raise PeerError(
-                    f"the remote acknowledges {received}/{durable}/{applied}, the log ends at "
-                    f"{self.remote.group.log.next_seq - 1}"
+                    f"the remote acknowledges {received}/{durable}/{applied}, sent was up to "
+                    f"{self._shipped_seq}"
                 )
             self.remote.acknowledge(received, durable, applied)
         elif kind in (Type.WANT, Type.DONE, Type.CONSISTENT):

@@ -14,13 +14,17 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     clean          true between a clean stop and the next start
     tail           {position, seq}: where the log's valid part begins
     durable_seq    the log was durable up to here when this was saved; 0 if that is not known
+    end_seq        the log's last record at the last clean stop
     volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
+    cache_doubt    on a secondary: a former process of this boot may have seen a sync fail, so what
+                   is in the page cache may not be on disk (O16); false once it is consistent
     upstream       on a secondary: {name, consistent, since}; null before the first session
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.codec import slots
@@ -40,6 +44,10 @@ class Store:
         self._file = file
         self._counter = counter
         self._slot = slot
+        self._doubtful: bytes | None = None
+        """The slot that counts, if it may be in the page cache only: a former process wrote it."""
+        self.on_failed: Callable[[DiskFailed], None] = lambda error: None
+        """Called when it cannot be saved: final, whoever asked for it (O16)."""
         self.save = GroupCommit(self._save)
         """Makes ``state``, as it is at the call or later, durable; DiskFailed if it cannot."""
 
@@ -80,21 +88,29 @@ class Store:
         if state.get("format") != FORMAT:
             file.close()
             raise StateError(f"{path} has format {state.get('format')}, this program has {FORMAT}")
-        return cls(file, counter, slot, state)
+        store = cls(file, counter, slot, state)
+        store._doubtful = images[slot]
+        return store
 
     async def _save(self) -> None:
         # The slot that counts now stays untouched until the other one is durable.
         slot = 1 - self._slot
         data = slots.encode(self._counter + 1, self.state)
         try:
+            if self._doubtful is not None:
+                self._file.pwrite(self._slot * slots.SLOT_SIZE, self._doubtful)
+                await self._file.sync()
+                self._doubtful = None
             self._file.pwrite(slot * slots.SLOT_SIZE, data)
             await self._file.sync()
         except OSError as error:
-            raise DiskFailed(
+            failure = DiskFailed(
                 f"cannot save {self._file.path}: {error.strerror or error}",
                 number=error.errno or 5,
                 hint="replace or free the disk of state_dir, then restart the node",
-            ) from error
+            )
+            self.on_failed(failure)
+            raise failure from error
         self._counter += 1
         self._slot = slot
 

@@ -1,7 +1,29 @@
-"""Fixtures: those of the integration tests, and groups with a small volume under a stamped load."""
+"""Fixtures: those of the integration tests; daemons that a fault ended are buried with the rest."""
 
 from __future__ import annotations
 
-from tests.integration.conftest import _bounded, make_cluster
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.cluster import Cluster
+from tests.integration.conftest import _bounded
 
 __all__ = ["_bounded", "make_cluster"]
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Makes clusters (as ``Cluster``'s arguments say); they end with the test."""
+    made: list[Cluster] = []
+
+    def make(**options: Any) -> Cluster:
+        made.append(Cluster(tmp_path / f"cluster{len(made)}", **options))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.close()
+        cluster.kill()

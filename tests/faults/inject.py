@@ -201,10 +201,10 @@ class StorageDaemon:
 
     def __init__(self, path: Path, image: Path, filters: Sequence[str]) -> None:
         """``filters``: further ``--blockdev`` options; the node ``top`` is exported, ``image`` is
-        what the lowest has to name."""
+        what the lowest has to name; without ``discard=unmap`` in each, holes are not made."""
         self.path = path
         path.touch()
-        blockdevs = [f"driver=file,node-name=image,filename={image}", *filters]
+        blockdevs = [f"driver=file,node-name=image,filename={image},discard=unmap", *filters]
         argv = ["qemu-storage-daemon"]
         for option in blockdevs:
             argv += ["--blockdev", option]

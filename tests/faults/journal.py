@@ -39,6 +39,8 @@ class Change:
 
     stamp: int
     """Number of the request, in the order of issue; all sectors of a request share it."""
+    batch: int
+    """Requests of one batch were in flight together: they may take effect in any order."""
     zero: bool
     issued: int
     acknowledged: int = NEVER
@@ -57,12 +59,13 @@ class Journal:
         self.sectors = size // SECTOR
         self.clock = clock
         self.stamp = 0
+        self.batch = 0
         self._histories: dict[int, list[Change]] = {}
 
     def issue(self, first: int, count: int, *, zero: bool) -> Change:
         """A request is about to be sent."""
         self.stamp += 1
-        change = Change(self.stamp, zero, self.clock())
+        change = Change(self.stamp, self.batch, zero, self.clock())
         for sector in range(first, first + count):
             self._histories.setdefault(sector, []).append(change)
         return change
@@ -105,27 +108,38 @@ class Journal:
             found = image[sector * SECTOR : (sector + 1) * SECTOR]
             for change in reversed(history):
                 if found == change.content(sector):
-                    kept[sector] = [Change(change.stamp, change.zero, 0, 0, 0)]
+                    kept[sector] = [Change(change.stamp, 0, change.zero, 0, 0, 0)]
                     break
         self._histories = kept
 
     def check_prefix(self, image: bytes) -> int:
-        """AssertionError unless the image is the state after the first so many requests (I1);
-        returns that number. Only for one connection, whose requests are executed in order."""
-        seen = [_HEAD.unpack_from(image, sector * SECTOR)[0] for sector in range(self.sectors)]
-        least = max(seen)
-        # Zeros leave no stamp: requests of zeros behind the last stamp may be in or not.
-        for last in range(least, min(self.stamp, least + 4 * BATCH_MAX) + 1):
-            if all(self._as_after(last, sector, image) for sector in range(self.sectors)):
+        """AssertionError unless the image is the state after some record (I1): whole batches, and
+        of one more any requests, each whole; returns that batch. For one connection only."""
+        stamps = [_HEAD.unpack_from(image, sector * SECTOR)[0] for sector in range(self.sectors)]
+        newest = max(stamps)
+        batches = {c.stamp: c.batch for history in self._histories.values() for c in history}
+        least = batches[newest] if newest else 0
+        # Zeros leave no stamp: batches of nothing else behind the newest stamp may be in.
+        for last in range(least, min(self.batch, least + 4) + 1):
+            if self._is_prefix(last, image):
                 return last
-        raise AssertionError(f"the image, with stamps up to {least}, is no prefix of the writes")
+        raise AssertionError(f"the image, with stamps up to {newest}, is no prefix of the writes")
 
-    def _as_after(self, last: int, sector: int, image: bytes) -> bool:
-        found = image[sector * SECTOR : (sector + 1) * SECTOR]
-        for change in reversed(self._histories.get(sector, [])):
-            if change.stamp <= last:
-                return found == change.content(sector)
-        return found == _ZEROS
+    def _is_prefix(self, last: int, image: bytes) -> bool:
+        arrived: dict[int, bool] = {}
+        for sector in range(self.sectors):
+            found = image[sector * SECTOR : (sector + 1) * SECTOR]
+            history = [c for c in self._histories.get(sector, []) if c.batch <= last]
+            newest = history.pop() if history and history[-1].batch == last else None
+            before = history[-1].content(sector) if history else _ZEROS
+            if newest is None or newest.content(sector) == before:
+                if found != before:
+                    return False
+            elif found not in (before, newest.content(sector)) or arrived.setdefault(
+                newest.stamp, found != before
+            ) != (found != before):
+                return False
+        return True
 
 
 @dataclass(slots=True)
@@ -150,6 +164,7 @@ class Load:
         seed: int = 1,
         sectors_max: int = 64,
         flush_every: int = 5,
+        fua: float = 0.1,
         timeout: float = 60.0,
     ) -> None:
         self.journal = journal
@@ -160,6 +175,7 @@ class Load:
         self._random = random.Random(seed)
         self._sectors_max = sectors_max
         self._flush_every = flush_every
+        self._fua = fua
         try:
             self._client = RawClient(path, timeout=timeout)
             self._client.go(volume)
@@ -189,8 +205,9 @@ class Load:
 
     def _batch(self) -> None:
         waiting: dict[int, tuple[Change, bool]] = {}
+        self.journal.batch += 1
         for first, count in self._ranges():
-            fua = self._random.random() < 0.1
+            fua = self._random.random() < self._fua
             flags = rawnbd.FUA if fua else 0
             command = self._random.choices(
                 (rawnbd.WRITE, rawnbd.WRITE_ZEROES, rawnbd.TRIM), (90, 6, 4)

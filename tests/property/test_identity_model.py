@@ -68,7 +68,7 @@ class World:
         self.epoch, self.met_epoch, self.base_seq = 1, 0, 0
         self.forks: list[Fork] = []
         self.dcm = set(range(EXTENTS))
-        self.tracking = self.full = True
+        self.tracking = True
         self.consistent = False
         self.remote_durable = 0
         self.peer = Secondary()
@@ -141,7 +141,6 @@ class World:
             next_seq=self.next_seq,
             base_seq=self.base_seq,
             tracking=self.tracking,
-            full=self.full,
             met_epoch=self.met_epoch,
             consistent=self.consistent,
         )
@@ -157,7 +156,7 @@ class World:
         self.rules.append(decision.rule)
         assert decision.action is not Action.REFUSE, decision
         if decision.action is Action.FULL:
-            self.full, self.dcm = True, set(range(EXTENTS))
+            self.dcm = set(range(EXTENTS))
         seq = decision.seq
         assert self.tail_seq <= seq <= self.next_seq
         reset = decision.action is not Action.CONTINUE
@@ -205,7 +204,7 @@ class World:
                     self.remote_durable = peer.next_seq - 1
         peer.durable = len(peer.log)
         self.remote_durable = peer.next_seq - 1
-        self.full, self.consistent, peer.consistent = False, True, True
+        self.consistent, peer.consistent = True, True
 
     def copy(self, extent: int) -> None:
         """A region copy lands in the facet, below what the secondary's log will still apply."""

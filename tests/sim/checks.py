@@ -75,9 +75,7 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         consistent=bool(upstream and upstream["consistent"]),
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
-        volumes=[
-            disk.content(volume.source().path)[: volume.size] for volume in node.volumes
-        ],
+        volumes=[disk.content(volume.source().path)[: volume.size] for volume in node.volumes],
     )
 
 
@@ -147,12 +145,12 @@ class Checks:
 
     # -- crash clones ----------------------------------------------------------------------------
 
-    def crash_clone(self, host: Host) -> None:
-        """What if this host lost its power now?"""
+    def crash_clone(self, host: Host, rng: random.Random | None = None) -> None:
+        """What if this host lost its power now? ``rng`` draws what is lost."""
         world = self._world
         world.fired[f"clone of {host.role}"] += 1
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
-        disk.power_cut()
+        disk.power_cut(rng)
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
         if host.role == "primary":
             for volume, data in enumerate(image.volumes):

@@ -26,6 +26,7 @@ Ts = TypeVarTuple("Ts")
 
 SECOND_NS = 1_000_000_000
 STEPS_PER_INSTANT_MAX = 1_000_000
+CLEANUP_AWAITS_MAX = 16
 
 
 class NodeDead(BaseException):
@@ -382,10 +383,14 @@ def _over() -> Incarnation:
 def _close_coroutine(task: asyncio.Task[Any]) -> None:
     """Unwinds a coroutine; whatever its clean-up raises is of no interest any more."""
     coro = task.get_coro()
-    try:
-        if isinstance(coro, Coroutine):
+    assert isinstance(coro, Coroutine)
+    for _ in range(CLEANUP_AWAITS_MAX):
+        try:
             coro.close()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except RuntimeError:
+            continue  # it awaits something in its clean-up: on with the rest of it
+        except BaseException:
+            return
         return

@@ -116,7 +116,7 @@ def _constants(rng: random.Random) -> dict[str, int | float]:
         "session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
         "resync.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
         "resync.COMPARE_BYTES": rng.choice([16 * KIB, 4 << 20]),
-        "housekeeper.INTERVAL_SECONDS": rng.choice([0.02, 0.3, 5.0]),
+        "housekeeper.INTERVAL_SECONDS": rng.choice([0.1, 1.0, 5.0]),
     }
 
 

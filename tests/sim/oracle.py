@@ -66,7 +66,7 @@ class Content:
             history = cells[index]
             if len(history) > 4:
                 floor = max((w.issued for w in history if w.durable), default=0)
-                history[:] = [w for w in history if w.ended is None or w.ended > floor]
+                history[:] = [w for w in history if w.ended is None or w.ended >= floor]
             history.append(write)
         return write
 
@@ -129,9 +129,7 @@ class Content:
                     (w.issued for w in history if w.acked and w.ended and w.ended < since),
                     default=0,
                 )
-            if not any(
-                w.value == found and (w.ended is None or w.ended >= floor) for w in history
-            ):
+            if not any(w.value == found and (w.ended is None or w.ended >= floor) for w in history):
                 raise Violation(
                     f"{what}: volume {volume}, cell {first + index} holds write {found}; "
                     f"it had {[(w.value, w.issued, w.ended, w.acked, w.durable) for w in history]},"
@@ -208,11 +206,20 @@ class History:
 
     def __init__(self, images: list[bytes]) -> None:
         self.lines = [Line(images, 0, 0)]
+        self.attempted: Sequence[Entry] = ()
+        """What was last handed to the log, which may have failed after some of it."""
 
     @property
     def head(self) -> int:
         """The seq of the primary's last record."""
         return self.lines[-1].head
+
+    def found(self, end_seq: int) -> None:
+        """The primary recovered up to ``end_seq``: of the last records that failed to be logged,
+        some may be in the log nevertheless."""
+        extra = end_seq - self.head
+        if 0 < extra <= len(self.attempted):
+            self.lines[-1].entries.extend(self.attempted[:extra])
 
     def append(self, seq: int, entries: Sequence[Entry]) -> None:
         """The primary logs records, the first being ``seq``."""

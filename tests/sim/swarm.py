@@ -21,6 +21,10 @@ from tests.sim.world import Gone, Host, World, constants
 
 HEAL_SECONDS = 900.0
 """Of virtual time: within these everything is in sync once the faults are over (I2)."""
+CLIENT_SECONDS = 300.0
+"""Of virtual time, for the clients to get done while things break."""
+FAULTS_MAX = 40
+"""Of one run: enough to meet, few enough to let the clients get somewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,30 +110,48 @@ async def _phases(world: World) -> None:
     clients = Clients(world)
     faults = Faults(world)
     background = [world.spawn(checks.run()), world.spawn(faults.run())]
-    await clients.run()
+    working = asyncio.ensure_future(clients.run())
+    # A full log that blocks, and a link that is down: they may need the healing themselves.
+    await asyncio.wait([working], timeout=CLIENT_SECONDS)
     for task in background:
         task.cancel()
     await asyncio.gather(*background, return_exceptions=True)
-    await faults.heal()
-    await _converge(world, checks)
+    await _converge(world, checks, faults, working)
     await _stop_and_compare(world, checks)
 
 
-async def _converge(world: World, checks: Checks) -> None:
+async def _converge(
+    world: World, checks: Checks, faults: Faults, working: asyncio.Future[None]
+) -> None:
     """Liveness: everything is up and healthy; it must come in sync by itself (I2)."""
-    world.trace("world", "healed")
-    node = world.a.node
-    assert node is not None and node.primary is not None
-    try:
-        await world.in_life(world.a, node.wait("in-sync", None, HEAL_SECONDS))
-    except NbdmirrorError as error:
-        states = [(r.name, r.state, r.link, r.status(0, 0)["why"]) for r in node.primary.remotes]
-        raise Violation(f"not in sync after {HEAL_SECONDS} s: {states} ({error})") from None
+    for _ in range(5):
+        await faults.heal()
+        world.trace("world", "healed")
+        await asyncio.wait([working], timeout=HEAL_SECONDS)
+        if not working.done():
+            raise Violation("requests of clients hang though nothing is broken (I8)")
+        try:
+            await _in_sync(world)
+        except Gone:
+            continue  # an error from before has only now been noticed
+        break
     for remote in world.remotes:
         compare(remote.images(), world.a.images(), f"{remote.name} in sync (I2)")
     checks.look()
     for host in world.hosts.values():
         checks.crash_clone(host)
+
+
+async def _in_sync(world: World) -> None:
+    node = world.a.node
+    assert node is not None and node.primary is not None
+    try:
+        await world.in_life(world.a, node.wait("in-sync", None, HEAL_SECONDS))
+    except NbdmirrorError as error:
+        if any(host.node is None for host in world.hosts.values()):
+            raise Gone from error
+        states = [(r.name, r.state, r.link, r.status(0, 0)["why"]) for r in node.primary.remotes]
+        raise Violation(f"not in sync after {HEAL_SECONDS} s: {states} ({error})") from None
 
 
 async def _stop_and_compare(world: World, checks: Checks) -> None:
@@ -152,6 +174,7 @@ class Faults:
         self._world = world
         self._random = random.Random(f"{world.seed}:faults")
         self._restarts: list[asyncio.Task[None]] = []
+        world.on_failed = self._restart_soon
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -159,7 +182,7 @@ class Faults:
         if not kinds:
             return
         rng = self._random
-        while True:
+        for _ in range(FAULTS_MAX):
             await asyncio.sleep(self._world.options.fault_gap * rng.expovariate(1.0))
             (kind,) = rng.choices(list(kinds), list(kinds.values()))
             self._world.trace("world", f"fault: {kind}")
@@ -199,7 +222,8 @@ class Faults:
             if not host.alive:
                 continue
             if how == "stop":
-                await world.stop(host)
+                # It goes on when the faults come to their end meanwhile.
+                await asyncio.shield(world.spawn(world.stop(host)))
             elif how == "kill":
                 world.kill(host)
             else:
@@ -244,9 +268,8 @@ class Faults:
             return
         host.disk.faults = None
         if host.failed is not None:
-            lost = host.disk.fired["sync LOSE"]
             host.failed = None
-            if host.role == "secondary" and (lost or self._random.random() < 0.3):
+            if host.role == "secondary" and self._random.random() < 0.3:
                 await world.replace(host)
         await world.start(host)
 
@@ -275,6 +298,8 @@ class Faults:
     def _disk_error(self, name: str, host: Host) -> None:
         """The next operation of a kind on one of a node's files fails, and the node with it."""
         rng = self._random
+        if host.node is None:
+            return
         operation = "sync" if name.startswith("sync") else rng.choice(["pwrite", "pwritev"])
         kind = {
             "sync error": Kind.ERROR,
@@ -316,7 +341,7 @@ class Faults:
                     world.net.link(host.name, other).bandwidth = None
         for host in world.hosts.values():
             for _ in range(10):
-                while host.stopping:
+                while host.stopping or host.starting:
                     await asyncio.sleep(0.1)
                 if host.node is None:
                     await self._start(host)

@@ -122,7 +122,8 @@ class Pipe:
         if link.bandwidth is not None:
             start_ns = max(start_ns, link.busy_until_ns) + int(count / link.bandwidth * SECOND_NS)
             link.busy_until_ns = start_ns
-        self._last_ns = max(self._last_ns, start_ns + int(delay * SECOND_NS))
+        # Never at the same instant: within an instant the loop may shuffle.
+        self._last_ns = max(self._last_ns + 1, start_ns + int(delay * SECOND_NS))
         net.loop.call_at_ns(self._last_ns, self._arrive, item, context=net.context)
 
     def _arrive(self, item: Item) -> None:

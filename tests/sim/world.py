@@ -33,7 +33,7 @@ from nbdmirror.errors import NbdmirrorError
 from nbdmirror.ports import Env
 from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
-from tests.sim.loop import Incarnation, SimLoop
+from tests.sim.loop import Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
 from tests.sim.oracle import Content, Entry, History, Violation, compare
@@ -63,6 +63,8 @@ class Host:
         self.starting = False
         self.stopping = False
         self.failed: str | None = None
+        self.sources = [volume.facets[0] for volume in config.volumes]
+        """A facet of each volume that was in service when the node last stopped."""
         self.replaced = 0
         self.disk: SimDisk
         self.clock: SimClock
@@ -89,7 +91,7 @@ class Host:
         volumes: Sequence[Volume] = self.node.volumes if self.node is not None else ()
         images = []
         for index, volume in enumerate(self.config.volumes):
-            path = volume.facets[0]
+            path = self.sources[index]
             if volumes and volumes[index].in_service():
                 path = volumes[index].source().path
             images.append((disk or self.disk).content(path)[: volume.size])
@@ -113,6 +115,8 @@ class World:
         self.history = History([bytes(size) for size in options.sizes])
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
+        self.on_failed: Callable[[Host], None] = lambda host: None
+        """Called when a node has ended by itself: somebody has to look after it."""
         self.broken: asyncio.Event
 
     @property
@@ -210,7 +214,10 @@ class World:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise Gone
-        return task.result()
+        try:
+            return task.result()
+        except NodeDead:  # it died in the middle of that very work
+            raise Gone from None
 
     # -- lives -----------------------------------------------------------------------------------
 
@@ -267,6 +274,8 @@ class World:
     def _on_event(self, host: Host, event: dict[str, Any]) -> None:
         fields = {k: v for k, v in event.items() if k not in ("cursor", "time", "kind")}
         self.fired[f"event {event['kind']}"] += 1
+        if event["kind"] == "defect":
+            self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -275,12 +284,15 @@ class World:
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """Rules that mean that something was lost, in a world where nothing is (T6, T9, T12, I4)."""
         if event["rule"] in ("T6", "T9", "T12"):
-            self.fail(Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}"))
+            self.fail(
+                Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
+            )
 
     def _primary_recovered(self, host: Host, *, power: bool) -> None:
         node = host.node
         assert node is not None and node.primary is not None
         end = node.log.next_seq - 1
+        self.history.found(end)
         images = host.images()
         self.content.recovered(images, power=power)
         if power:
@@ -306,8 +318,7 @@ class World:
 
         def observed(volume: Volume, changes: Sequence[Change]) -> None:
             seq = group.log.next_seq
-            append(volume, changes)
-            entries = [
+            history.attempted = entries = [
                 Entry(
                     volume.index,
                     change.offset,
@@ -316,6 +327,7 @@ class World:
                 )
                 for change in changes
             ]
+            append(volume, changes)
             try:
                 history.append(seq, entries)
             except Violation as error:
@@ -332,18 +344,21 @@ class World:
             self.trace(host.name, f"failed: {error}")
             await self.stop(host)
             host.failed = str(error)
+            self.on_failed(host)
 
     def _failed(self, host: Host, why: str) -> None:
         self.trace(host.name, f"cannot start: {why}")
         self.fired["start failed"] += 1
         host.failed = why
         self._end_life(host, power=False)
+        self.on_failed(host)
 
     async def stop(self, host: Host) -> None:
         """SIGTERM: the node stops cleanly, if nothing worse comes first."""
         node, host.node = host.node, None
         if node is None:
             return
+        host.sources = [(volume.in_service() or volume.facets)[0].path for volume in node.volumes]
         host.stopping = True
         self.trace(host.name, "stop")
         try:
@@ -371,11 +386,11 @@ class World:
         self.trace(host.name, "kill")
         self._end_life(host, power=False)
 
-    def power_cut(self, host: Host) -> None:
-        """The host loses power, and stays off until ``start``."""
+    def power_cut(self, host: Host, rng: random.Random | None = None) -> None:
+        """The host loses power, and stays off until ``start``; ``rng`` draws what is lost."""
         self.trace(host.name, "power cut")
         self._end_life(host, power=True)
-        host.disk.power_cut()
+        host.disk.power_cut(rng)
         host.lost_power = True
 
     async def replace(self, host: Host) -> None:

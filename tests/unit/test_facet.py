@@ -79,6 +79,21 @@ def test_a_sync_does_not_cover_what_is_still_being_cleared() -> None:
     run(main())
 
 
+def test_the_log_keeps_a_clear_that_is_not_in_yet() -> None:
+    async def main() -> None:
+        facet = make(make_disk())
+        facet.written_seq = facet.synced_seq = 3
+        punching = asyncio.ensure_future(facet.clear(4, 0, 4096, keep_space=False))
+        await asyncio.sleep(0)
+        assert facet.floor(4) == 3
+        await punching
+        assert facet.floor(4) == 3
+        await facet.sync()
+        assert facet.floor(4) == 4
+
+    run(main())
+
+
 def test_a_write_during_a_sync_is_not_covered() -> None:
     async def main() -> None:
         facet = make(make_disk())

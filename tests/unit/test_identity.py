@@ -19,7 +19,6 @@ SOURCE = Source(
     next_seq=101,
     base_seq=20,
     tracking=False,
-    full=False,
     met_epoch=5,
     consistent=True,
 )
@@ -52,7 +51,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Action, str, int]] = {
     ),
     "T5 one before the map's base": ({"tracking": True}, {"durable_seq": 19}, FULL, "T5", 101),
     "T5 one before the log": ({}, {"durable_seq": 48}, FULL, "T5", 101),
-    "T5 asked for": ({"full": True}, {}, FULL, "T5", 101),
     "T5 lost what it confirmed": ({}, {"consistent": False}, FULL, "T5", 101),
     "T6 the primary lost history": ({}, {"durable_seq": 101}, REFUSE, "T6", 101),
     "T7 ahead of a fork, in the log": (
@@ -100,7 +98,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Action, str, int]] = {
     ),
     "T12 unrelated": ({}, {"generation": "x"}, REFUSE, "T12", 101),
     "T12 comes before all else": (
-        {"full": True, "tracking": True},
+        {"tracking": True},
         {"generation": "x", "durable_seq": 0},
         REFUSE,
         "T12",

@@ -1,0 +1,173 @@
+"""Power cuts without a power cut (faults 2, 3, 4, 6, 7; I1, I2, I3, O1-O5, O9-O11, O17, O18).
+
+The daemons run on a disk that keeps a trace of its writes and flushes. The trace is cut anywhere;
+of the writes that no flush covered any may be lost, torn, or kept before older ones. The file
+system recovers, the nodes start in what they take for another boot, and: every FLUSH and FUA that
+was answered before the cut holds; no sector holds anything but a value it was given; a secondary
+is an exact prefix; both nodes end equal.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.blocktrace import Replay, TracedDisk, copy_tree, mounted
+from tests.faults.inject import (
+    ALL_POINTS,
+    check_equal,
+    needs_root,
+    reboot,
+    requires_programs,
+)
+from tests.faults.journal import SECTOR, Journal, Load
+from tests.integration.cluster import MIB, Cluster, Node, Volume
+from tests.integration.test_replication import SESSION_OVERHEAD
+
+pytestmark = [needs_root, requires_programs("qemu-storage-daemon", "losetup", "mkfs.ext4")]
+MakeCluster = Callable[..., Cluster]
+SIZE = 8 * MIB
+DISK = 64 * MIB
+CUTS = 20
+SUBSETS = 4
+REGION = 64 << 10
+
+
+def start_all(cluster: Cluster) -> None:
+    """Starts both nodes at the same time."""
+    others = [threading.Thread(target=node.start) for node in cluster.secondaries]
+    for thread in others:
+        thread.start()
+    cluster.primary.start()
+    for thread in others:
+        thread.join()
+
+
+def test_both_lose_power(tmp_path: Path) -> None:
+    """Faults 6, 2, 3, 4 and 7: one disk for both nodes, cut at many moments of one history."""
+    with TracedDisk(tmp_path / "trace", tmp_path / "disk", DISK) as disk:
+        directory = tmp_path / "disk" / "group"
+        cluster = Cluster(directory, volumes=[Volume(size=SIZE)], log_size=4 * MIB)
+        with cluster:
+            cluster.start()
+            disk.sync()
+            began = disk.clock()
+            journal = Journal(SIZE, disk.clock)
+            with Load(cluster.primary.nbd_socket, journal, flush_every=3) as load:
+                load.run(120)
+                check_equal(cluster)
+                load.run(120)
+            ended = disk.clock()
+            cluster.kill()
+            disk.close()
+            entries = disk.entries(ended)
+            first = next(n for n, entry in enumerate(entries) if entry.end > began)
+            replay = Replay(disk.base, entries, tmp_path / "image.raw")
+            for number, count in enumerate(_cuts(first, len(entries))):
+                replay.cut(count, seed=number)
+                with mounted(tmp_path / "image.raw", tmp_path / "disk"):
+                    _boot_both(cluster, journal, entries[count - 1].end)
+
+
+def _cuts(first: int, last: int) -> list[int]:
+    if ALL_POINTS:
+        return list(range(first, last + 1))
+    return sorted(random.Random(1).sample(range(first, last + 1), CUTS))
+
+
+def _boot_both(cluster: Cluster, journal: Journal, at: int) -> None:
+    """Starts the nodes from what the cut left, and judges them."""
+    secondary, primary = cluster.secondary, cluster.primary
+    for node in cluster.nodes:
+        reboot(node)
+    try:
+        secondary.start()
+        journal.check_prefix(secondary.facets("data")[0].read_bytes())
+        primary.start()
+        with Load(primary.nbd_socket, Journal(SIZE)) as load:
+            journal.check(load.read(), durable=True, at=at)
+        check_equal(cluster)
+    except BaseException as error:
+        outputs = [node.daemon.output(20) for node in cluster.nodes if node.process]
+        raise AssertionError("\n".join([f"cut at {at}: {error}", *outputs])) from error
+    finally:
+        cluster.kill()
+
+
+@pytest.mark.parametrize("side", ["primary", "secondary"])
+def test_one_loses_power(make_cluster: MakeCluster, tmp_path: Path, side: str) -> None:
+    """Faults 2, 3, 4: one node's disk is cut at the moment of its death, the other lives on, and
+    may be ahead (T7) or have confirmed what the loser must still hold (O4, O7). After a cut of
+    the primary no more travels than the regions that differ, and hashes (I4)."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE)], log_size=4 * MIB)
+    node: Node = getattr(cluster, side)
+    (other,) = [one for one in cluster.nodes if one is not node]
+    with TracedDisk(tmp_path / "trace", node.directory, DISK) as disk:
+        node.write_config()
+        cluster.start()
+        disk.sync()
+        journal = Journal(SIZE, disk.clock)
+        with Load(cluster.primary.nbd_socket, journal, flush_every=12) as load:
+            load.run(200)
+            load.flush()
+            load.run(8)
+            at = disk.clock()
+            node.kill()
+        other.stop()
+        disk.close()
+        entries = disk.entries(at)
+    copy_tree(other.directory, tmp_path / "other")
+    for seed in range(SUBSETS):
+        image = tmp_path / "image.raw"
+        Replay(disk.base, entries, image).cut(len(entries), seed)
+        copy_tree(tmp_path / "other", other.directory)
+        with mounted(image, node.directory):
+            _boot_one(cluster, node, journal, at)
+
+
+def _boot_one(cluster: Cluster, node: Node, journal: Journal, at: int) -> None:
+    reboot(node)
+    former = cluster.secondary.facets("data")[0].read_bytes()
+    sent = cluster.proxy.sent_bytes
+    try:
+        start_all(cluster)
+        with Load(cluster.primary.nbd_socket, Journal(SIZE)) as load:
+            image = load.read()
+        # The death of the other's process alone loses nothing.
+        journal.check(image, durable=node is cluster.primary, at=at)
+        check_equal(cluster)
+        if node is cluster.primary:
+            bound = different(former, image) * REGION + SESSION_OVERHEAD
+            assert cluster.proxy.sent_bytes - sent <= bound
+    finally:
+        cluster.kill()
+
+
+def different(one: bytes, two: bytes) -> int:
+    """Regions that differ."""
+    return sum(one[at : at + REGION] != two[at : at + REGION] for at in range(0, SIZE, REGION))
+
+
+def test_the_oracle_sees_a_lost_flush(tmp_path: Path) -> None:
+    """The tests' own judgement can fail: an image cut before a FLUSH, judged as if after it."""
+    position = 0
+    journal = Journal(64 * SECTOR, lambda: position)
+    change = journal.issue(3, 2, zero=False)
+    blank = bytes(64 * SECTOR)
+    journal.check(blank, durable=True)
+    position = 10
+    change.acknowledged = change.durable = position
+    journal.check(blank, durable=True, at=9)
+    with pytest.raises(AssertionError, match="sector 3 holds"):
+        journal.check(blank, durable=True, at=10)
+    torn = bytearray(blank)
+    for sector in (3, 4):
+        torn[sector * SECTOR : (sector + 1) * SECTOR] = change.content(sector)
+    journal.check(bytes(torn), durable=True, at=10)
+    torn[3 * SECTOR + 100] ^= 1
+    with pytest.raises(AssertionError, match="sector 3 holds a mix"):
+        journal.check(bytes(torn), durable=True, at=10)
