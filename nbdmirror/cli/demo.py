@@ -11,6 +11,7 @@ import argparse
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -124,8 +125,10 @@ class Pair:
                 return
             except NoDaemon:
                 if self._daemons[node].poll() is not None or time.monotonic() > deadline:
+                    journal_path = self.root / f"{node}.log"
+                    last = journal_path.read_text().strip().splitlines()[-1:]
                     raise NbdmirrorError(
-                        f"{node} did not start", hint=f"see {self.root / node}.log"
+                        f"{node} did not start: {' '.join(last)}", hint=f"see {journal_path}"
                     ) from None
                 time.sleep(0.1)
 
@@ -199,7 +202,7 @@ def _watch(pair: Pair) -> None:
 def demo() -> int:
     """A tour of the main job, by itself: write, lose the second node, write on, heal, compare."""
     root = Path(tempfile.mkdtemp(prefix="nbdmirror-demo-"))
-    pair = Pair(root, 10809, 10810)
+    pair = Pair(root, _free_port(), _free_port())
     try:
         print(f"1. two nodes under {root}: alpha is primary, beta holds the second copy")
         pair.prepare()
@@ -226,10 +229,16 @@ def demo() -> int:
     return 0
 
 
+def _free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
 def _write(pair: Pair, start_mib: int, count_mib: int) -> None:
     """Random data through a real NBD client."""
-    if shutil.which("nbdcopy") is None:
-        raise NbdmirrorError("the demo writes with nbdcopy", hint="apt-get install libnbd-bin")
     volume = f"nbd+unix:///data?socket={pair.root}/alpha.nbd"
     code = (
         "import nbd,os\n"
@@ -237,7 +246,12 @@ def _write(pair: Pair, start_mib: int, count_mib: int) -> None:
         f"for i in range({start_mib},{start_mib + count_mib}): h.pwrite(os.urandom(1<<20),i<<20)\n"
         "h.flush(); h.shutdown()\n"
     )
-    subprocess.run(["/usr/bin/python3", "-c", code], check=True)
+    done = subprocess.run(["/usr/bin/python3", "-c", code], check=False, capture_output=True)
+    if done.returncode:
+        raise NbdmirrorError(
+            f"the client failed: {done.stderr.decode().strip().splitlines()[-1]}",
+            hint="the demo needs libnbd for Python: apt-get install python3-libnbd",
+        )
 
 
 def _compare(pair: Pair) -> None:
@@ -254,7 +268,13 @@ def main() -> int:
     parser.add_argument("--replication-port", type=int, default=10810)
     args = parser.parse_args()
     os.umask(0o077)
-    return serve(args.state, args.nbd_port, args.replication_port)
+    try:
+        return serve(args.state, args.nbd_port, args.replication_port)
+    except NbdmirrorError as error:
+        print(f"nbdmirror: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

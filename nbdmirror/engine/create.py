@@ -41,8 +41,8 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
                 f"{directory} already holds the state of a node",
                 hint="--force replaces it: what it knows of the remotes is lost",
             )
-        _remove(env, config)  # StateError if a node runs on it
     try:
+        _remove(env, config)  # StateError if a node runs on it
         disk.make_directory(directory)
         disk.open(f"{directory}/{MARK}", create=True).close()
         await disk.sync_directory(directory)
@@ -105,11 +105,11 @@ async def _facets(env: Env, paths: tuple[str, ...], size: int) -> list[dict[str,
                         hint="make the volume smaller, or use a larger device",
                     )
                 file.truncate(size)
-                await file.sync()
+            # Also what exists: an earlier attempt may have made it and failed then (O18).
+            await file.sync()
         finally:
             file.close()
-        if not exists:
-            await env.disk.sync_directory(directory)
+        await env.disk.sync_directory(directory)
         made.append({"path": path, "created": not exists})
     return made
 

@@ -22,6 +22,8 @@ class GroupCommit:
         """Returns when a commit that began after this call has ended; raises what it raised."""
         if self._next is None:
             self._next = asyncio.ensure_future(self._run_after(self._running))
+            # Askers may all be cancelled; what failed once fails for the next one too.
+            self._next.add_done_callback(lambda done: done.cancelled() or done.exception())
         # The commit outlives an asker that is cancelled: others wait for it too.
         await asyncio.shield(self._next)
 

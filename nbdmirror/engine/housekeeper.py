@@ -21,7 +21,11 @@ from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError
 
 INTERVAL_SECONDS = 5.0
-"""Facets are synced, and the log released, at least this often while there is work."""
+"""The log is looked after at least this often."""
+SYNC_SECONDS = 20.0
+SYNC_AT = 0.5
+"""Facets are synced after so long, or when so much of the log is in use: seldom, because random
+pages cost a disk more than the log does, and redo from the log is quick."""
 HIGH_WATER = 0.9
 """Of the log: a remote that holds more is forced out before writes have to wait for it."""
 
@@ -58,6 +62,7 @@ class Housekeeper:
         self._released = asyncio.Event()
         self._releasing = asyncio.Lock()
         self._waiting = 0
+        self._synced_at = 0.0
         self._stalled = False
         self._forcing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -119,8 +124,12 @@ class Housekeeper:
         """Syncs what is dirty, releases what is not needed, and applies the policy if that does
         not leave room."""
         await self._release()
-        await self._sync_facets()
-        await self._release()
+        now = asyncio.get_running_loop().time()
+        pressed = self._waiting or self._log.ring.used > self._log.capacity * SYNC_AT
+        if pressed or now - self._synced_at >= SYNC_SECONDS:
+            self._synced_at = now
+            await self._sync_facets()
+            await self._release()
         self._police()
 
     async def _sync_facets(self) -> None:

@@ -133,11 +133,12 @@ class Journal:
             newest = history.pop() if history and history[-1].batch == last else None
             before = history[-1].content(sector) if history else _ZEROS
             if newest is None or newest.content(sector) == before:
-                if found != before:
-                    return False
-            elif found not in (before, newest.content(sector)) or arrived.setdefault(
-                newest.stamp, found != before
-            ) != (found != before):
+                allowed = found == before
+            else:  # all of the request or nothing of it
+                there = found == newest.content(sector)
+                allowed = there or found == before
+                allowed &= arrived.setdefault(newest.stamp, there) == there
+            if not allowed:
                 return False
         return True
 

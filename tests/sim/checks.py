@@ -95,7 +95,7 @@ class Checks:
             self.look()
             if self._random.random() < 0.3:
                 host = self._random.choice(list(self._world.hosts.values()))
-                if host.life.number > 1:
+                if host.created:
                     self.crash_clone(host)
                 gap = min(gap * 1.1, 2.0)
 

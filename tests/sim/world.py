@@ -59,6 +59,7 @@ class Host:
         self.gone: asyncio.Future[None] = world.loop.create_future()
         self.node: Node | None = None
         """The node while it serves."""
+        self.created = False
         self.lost_power = False
         self.starting = False
         self.stopping = False
@@ -244,7 +245,9 @@ class World:
     async def create(self, host: Host, *, force: bool = False) -> None:
         """Makes a node's state."""
         self._begin_life(host)
+        host.created = False
         await self.in_life(host, create(self.env(host), host.config, host.role, force=force))
+        host.created = True
         self._end_life(host, power=False)
 
     async def start(self, host: Host) -> bool:

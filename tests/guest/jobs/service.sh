@@ -42,10 +42,24 @@ done
 printf '[Service]\nWatchdogSec=15\n' > $units/nbdmirror@.service.d/watchdog.conf
 systemd-sysusers "$TREE/deploy/nbdmirror.sysusers" || fail sysusers
 systemd-tmpfiles --create "$TREE/deploy/nbdmirror.tmpfiles" || fail tmpfiles
+# Beta's disk will be full one day.
+mkdir /srv/nbdmirror/beta /srv/nbdmirror/alpha
+mount -t tmpfs -o size=24m facets /srv/nbdmirror/beta || fail tmpfs
+chown nbdmirror: /srv/nbdmirror/*
 SYSTEMD_UNIT_PATH=$units SYSTEMD_LOG_TARGET=console container=guest \
     unshare --pid --fork --mount --mount-proc /lib/systemd/systemd --unit=basic.target \
     > /var/log/systemd 2>&1 &
-deadline=60
+outer=$!
+# It answers only those whose process id it can see.
+inside() {
+    local manager
+    manager=$(cat /proc/$outer/task/$outer/children)
+    nsenter --target "${manager% }" --pid --mount --root --wd "$@"
+}
+systemctl() {
+    inside systemctl "$@"
+}
+deadline=30
 until systemctl is-active -q basic.target 2> /tmp/error; do
     deadline=$((deadline - 1))
     [ $deadline -gt 0 ] || fail "systemd: $(cat /tmp/error /var/log/systemd)"
@@ -104,21 +118,16 @@ listen = ["unix:/run/nbdmirror/alpha.nbd"]
 name = "beta"
 address = "tcp:127.0.0.1:10810"
 END
-# Beta's disk will be full one day.
-mkdir /srv/nbdmirror/beta /srv/nbdmirror/alpha
-mount -t tmpfs -o size=24m facets /srv/nbdmirror/beta || fail tmpfs
-chown nbdmirror: /srv/nbdmirror/*
 for node in beta alpha; do
     role=$([ $node = alpha ] && echo primary || echo secondary)
     runuser -u nbdmirror -- nbdmirror create /etc/nbdmirror/$node.toml --role "$role" || fail create
     started nbdmirror@$node
 done
 in_sync
-pid=$(property nbdmirror@alpha MainPID)
-status=/proc/$pid/status
-grep -Eq '^Uid:\s+[1-9]' "$status" || fail "runs as root"
-grep -Eq '^Seccomp:\s+2' "$status" || fail "no seccomp filter"
-grep -Eq '^CapBnd:\s+0+$' "$status" || fail "capabilities"
+inside cat "/proc/$(property nbdmirror@alpha MainPID)/status" > /tmp/status
+grep -Eq '^Uid:\s+[1-9]' /tmp/status || fail "runs as root"
+grep -Eq '^Seccomp:\s+2' /tmp/status || fail "no seccomp filter"
+grep -Eq '^CapBnd:\s+0+$' /tmp/status || fail "capabilities"
 [ "$(stat -c %a%U /run/nbdmirror)" = 750nbdmirror ] || fail "$(stat /run/nbdmirror)"
 say "both run, locked in, in sync"
 
@@ -131,14 +140,14 @@ mount /dev/nbd0 /tmp/mount || fail mount
 echo one > /tmp/mount/file
 sync -f /tmp/mount || fail sync
 
-kill -9 "$pid"
+systemctl kill -s KILL nbdmirror@alpha
 echo two >> /tmp/mount/file
 sync -f /tmp/mount || fail "a sync over a crash"
 until_value nbdmirror@alpha NRestarts 1
 until_value nbdmirror@alpha ActiveState active
 say "a crash: started again"
 
-kill -STOP "$(property nbdmirror@alpha MainPID)"
+systemctl kill -s STOP nbdmirror@alpha
 echo three >> /tmp/mount/file
 sync -f /tmp/mount || fail "a sync over a hang"
 until_value nbdmirror@alpha NRestarts 2

@@ -1,0 +1,161 @@
+"""Links that fail without a word, flap, crawl, stall and lie (faults 18-20, 22, 23; I2, I4, I8).
+
+The client of the primary notices nothing; the loss is noticed within the configured time; after
+it the stream goes on from the log, and both nodes end equal.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.inject import (
+    check_equal,
+    check_serves,
+    needs_root,
+    requires_programs,
+    resyncs,
+)
+from tests.faults.journal import Background, Journal, Load
+from tests.faults.wire import Wire, WiredCluster
+from tests.integration.cluster import MIB, Cluster, Volume
+from tests.integration.process import wait_until
+from tests.integration.test_replication import STALL_S
+
+MakeCluster = Callable[..., Cluster]
+SIZE = 8 * MIB
+NOTICED_S = 8.0
+"""Within this a lost link must be known: three time-outs, for a loaded machine."""
+
+
+@pytest.fixture
+def wired(tmp_path: Path) -> Iterator[WiredCluster]:
+    """A group over a wire."""
+    with (
+        Wire() as wire,
+        WiredCluster(tmp_path / "group", wire, volumes=[Volume(size=SIZE)]) as cluster,
+    ):
+        cluster.start()
+        yield cluster
+    cluster.kill()
+
+
+def connected(cluster: Cluster) -> bool:
+    """Whether the link is up, as the primary knows it."""
+    return bool(cluster.primary.remote()["link"] == "connected")
+
+
+@needs_root
+@requires_programs("ip")
+@pytest.mark.parametrize("fault", ["pulled", "swallow up", "swallow down"])
+def test_silent_link(wired: WiredCluster, fault: str) -> None:
+    """Faults 18 and 22: the cable out, or one way cut by a route: no reset comes, heartbeats do
+    not either; the session ends in time, and the next one goes on from the log."""
+    journal, wire = Journal(SIZE), wired.wire
+    with (
+        Load(wired.primary.nbd_socket, journal, timeout=STALL_S) as load,
+        Background(load, pause_s=0.01),
+    ):
+        if fault == "pulled":
+            wire.pull()
+        else:
+            wire.swallow(fault.split()[1])
+        wired.primary.until("lost its link", lambda one: one["link"] != "connected", s=NOTICED_S)
+        assert wired.primary.remote()["lag"]["records"] > 0
+        if fault == "pulled":
+            wire.plug()
+        else:
+            wire.deliver(fault.split()[1])
+        wired.primary.until("is back", lambda one: one["link"] == "connected")
+    check_serves(wired, journal)
+    check_equal(wired)
+    assert len(resyncs(wired)) == 1, "only the first synchronisation was more than the log"
+
+
+@needs_root
+@requires_programs("ip")
+def test_flapping_link(wired: WiredCluster) -> None:
+    """Fault 19: up and down every half second: no storm of sessions, no gap, no resync."""
+    journal, wire = Journal(SIZE), wired.wire
+    flaps = 8
+    with (
+        Load(wired.primary.nbd_socket, journal, timeout=STALL_S) as load,
+        Background(load, pause_s=0.01),
+    ):
+        for _ in range(flaps):
+            wire.pull()
+            time.sleep(0.5)  # the fault's own rhythm
+            wire.plug()
+            time.sleep(0.5)
+    check_serves(wired, journal)
+    check_equal(wired)
+    shaken = [event for event in wired.primary.events() if event["kind"] == "handshake"]
+    assert len(shaken) <= flaps + 1
+    assert len(resyncs(wired)) == 1
+
+
+@needs_root
+@requires_programs("ip", "tc")
+def test_slow_link(wired: WiredCluster) -> None:
+    """Fault 20: 4 Mbit/s: the client's latency stays, the lag is shown, the link is not lost."""
+    journal, wire = Journal(SIZE), wired.wire
+    wire.slow("4mbit")
+    with (
+        Load(wired.primary.nbd_socket, journal, timeout=STALL_S) as load,
+        Background(load, pause_s=0.01),
+    ):
+        entry = wired.primary.until("is behind", lambda one: one["lag"]["bytes"] > 2 * MIB)
+        assert entry["link"] == "connected" and entry["lag"]["seconds"] > 0
+        moved = entry["durable_seq"]
+        wired.primary.until("moves", lambda one: one["durable_seq"] > moved)
+    wire.fast()
+    check_serves(wired, journal)
+    check_equal(wired)
+    assert len(resyncs(wired)) == 1
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_corrupted_bytes_under_load(make_cluster: MakeCluster, direction: str) -> None:
+    """Fault 23: bits flip on the wire: each time the session ends, the next sends again what was
+    damaged; not one wrong byte stays."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE)]).start()
+    journal = Journal(SIZE)
+    rng = random.Random(23)
+    with (
+        Load(cluster.primary.nbd_socket, journal, timeout=STALL_S) as load,
+        Background(load, pause_s=0.005),
+    ):
+        for _ in range(6):
+            wait_until("the link is up", lambda: connected(cluster))
+            sessions = cluster.proxy.connections
+            cluster.proxy.flip(rng.randrange(200 if direction == "down" else 200_000), direction)
+            wait_until("the session ended", lambda n=sessions: cluster.proxy.connections > n)
+    check_serves(cluster, journal)
+    check_equal(cluster)
+    assert len(resyncs(cluster)) == 1
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_half_open_connection(make_cluster: MakeCluster, direction: str) -> None:
+    """Fault 22: one way stalls, later the held bytes arrive after all: both sides have given the
+    session up, and what comes late over it changes nothing."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE)]).start()
+    journal = Journal(SIZE)
+    with (
+        Load(cluster.primary.nbd_socket, journal, timeout=STALL_S) as load,
+        Background(load, pause_s=0.005),
+    ):
+        for _ in range(2):
+            wait_until("the link is up", lambda: connected(cluster))
+            cluster.proxy.stall(direction)
+            cluster.primary.until(
+                "lost its link", lambda one: one["link"] != "connected", s=NOTICED_S
+            )
+            cluster.proxy.heal()
+    check_serves(cluster, journal)
+    check_equal(cluster)
+    assert len(resyncs(cluster)) == 1
