@@ -197,7 +197,7 @@ def _log(table: Table) -> LogConfig:
         extent_size=_power_of_two(
             table, "extent_size", default.extent_size, c.EXTENT_SIZE_MIN, c.EXTENT_SIZE_MAX
         ),
-        hot_extents=table.integer("hot_extents", default.hot_extents, 1, _COUNT_MAX),
+        hot_extents=table.integer("hot_extents", default.hot_extents, 64, _COUNT_MAX),
     )
     table.raw("path", None)
     table.finish()

@@ -82,8 +82,12 @@ class Disk(Protocol):
     def exists(self, path: str) -> bool:
         """Whether a file of that name is there."""
 
-    def open(self, path: str, *, create: bool = False, read_only: bool = False) -> File:
+    def open(
+        self, path: str, *, create: bool = False, read_only: bool = False, scattered: bool = False
+    ) -> File:
         """Opens a file; with ``create`` it must not exist yet (FileExistsError).
+
+        ``scattered`` foretells small writes all over it: a hint, nothing depends on it.
 
         Opening for writing claims it: BlockingIOError while another process has claimed it."""
 

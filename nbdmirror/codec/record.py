@@ -25,6 +25,7 @@ that next record and is never sent.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -155,6 +156,18 @@ def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
     if verify_payload and xxh3_64_intdigest(payload) != payload_sum:
         raise FormatError(f"payload checksum of record {seq} does not match")
     return Record(kind, flags, epoch, volume, seq, offset, length, time_ns, payload)
+
+
+def find_headers(data: bytes) -> Iterator[Record]:
+    """The records, without their payloads, whose headers are whole, wherever they begin."""
+    view = memoryview(data)
+    magic = _MAGIC.to_bytes(4, "little")
+    at = data.find(magic)
+    while at >= 0:
+        if at % ALIGNMENT == 0:
+            with contextlib.suppress(FormatError):
+                yield parse_header(view, at)[0]
+        at = data.find(magic, at + 1)
 
 
 def parse_all(data: memoryview) -> Iterator[Record]:

@@ -58,6 +58,18 @@ def decode(slot: bytes) -> tuple[int, dict[str, Any]]:
     return counter, state
 
 
+def damage(slots: list[bytes]) -> str | None:
+    """What is wrong with a slot that was written once; ``None`` if nothing is. The other may then
+    be out of date: the damaged one may have been the newer."""
+    for index, slot in enumerate(slots):
+        try:
+            decode(slot)
+        except FormatError as error:
+            if any(slot[:_TEXT_AT]):
+                return f"slot {index}: {error}"
+    return None
+
+
 def choose(slots: list[bytes]) -> tuple[int, int, dict[str, Any]]:
     """(index, counter, state) of the slot that counts; FormatError if none is valid."""
     best: tuple[int, int, dict[str, Any]] | None = None

@@ -51,6 +51,8 @@ class Source:
     """The epoch in which the remote last agreed to a stream."""
     consistent: bool = False
     """The remote said, after its last resync, that it is consistent."""
+    runs: tuple[tuple[int, str], ...] = ()
+    """(epoch, random id) of each start, oldest first; an empty id stands for one that was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Target:
     durable_seq: int = 0
     consistent: bool = True
     history: tuple[tuple[str, int], ...] = field(default=())
+    run: str | None = None
+    """The id of the primary's run that it followed last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,26 @@ def _fork_end(source: Source, epoch: int) -> Fork | None:
     """Where the history first leaves the target's epoch; ``None`` if it is the current one."""
     ends = [fork for fork in source.forks if fork.epoch >= epoch]
     return min(ends, key=lambda fork: (fork.end_seq, fork.epoch)) if ends else None
+
+
+def _run_doubt(source: Source, target: Target) -> Decision | None:
+    """Whether the secondary followed a run of which this primary knows nothing: then equal epochs
+    and seqs name different records."""
+    if target.run is None or not source.runs:
+        return None
+    if target.epoch < source.runs[0][0]:
+        return _full(f"the secondary was last here in epoch {target.epoch}, too long ago to prove")
+    known = dict(source.runs).get(target.epoch)
+    if known == "":
+        return _full("what the primary knew of the run that the secondary followed was lost")
+    if known == target.run:
+        return None
+    return Decision(
+        Action.REFUSE,
+        "T6",
+        f"the secondary followed a run of epoch {target.epoch} that is not in the primary's "
+        "history: the primary was restored from a backup",
+    )
 
 
 def decide(source: Source, target: Target) -> Decision:
@@ -111,6 +135,8 @@ def _decide(source: Source, target: Target) -> Decision:
                 f"the secondary holds records {end + 1}..{target.durable_seq} of a former "
                 "generation that are not part of the history",
             )
+    elif (doubt := _run_doubt(source, target)) is not None:
+        return doubt
     fork = _fork_end(source, target.epoch)
     end = source.next_seq - 1 if fork is None else fork.end_seq
     if target.durable_seq > end:

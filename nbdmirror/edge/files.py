@@ -46,6 +46,9 @@ _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
 
+STRETCH_SHIFT = 22
+"""Facets let go of cached pages by stretches of 4 MiB (see ``ScatteredFile``)."""
+
 
 def _read_all(fd: int, offset: int, length: int) -> bytes:
     """Exactly ``length`` bytes, zeros past the end; loops because one call may return less."""
@@ -293,6 +296,35 @@ class LinuxFile:
             raise OSError(self._failure.errno, reason, self.path)
 
 
+class ScatteredFile(LinuxFile):
+    """A regular file that takes small writes anywhere, as a facet does.
+
+    Where readahead or a large write has left large folios in the page cache, ext4 walks every
+    buffer of the folio for each 4 KiB written: 12 to 28 us measured, against 2 to 4 us with single
+    pages. So what is cached of a stretch from before its first write is let go once, and this
+    descriptor reads without readahead, which would bring large folios back."""
+
+    __slots__ = ("_touched",)
+
+    def __init__(self, disk: LinuxDisk, path: str, fd: int, *, block_device: bool) -> None:
+        super().__init__(disk, path, fd, block_device=block_device)
+        self._touched: set[int] = set()
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """As ``LinuxFile.pwrite``."""
+        if offset >> STRETCH_SHIFT not in self._touched:
+            self._let_go(offset >> STRETCH_SHIFT)
+        count = pwrite(self._fd, data, offset)
+        if count != len(data):
+            _write_all(self._fd, offset + count, memoryview(data)[count:])
+
+    def _let_go(self, stretch: int) -> None:
+        self._touched.add(stretch)
+        size = 1 << STRETCH_SHIFT
+        os.posix_fadvise(self._fd, stretch * size, size, os.POSIX_FADV_DONTNEED)
+
+
 class LinuxDisk:
     """``ports.Disk`` over this host's file systems.
 
@@ -308,7 +340,9 @@ class LinuxDisk:
         """Whether there is anything of that name."""
         return os.path.lexists(path)
 
-    def open(self, path: str, *, create: bool = False, read_only: bool = False) -> LinuxFile:
+    def open(
+        self, path: str, *, create: bool = False, read_only: bool = False, scattered: bool = False
+    ) -> LinuxFile:
         """Opens a regular file or block device (EINVAL for anything else).
 
         A block device is claimed (EBUSY if it is mounted or claimed by another writer); so is a
@@ -331,6 +365,8 @@ class LinuxDisk:
             except BlockingIOError:
                 os.close(fd)
                 raise BlockingIOError(errno.EAGAIN, "in use by another node", path) from None
+        if scattered and stat.S_ISREG(mode):
+            return ScatteredFile(self, path, fd, block_device=False)
         return LinuxFile(self, path, fd, block_device=stat.S_ISBLK(mode))
 
     def list(self, directory: str) -> list[str]:

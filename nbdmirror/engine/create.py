@@ -35,14 +35,15 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
     if role not in ("primary", "secondary"):
         raise ConfigError(f"role {role!r}: it is either primary or secondary")
     disk, directory = env.disk, config.state_dir
-    if is_created(env, config):
-        if not force:
-            raise Refused(
-                f"{directory} already holds the state of a node",
-                hint="--force replaces it: what it knows of the remotes is lost",
-            )
+    created = is_created(env, config)
+    if created and not force:
+        raise Refused(
+            f"{directory} already holds the state of a node",
+            hint="--force replaces it: what it knows of the remotes is lost",
+        )
     try:
-        _remove(env, config)  # StateError if a node runs on it
+        if created:
+            _remove(env, config)  # StateError if a node runs on it
         disk.make_directory(directory)
         disk.open(f"{directory}/{MARK}", create=True).close()
         await disk.sync_directory(directory)
@@ -134,6 +135,7 @@ def _state(
         "forks": [],
         "boot_id": env.clock.boot_id(),
         "clean": True,
+        "extent_size": config.log.extent_size,
         "tail": {"position": 0, "seq": 1},
         "durable_seq": 0,
         "volumes": [

@@ -50,7 +50,7 @@ class LocalFacet:
             raise StateError(
                 f"the facet {path} is missing", hint="restore it, or create the node anew"
             )
-        file = disk.open(path)
+        file = disk.open(path, scattered=True)
         if file.size() < size:
             found = file.size()
             file.close()

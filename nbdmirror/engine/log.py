@@ -27,6 +27,8 @@ RECENT_BYTES_MAX = 8 << 20
 """Records kept in memory for readers that are near the head."""
 READ_BYTES = 256 << 10
 """What one read for a far reader takes at a time."""
+SEARCH_BYTES = 2 * codec.PAYLOAD_MAX + (64 << 10)
+"""Where the log ends for recovery, so much behind is looked at for a sign that it went on."""
 _HEADER = struct.Struct("<8sQ")
 _MAGIC = b"NMLOG001"
 
@@ -340,6 +342,16 @@ class Log:
 
         Stops at the first whose checksum fails, whose seq is not the next, whose epoch goes back,
         is above ``epoch_max``, or belongs to an epoch that ended before it (``forks``)."""
+        end = self.ring.head
+        for record in self._scan(forks, epoch_max):
+            if record.kind != codec.FILL:
+                end = self.ring.head
+                yield record
+        # A fill with nothing behind it is dropped: its epoch may end here, and the next scan would
+        # not pass it to what is appended now.
+        self.ring.head = end
+
+    def _scan(self, forks: list[tuple[int, int]], epoch_max: int) -> Iterator[Record]:
         ring = self.ring
         window, base = memoryview(b""), 0
         epoch = 0
@@ -364,8 +376,8 @@ class Log:
                 return
             if record.kind == codec.FILL:
                 ring.head += size
-                continue
-            ring.advance(record.seq, 1, size)
+            else:
+                ring.advance(record.seq, 1, size)
             yield record
 
     async def rewrite(self, seq: int) -> None:
@@ -383,6 +395,21 @@ class Log:
             except OSError as error:
                 raise self._fail("rewrite", error) from error
             position += length
+
+    def seq_behind(self, forks: list[tuple[int, int]]) -> int:
+        """After ``scan``: the seq of a record near behind the head that proves that the log once
+        went on there, so that it did not end but was damaged; 0 if there is none."""
+        ring = self.ring
+        left = min(SEARCH_BYTES, ring.capacity - (ring.head - ring.tail))
+        at = ring.head % ring.capacity
+        while left > 0:
+            length = min(left, ring.capacity - at)
+            for found in codec.find_headers(self._file.pread(RING_AT + at, length)):
+                ended = any(found.seq > end and found.epoch <= old for old, end in forks)
+                if found.seq >= ring.next_seq and found.kind != codec.FILL and not ended:
+                    return found.seq
+            at, left = 0, left - length
+        return 0
 
     def _window(self, at: int) -> memoryview:
         length = min(4 << 20, self.ring.capacity - at)

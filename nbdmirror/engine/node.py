@@ -6,6 +6,7 @@ Holds the parts together and knows their order; what each does is theirs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from nbdmirror import __version__
@@ -33,9 +34,11 @@ from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.engine.waiting import wait_until
-from nbdmirror.errors import NbdmirrorError, Refused, StateError
+from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused, StateError
 from nbdmirror.ports import Env, Listener
 
+RUNS_MAX = 1000
+"""Starts that a primary remembers; a secondary that last followed an older one is compared."""
 STOP_SECONDS = 30.0
 """Requests in flight get so long to finish when the node stops."""
 
@@ -77,7 +80,11 @@ class Node:
         self.volumes = self._open_volumes()
         tail = self.store.state["tail"]
         self.log = Log.open(disk, log_path(self.config), tail["position"], tail["seq"])
-        recovered = await redo(self.store, self.log, self.volumes, self.env.clock.boot_id())
+        try:
+            recovered = await redo(self.store, self.log, self.volumes, self.env.clock.boot_id())
+        except DiskFailed:
+            await self._note_failed_log()
+            raise
         self.housekeeper = Housekeeper(
             self.volumes, self.log, self.store, self.events, self._applied_seq
         )
@@ -95,8 +102,7 @@ class Node:
             records=recovered.records,
             facets_healed=list(recovered.healed),
         )
-        if recovered.lost:
-            self.events.emit("log-damaged", lost_records=recovered.lost, end_seq=recovered.end_seq)
+        self._tell_damage(recovered)
         self.housekeeper.start()
         await self._listen(nbd)
 
@@ -105,15 +111,33 @@ class Node:
         """``primary`` or ``secondary``."""
         return str(self.store.state["role"])
 
+    def _tell_damage(self, recovered: Recovered) -> None:
+        if recovered.lost:
+            self.events.emit(
+                "log-damaged",
+                log=log_path(self.config),
+                damaged_seq=recovered.end_seq + 1,
+                lost_records_min=recovered.lost,
+            )
+        if self.store.damaged is not None:
+            self.events.emit("superblock-damaged", why=self.store.damaged)
+        if self.primary is not None and self.primary.group.active.damaged is not None:
+            self.events.emit("active-map-damaged", why=self.primary.group.active.damaged)
+
     def _check_state(self) -> None:
         """The state must be that of the configuration; StateError names both values."""
         state, config = self.store.state, self.config
-        for key, wanted in (("group", config.group), ("node", config.node)):
+        fixed: tuple[tuple[str, str | int], ...] = (
+            ("group", config.group),
+            ("node", config.node),
+            ("extent_size", config.log.extent_size),
+        )
+        for key, wanted in fixed:
             if state[key] != wanted:
                 raise StateError(
                     f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
                     f"{wanted!r}",
-                    hint="point state_dir to the right directory",
+                    hint="point state_dir to the right directory, or restore the value",
                 )
         kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
         wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
@@ -143,8 +167,7 @@ class Node:
 
     async def _start_primary(self, recovered: Recovered) -> None:
         state, config = self.store.state, self.config
-        note_fork(self.store, recovered)
-        state["epoch"] += 1
+        self._begin_epoch(recovered)
         active = ActiveMapFile.open(
             self.env.disk, config.state_dir, config.log.hot_extents, config.log.extent_size
         )
@@ -155,7 +178,7 @@ class Node:
         active.make_safe = self._make_safe
         await self._mark_doubtful(recovered, active)
         await active.settle()
-        state.update(clean=False, boot_id=self.env.clock.boot_id())
+        state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
         state["durable_seq"] = self.log.durable_seq
         # The new epoch is durable before the first append (O10).
         await self.store.save()
@@ -165,6 +188,20 @@ class Node:
         group.on_pressure = self.housekeeper.kick
         self.housekeeper.on_full = config.log.on_full
         self.primary.start()
+
+    def _begin_epoch(self, recovered: Recovered) -> None:
+        """A new epoch, and a random id for this run: a secondary that followed a run with another
+        id shows that this state was restored from a copy (T6). The caller saves."""
+        state = self.store.state
+        runs = state.setdefault("runs", [])
+        if self.store.damaged is not None:
+            # What was lost with the newer slot may have been of the next epoch.
+            state["epoch"] += 1
+            runs.append([state["epoch"], ""])
+        note_fork(self.store, recovered)
+        state["epoch"] += 1
+        runs.append([state["epoch"], f"{self.env.random.getrandbits(64):016x}"])
+        del runs[:-RUNS_MAX]
 
     async def _mark_doubtful(self, recovered: Recovered, active: ActiveMapFile) -> None:
         """What each remote's DCM has to hold after a crash, made durable."""
@@ -186,6 +223,8 @@ class Node:
                 remote.mark(place.index, offset, length)
             if recovered.lost:
                 await remote.fill(f"the log lost {recovered.lost} records: it was damaged")
+            elif self.store.damaged is not None:
+                await remote.fill(f"the superblock may be out of date: {self.store.damaged}")
             elif doubtful:
                 remote.facts.update(compare=True, consistent=False)
                 remote.facts["why"] = remote.facts["why"] or "the primary lost power"
@@ -213,9 +252,10 @@ class Node:
             config.replication,
         )
         if not recovered.clean:
-            self.store.state["cache_doubt"] = not recovered.power_loss
-        self.store.state.update(clean=False, boot_id=self.env.clock.boot_id())
-        if recovered.lost and self.store.state["upstream"] is not None:
+            same_boot = self.store.state["boot_id"] == self.env.clock.boot_id()
+            self.store.state["cache_doubt"] = same_boot
+        self.store.state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
+        if (recovered.lost or self.store.damaged) and self.store.state["upstream"] is not None:
             self.store.state["upstream"]["consistent"] = False  # it promised more than it has
         await self.store.save()
         self.secondary.on_failed = self._fail
@@ -291,10 +331,18 @@ class Node:
         if self.primary is not None:
             self.primary.group.fail(error)
 
+    async def _note_failed_log(self) -> None:
+        """Durably: the next start takes it as after a power loss. No success was replied since."""
+        if self.log.failed is not None:
+            self.store.state["log_failed"] = True
+            with contextlib.suppress(DiskFailed):
+                await self.store.save()
+
     # -- stop --------------------------------------------------------------------------------
 
     async def stop(self) -> None:
         """Stops cleanly: requests finish, everything is durable, and the superblock says so."""
+        await self._note_failed_log()
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
@@ -311,7 +359,10 @@ class Node:
         if self._control is not None:
             await self._control.close()
         if self.failed is None or not self.failed.done():
-            await self._settle()
+            try:
+                await self._settle()
+            finally:
+                await self._note_failed_log()
         self._close()
 
     async def _settle(self) -> None:

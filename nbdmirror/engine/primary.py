@@ -185,8 +185,8 @@ class Primary:
                 f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
             )
         if full:
+            remote.drop.set()  # before the log may be released that the session reads
             await remote.fill("asked for by a person")
-            remote.drop.set()
         remote.kick.set()
         return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
 

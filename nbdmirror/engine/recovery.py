@@ -54,12 +54,15 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     then: its disk is tried again, and what the page cache may have lost is written anew (O16)."""
     state = store.state
     clean = bool(state["clean"])
-    power_loss = not clean and state["boot_id"] != boot_id
+    # A failed sync of the log may have cost as much of it as a power loss (O16).
+    power_loss = not clean and (state["boot_id"] != boot_id or bool(state.get("log_failed")))
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     healing = _healing(store, volumes, log.ring.tail_seq)
     timeline = Timeline()
     records = 0
-    for record in log.scan(forks, int(state["epoch"])):
+    # The damaged slot of the superblock may have told of a newer epoch.
+    epoch_max = int(state["epoch"]) + (store.damaged is not None)
+    for record in log.scan(forks, epoch_max):
         records += 1
         timeline.add(record.seq, record.time_ns)
     end_seq = log.next_seq - 1
@@ -73,7 +76,10 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     # A secondary whose applying is held back comes back to exactly that point (V8).
     limit = (state.get("apply") or {}).get("limit")
     until = end_seq if limit is None else min(limit, end_seq)
-    if not clean or healing:
+    # Within one boot the page cache holds all that was written, so what is behind the damage is in
+    # the facets; redoing what lies before it would only bring back what it had replaced.
+    behind = 0 if power_loss else log.seq_behind(forks)
+    if not behind and (not clean or healing):
         await _apply(log, until, volumes, healing, only_healing=clean)
     for volume in volumes:
         for facet in volume.facets:
@@ -84,7 +90,7 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
             if facet in healing or (power_loss and facet.in_service):
                 await facet.sync()
     _trust_again(store, healing)
-    known = int(state.get("end_seq" if clean else "durable_seq", 0))
+    known = max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
     return Recovered(
         clean=clean,
         power_loss=power_loss,
@@ -142,7 +148,7 @@ def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
 
 def note_fork(store: Store, recovered: Recovered) -> None:
     """Remembers where a power loss, or damage, ended the epoch; the caller saves (O10)."""
-    if recovered.power_loss or recovered.lost:
+    if recovered.power_loss or recovered.lost or store.damaged:
         store.state["forks"].append([store.state["epoch"], recovered.end_seq])
 
 

@@ -129,8 +129,8 @@ class Remote:
             if not self.facts["initialised"]:
                 dcm.fill()  # a file of that name may be left from a former remote
             if dcm.damage is not None:
-                self.facts["full"] = True
-                self.facts["why"] = f"the map could not be read ({dcm.damage})"
+                why = f"the map could not be read ({dcm.damage})"
+                self.facts.update(full=True, compare=True, why=why)
         self.save_defaults()
         if self.facts["tracking"]:
             self.group.trackers.append(self)
@@ -185,9 +185,13 @@ class Remote:
 
     async def fill(self, why: str) -> None:
         """Marks everything, to be compared, durably: the maps first, because what the superblock
-        says of them must never be less than what they hold (O12)."""
+        says of them must never be less than what they hold (O12). The log is not needed then, and
+        is not read for this remote any more: it may be what is damaged."""
         for dcm in self.dcms:
             dcm.fill()
+        if not self.tracking:
+            self.facts.update(tracking=True, base_seq=0)
+            self.group.trackers.append(self)
         await self.sync_maps()
         self.facts.update(full=True, compare=True, consistent=False, why=why)
         self.save_defaults()

@@ -172,7 +172,7 @@ class Secondary:
     @staticmethod
     def _check_hello(hello: dict[str, Any]) -> None:
         """PeerError unless everything that ``adopt`` stores is of its type and size (I9)."""
-        for key in ("uuid", "generation", "node"):
+        for key in ("uuid", "generation", "node", "run"):
             fields.text(hello, key)
         fields.integer(hello, "epoch", fields.EPOCH_MAX)
         fields.history(hello)
@@ -215,6 +215,7 @@ class Secondary:
             "generation": state["generation"],
             "history": state["history"],
             "epoch": state["epoch"],
+            "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
             "consistent": bool(upstream and upstream["consistent"]),
         }
@@ -234,6 +235,7 @@ class Secondary:
         state["generation"] = fields.text(hello, "generation")
         state["history"] = [list(pair) for pair in fields.history(hello)]
         state["epoch"] = fields.integer(hello, "epoch", fields.EPOCH_MAX)
+        state["run"] = fields.text(hello, "run")
         state["forks"] = fields.forks(hello)
         for volume, other, saved in zip(
             self.volumes, hello["volumes"], state["volumes"], strict=True

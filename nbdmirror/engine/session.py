@@ -4,8 +4,9 @@ A session begins with a handshake whose outcome ``core.identity`` decides, and t
 records in order from the log, and beside them, if regions are marked, a resync. Whatever changes
 the terms (an overflow, a command, a lost link) ends the session; the next handshake decides anew.
 
-HELLO     {versions, group, uuid, node, generation, history, epoch, forks, volumes, session}
-WELCOME   {version, node, initialised, uuid, generation, history, epoch, durable_seq, consistent}
+HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, volumes, session}
+WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
+          consistent}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay}
 READY     {}
@@ -116,6 +117,7 @@ class Session:
                 "generation": state["generation"],
                 "history": state["history"],
                 "epoch": state["epoch"],
+                "run": state["runs"][-1][1],
                 "forks": state["forks"],
                 "volumes": volume_map(self.remote.group.volumes),
             },
@@ -126,6 +128,7 @@ class Session:
             initialised=welcome.get("initialised") is True,
             generation=None if generation is None else fields.text(welcome, "generation"),
             epoch=fields.integer(welcome, "epoch", fields.EPOCH_MAX),
+            run=None if welcome.get("run") is None else fields.text(welcome, "run"),
             durable_seq=fields.integer(welcome, "durable_seq"),
             consistent=welcome.get("consistent") is True,
             history=fields.history(welcome),
@@ -137,6 +140,7 @@ class Session:
             generation=state["generation"],
             history=tuple((g, s) for g, s in state["history"]),
             epoch=state["epoch"],
+            runs=tuple((epoch, run) for epoch, run in state["runs"]),
             forks=tuple(Fork(epoch, end) for epoch, end in state["forks"]),
             tail_seq=log.ring.tail_seq,
             next_seq=log.next_seq,
@@ -167,9 +171,6 @@ class Session:
             await remote.changed.wait()
         if decision.action is Action.FULL:
             await remote.fill(decision.why)
-        facts["compare"] = facts["compare"] or decision.action is Action.FULL
-        if facts["full"]:
-            facts["why"] = decision.why
         reset = decision.action is not Action.CONTINUE
         # From this step on the log is kept for the remote, whatever it answers.
         # Where the DCM has everything, the stream begins now: what was decided is older already.

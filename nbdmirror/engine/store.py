@@ -10,6 +10,10 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     generation     id of the current lineage; history: [[generation, end seq], ...] before it
     epoch          of the records written now (O10)
     forks          [[epoch, end seq], ...]: where a power loss ended an epoch, oldest first
+    runs           on a primary: [[epoch, random id], ...]: one for each start, oldest first; an
+                   empty id if what that run saved is lost
+    run            on a secondary: the id of the last run that it followed
+    extent_size    bytes that one entry of the active map stands for; fixed at creation
     boot_id        of the boot in which the node was last started
     clean          true between a clean stop and the next start
     tail           {position, seq}: where the log's valid part begins
@@ -17,6 +21,7 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     end_seq        the log's last record at the last clean stop
     volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
+    log_failed     true after a sync of the log failed: what it had not synced may be gone
     cache_doubt    on a secondary: a former process of this boot may have seen a sync fail, so what
                    is in the page cache may not be on disk (O16); false once it is consistent
     upstream       on a secondary: {name, consistent, since}; null before the first session
@@ -48,6 +53,8 @@ class Store:
         """The slot that counts, if it may be in the page cache only: a former process wrote it."""
         self.on_failed: Callable[[DiskFailed], None] = lambda error: None
         """Called when it cannot be saved: final, whoever asked for it (O16)."""
+        self.damaged: str | None = None
+        """What was found wrong with the other slot: then ``state`` may be out of date."""
         self.save = GroupCommit(self._save)
         """Makes ``state``, as it is at the call or later, durable; DiskFailed if it cannot."""
 
@@ -90,6 +97,8 @@ class Store:
             raise StateError(f"{path} has format {state.get('format')}, this program has {FORMAT}")
         store = cls(file, counter, slot, state)
         store._doubtful = images[slot]
+        damage = slots.damage(images)
+        store.damaged = damage and f"{path}, {damage}"
         return store
 
     async def _save(self) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.integration import rawnbd
+from tests.integration.process import wait_until
 from tests.integration.rawnbd import RawClient
 
 SECTOR = 512
@@ -171,7 +172,7 @@ class Load:
         self.journal = journal
         self.failures: list[Failure] = []
         self.successes_after_failure = 0
-        """Writes, and FLUSHes too, that were acknowledged although something failed before."""
+        """Requests that were acknowledged although something had failed before they were sent."""
         self.batches = 0
         self._random = random.Random(seed)
         self._sectors_max = sectors_max
@@ -195,6 +196,11 @@ class Load:
         for _ in range(batches):
             self.batch()
 
+    def wait(self, batches: int) -> None:
+        """Returns when a ``Background`` has sent so many more."""
+        since = self.batches
+        wait_until("the load runs", lambda: self.batches >= since + batches)
+
     def batch(self) -> None:
         """A few requests at once, then their answers; sometimes a FLUSH behind them."""
         try:
@@ -206,6 +212,7 @@ class Load:
 
     def _batch(self) -> None:
         waiting: dict[int, tuple[Change, bool]] = {}
+        failed_before = bool(self.failures)
         self.journal.batch += 1
         for first, count in self._ranges():
             fua = self._random.random() < self._fua
@@ -224,7 +231,7 @@ class Load:
             if error:
                 self.failures.append(Failure(rawnbd.WRITE, error))
                 continue
-            self.successes_after_failure += bool(self.failures)
+            self.successes_after_failure += failed_before
             change.acknowledged = self.journal.clock()
             if fua:
                 change.durable = change.acknowledged

@@ -34,21 +34,21 @@ MakeCluster = Callable[..., Cluster]
 SIZE = 8 * MIB
 BATCHES = 150
 PRIMARY_POINTS = {
-    "pwritev2": (1, 2, 30, 120),
+    "pwritev2": (1, 2, 90),
     "pwrite64": (1, 2, 3, 60, 250),
-    "fdatasync": (1, 2, 3, 4, 9),
+    "fdatasync": (1, 2, 3, 9),
     "fallocate": (1, 4),
-    "write": (1, 6, 25, 100),
+    "write": (1, 6, 60),
 }
 """The Ns of a sweep, by call; ``write`` is what goes to the clients, the peer and the journal."""
 SECONDARY_POINTS = {
-    "pwritev2": (1, 2, 10),
-    "pwrite64": (1, 2, 3, 60),
-    "fdatasync": (1, 2, 3, 5),
-    "fallocate": (1, 4),
-    "write": (2, 6, 20),
+    "pwritev2": (1, 10),
+    "pwrite64": (1, 3, 60),
+    "fdatasync": (1, 2, 4),
+    "fallocate": (2,),
+    "write": (2, 12),
 }
-OVERFLOW_POINTS = {"pwrite64": (6, 40, 500), "fdatasync": (6, 10, 18)}
+OVERFLOW_POINTS = {"pwrite64": (6, 40, 500), "fdatasync": (6, 14)}
 
 
 def points(some: Sequence[int]) -> Sequence[int]:

@@ -33,7 +33,7 @@ MakeCluster = Callable[..., Cluster]
 SIZE = 8 * MIB
 DISK = 64 * MIB
 CUTS = 20
-SUBSETS = 4
+SUBSETS = 3
 REGION = 64 << 10
 
 

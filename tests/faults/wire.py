@@ -55,7 +55,7 @@ class Wire:
                 "netns",
                 down,
             )
-            for end, namespace in self.ends.items():
+            for end in self.ends:
                 self.ip(end, "address", "add", f"{self.addresses[end]}/30", "dev", "w")
                 self.ip(end, "link", "set", "lo", "up")
                 self.ip(end, "link", "set", "w", "up")

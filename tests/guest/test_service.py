@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.guest import guest
 from tests.guest.kernel import TREE
 
-SECONDS = 600.0
+SECONDS = 900.0
 
 
 def test_units() -> None:

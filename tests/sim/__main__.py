@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.sim import swarm
+from tests.sim import marks, mutants, swarm
+from tests.sim.options import FAULTS, draw
 from tests.sim.swarm import Result
 
 BATCH = 20
+COMPLETE_SEEDS = 2000
+"""A sweep over so many seeds must have met every fault and every mark."""
 
 
 def main() -> int:
@@ -25,11 +28,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--failures", type=int, default=3, help="stop after so many (default 3)")
     parser.add_argument("--counts", action="store_true", help="print how often things happened")
+    parser.add_argument("--mutants", action="store_true", help="which mutants N seeds kill")
+    parser.add_argument("--only", default="", help="of the mutants: those with this in their name")
     arguments = parser.parse_args()
+    seeds = range(arguments.first, arguments.first + (arguments.seeds or 2000))
+    if arguments.mutants:
+        return _mutants(arguments.only, seeds, arguments.jobs)
     if arguments.seed is not None:
         return _one(arguments.seed, trace=arguments.trace)
     return _sweep(
-        range(arguments.first, arguments.first + (arguments.seeds or 2000)),
+        seeds,
         arguments.jobs,
         arguments.failures,
         counts=arguments.counts,
@@ -39,7 +47,7 @@ def main() -> int:
 def _one(seed: int, *, trace: bool) -> int:
     result = swarm.run(seed, trace=print if trace else None)
     if trace:
-        print(swarm.draw(seed))
+        print(draw(seed))
     print(f"seed {seed}: {result.problem or 'passed'}")
     print(f"{result.steps} steps, {result.seconds:.1f} s of virtual time, trace {result.digest}")
     return 1 if result.problem else 0
@@ -80,9 +88,29 @@ def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
     if counts:
         for name, count in sorted(fired.items()):
             print(f"{count:9} {name}")
+    if done >= COMPLETE_SEEDS:
+        wanted = [*(f"fault {kind}" for kind in FAULTS), *marks.LABELS]
+        for name in wanted:
+            if not fired[name]:
+                failed += 1
+                print(f"never happened: {name}")
     seconds = time.monotonic() - began
     print(f"{done} seeds, {failed} failed, {steps} steps, {done / seconds:.1f} seeds/s")
     return 1 if failed else 0
+
+
+def _mutants(only: str, seeds: range, jobs: int) -> int:
+    names = [name for name in mutants.MUTANTS if only in name]
+    alive = 0
+    with ProcessPoolExecutor(jobs) as pool:
+        fates = [pool.submit(mutants.kill, name, seeds) for name in names]
+        for name, fate in zip(names, fates, strict=True):
+            found = fate.result()
+            alive += found is None
+            text = "ALIVE" if found is None else f"{found[0]:5}  {found[1]}"
+            print(f"{name:75} {text[:120]}", flush=True)
+    print(f"{len(names)} mutants, {alive} outlived {len(seeds)} seeds")
+    return 1 if alive else 0
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ class Checks:
         self._world = world
         self._random = random.Random(f"{world.seed}:checks")
         self._done: dict[str, tuple[object, int]] = {}
+        world.on_moment.append(self._moment)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -98,6 +99,17 @@ class Checks:
                 if host.created:
                     self.crash_clone(host)
                 gap = min(gap * 1.1, 2.0)
+
+    def _moment(self, host: Host, kind: str) -> None:
+        """After a handshake the primary relies on what it was told: is it true?"""
+        if kind == "connected" and self._random.random() < 0.3:
+            self._world.spawn(self._clone_soon())
+
+    async def _clone_soon(self) -> None:
+        await asyncio.sleep(0.002 * self._random.random())
+        for host in self._world.remotes:
+            if host.created:
+                self.crash_clone(host)
 
     # -- what must hold at every moment ----------------------------------------------------------
 

@@ -147,7 +147,9 @@ class SimDisk:
         INCARNATION.get().check()
         return path in self._names or path in self._directories
 
-    def open(self, path: str, *, create: bool = False, read_only: bool = False) -> SimFile:
+    def open(
+        self, path: str, *, create: bool = False, read_only: bool = False, scattered: bool = False
+    ) -> SimFile:
         INCARNATION.get().check()
         assert os.path.isabs(path) and not (create and read_only)
         if create:

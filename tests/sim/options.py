@@ -58,6 +58,8 @@ class Options:
     clear: float
     faults: dict[str, float]
     fault_gap: float
+    moments: float = 0.0
+    """How likely a node that reports something loses its power soon after."""
 
 
 def draw(seed: int) -> Options:
@@ -98,6 +100,7 @@ def draw(seed: int) -> Options:
         clear=rng.choice([0.0, 0.05, 0.2]),
         faults=_faults(rng),
         fault_gap=rng.choice([0.01, 0.05, 0.3, 3.0]),
+        moments=rng.choice([0.0, 0.0, 0.0, 0.1, 0.3]),
     )
 
 

@@ -96,6 +96,12 @@ class Content:
                 rest.append(write)
         self._volatile = rest
 
+    def forget_volatile(self) -> None:
+        """The log's disk lost what was not durable: no answer to a write counts, but for those."""
+        for write in self._volatile:
+            write.acked = False
+        self._volatile = []
+
     def died(self) -> None:
         """The node is gone: what was in flight will not be answered."""
         self.now += 1

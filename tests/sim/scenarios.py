@@ -70,6 +70,8 @@ class Script:
         """(volume, offset, length) of the last request's writes: a failed append may have
         brought some of them into the log."""
         self.payloads: list[bytes] = []
+        self.head = 0
+        """The head of the history when it was issued."""
         self.succeeded = 0
 
     # -- the client ------------------------------------------------------------------------------
@@ -139,6 +141,7 @@ class Script:
 
     def _requested(self, volume: int, changes: Sequence[Change]) -> None:
         self.last = [(volume, change.offset, change.length) for change in changes]
+        self.head = self.world.history.head
         self.payloads = [bytes(change.payload or b"") for change in changes]
 
     async def flush(self) -> None:

@@ -14,6 +14,7 @@ from nbdmirror.errors import NbdmirrorError
 from tests.sim.checks import Checks
 from tests.sim.faults import Fault, Injector, Kind
 from tests.sim.loop import SimLoop
+from tests.sim.marks import counting
 from tests.sim.options import Options, draw
 from tests.sim.oracle import Violation, compare
 from tests.sim.workload import Clients
@@ -23,6 +24,8 @@ HEAL_SECONDS = 900.0
 """Of virtual time: within these everything is in sync once the faults are over (I2)."""
 CLIENT_SECONDS = 300.0
 """Of virtual time, for the clients to get done while things break."""
+MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
+MOMENTS_MAX = 12
 FAULTS_MAX = 40
 """Of one run: enough to meet, few enough to let the clients get somewhere."""
 
@@ -47,7 +50,7 @@ def run(
     world = World(seed, options, trace=trace)
     loop = world.loop
     problem = None
-    with constants(options.constants):
+    with constants(options.constants), counting(world.fired):
         try:
             loop.run_until_complete(_run(world))
         except Exception as error:
@@ -125,16 +128,18 @@ async def _converge(
 ) -> None:
     """Liveness: everything is up and healthy; it must come in sync by itself (I2)."""
     for _ in range(5):
-        await faults.heal()
-        world.trace("world", "healed")
-        await asyncio.wait([working], timeout=HEAL_SECONDS)
-        if not working.done():
-            raise Violation("requests of clients hang though nothing is broken (I8)")
         try:
+            await faults.heal()
+            world.trace("world", "healed")
+            await asyncio.wait([working], timeout=HEAL_SECONDS)
+            if not working.done():
+                raise Violation("requests of clients hang though nothing is broken (I8)")
             await _in_sync(world)
         except Gone:
             continue  # an error from before has only now been noticed
         break
+    else:
+        raise Violation("nodes go on failing though nothing is broken")
     for remote in world.remotes:
         compare(remote.images(), world.a.images(), f"{remote.name} in sync (I2)")
     checks.look()
@@ -175,6 +180,10 @@ class Faults:
         self._random = random.Random(f"{world.seed}:faults")
         self._restarts: list[asyncio.Task[None]] = []
         world.on_failed = self._restart_soon
+        self._moments = 0
+        self._over = False
+        if world.options.moments:
+            world.on_moment.append(self._moment)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -229,6 +238,23 @@ class Faults:
             else:
                 world.power_cut(host)
             self._restart_soon(host)
+
+    def _moment(self, host: Host, kind: str) -> None:
+        """A node has just done something: its host, or another, may lose power over it."""
+        rng = self._random
+        if kind not in MOMENTS or self._over or self._moments >= MOMENTS_MAX:
+            return
+        if rng.random() < self._world.options.moments:
+            self._moments += 1
+            victim = host if rng.random() < 0.7 else self._any()
+            delay = rng.choice([0.0005, 0.005, 0.05]) * rng.random()
+            self._restarts.append(self._world.spawn(self._cut_later(victim, delay)))
+
+    async def _cut_later(self, host: Host, delay: float) -> None:
+        await asyncio.sleep(delay)
+        if host.alive and not self._over:
+            self._world.fired["fault at a moment"] += 1
+            await self._end(self._random.choice(["power", "power", "kill"]), [host])
 
     async def _odd_end(self, kind: str) -> None:
         world, rng = self._world, self._random
@@ -331,8 +357,9 @@ class Faults:
     async def heal(self) -> None:
         """Everything is mended and started."""
         world = self._world
-        if self._restarts:
-            await asyncio.wait(self._restarts)
+        self._over = True
+        while unfinished := [task for task in self._restarts if not task.done()]:
+            await asyncio.wait(unfinished)
         world.net.heal_all()
         for host in world.hosts.values():
             host.disk.faults = None

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import random
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
 
+from nbdmirror.codec import slots
+from nbdmirror.engine.facet import FacetState
+from nbdmirror.engine.node import Node
 from nbdmirror.errors import NbdmirrorError
+from tests.sim.ailments import AILMENTS, AllLost, Fuse
 from tests.sim.checks import Checks
-from tests.sim.faults import READS, Fault, Kind
 from tests.sim.loop import SimLoop
 from tests.sim.oracle import Entry, Violation, compare
 from tests.sim.scenarios import OPTIONS, SCENARIOS, Script
@@ -35,59 +37,7 @@ SCRIPT_SECONDS = 300.0
 HEAL_SECONDS = 120.0
 """Of virtual time: once everything is healthy the remote is in sync within these (I2)."""
 RESTART_SECONDS = 0.3
-WRITES = ("pwrite", "pwritev", "write", "allocate")
 BATCH = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Ailment:
-    """A kind of fault: what it does to an operation, and for how long it stays."""
-
-    fault: Fault | None = None
-    where: str = "once"
-    """``once``: that operation; ``file``: and all later ones on that file; ``disk``: on any."""
-    strike: str = ""
-    """``lost``, ``torn`` or ``kill``: the node ends instead; ``twice``: and again, recovering."""
-    draw: int = 0
-
-    def suits(self, operation: str) -> bool:
-        """Whether that operation can have it."""
-        if self.fault is None:
-            return operation not in READS
-        if self.fault.number == errno.ENOSPC and operation in (*READS, "unlink"):
-            return False
-        return self.fault.suits(operation)
-
-
-AILMENTS: dict[str, Ailment] = {
-    "EIO once": Ailment(Fault(Kind.ERROR)),
-    "EIO file": Ailment(Fault(Kind.ERROR), "file"),
-    "EIO disk": Ailment(Fault(Kind.ERROR), "disk"),
-    "ENOSPC once": Ailment(Fault(Kind.ERROR, errno.ENOSPC)),
-    "ENOSPC disk": Ailment(Fault(Kind.ERROR, errno.ENOSPC), "disk"),
-    "short once": Ailment(Fault(Kind.SHORT)),
-    "short file": Ailment(Fault(Kind.SHORT), "file"),
-    "sync lost once": Ailment(Fault(Kind.LOSE)),
-    "sync lost file": Ailment(Fault(Kind.LOSE), "file"),
-    "power, all lost": Ailment(strike="lost"),
-    "power, torn 1": Ailment(strike="torn", draw=1),
-    "power, torn 2": Ailment(strike="torn", draw=2),
-    "power twice": Ailment(strike="twice"),
-    "kill": Ailment(strike="kill"),
-}
-
-
-class AllLost(random.Random):
-    """The draws of a power cut after which nothing unsynced is left."""
-
-    def random(self) -> float:
-        return 0.99
-
-    def randint(self, a: int, b: int) -> int:
-        return a
-
-    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
-        return 0 if stop is None else start
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,59 +66,8 @@ class Outcome:
     operations: list[tuple[str, str]] = field(default_factory=list)
     """All that counted, of a run in which nothing fails."""
     deaths: int = 0
+    marks: int = 0
     succeeded: int = 0
-
-
-class Fuse:
-    """The injector of the node under test."""
-
-    def __init__(self, host: Host, ailment: Ailment, nth: int, strike: Callable[[], None]) -> None:
-        self.host = host
-        self.armed = False
-        self.operations: list[tuple[str, str]] = []
-        self.lost_log = False
-        """A sync of the log failed, and what was not durable may be gone."""
-        self._ailment = ailment
-        self.nth = nth
-        self._strike = strike
-        self._failed: tuple[str, str] | None = None
-
-    def arm(self) -> None:
-        """From here on operations count."""
-        self.armed = True
-
-    def mend(self) -> None:
-        """The disk is healthy."""
-        self.armed = False
-        self.host.disk.faults = None
-
-    @property
-    def burnt(self) -> str:
-        """The operation that failed."""
-        return "none" if self._failed is None else " ".join(self._failed)
-
-    def __call__(self, operation: str, path: str, nth: int) -> Fault | None:
-        if not self.armed:
-            return None
-        self.operations.append((operation, path))
-        count = len(self.operations)
-        if count == self.nth and self._ailment.suits(operation):
-            self._failed = self._failed or (operation, path)
-            if self._ailment.fault is None:
-                self._strike()
-                return None
-        elif self._failed is None or not self._again(operation, path):
-            return None
-        fault = self._ailment.fault
-        if fault is not None and fault.kind is Kind.LOSE and path.endswith("/log"):
-            self.lost_log = True
-        return fault
-
-    def _again(self, operation: str, path: str) -> bool:
-        where = self._ailment.where
-        if where == "once" or not self._ailment.suits(operation):
-            return False
-        return where == "disk" or (self._failed is not None and path == self._failed[1])
 
 
 class SweepWorld(World):
@@ -181,18 +80,30 @@ class SweepWorld(World):
         """After a failed sync of the log only what was durable counts, as after a power loss; and
         an append that failed in the middle may have brought records into the log."""
         assert host.node is not None
-        fuse = self.fuses[host.name]
-        power, fuse.lost_log = power or fuse.lost_log, False
+        fuse, script = self.fuses[host.name], self.script
+        lost_log, fuse.lost_log = fuse.lost_log and not power, False
+        half = self.history.head - script.head
         missing = host.node.log.next_seq - 1 - self.history.head
-        if 0 < missing <= len(self.script.last):
+        if half >= 0 and 0 < missing <= len(script.last) - half:
             entries = [
                 Entry(volume, offset, length, payload or None)
                 for (volume, offset, length), payload in zip(
-                    self.script.last, self.script.payloads, strict=True
+                    script.last, script.payloads, strict=True
                 )
             ]
-            self.history.append(self.history.head + 1, entries[:missing])
-        super()._primary_recovered(host, power=power)
+            self.history.append(self.history.head + 1, entries[half : half + missing])
+        if lost_log:
+            self._log_recovered(host, host.node)
+        else:
+            super()._primary_recovered(host, power=power)
+
+    def _log_recovered(self, host: Host, node: Node) -> None:
+        assert node.primary is not None
+        images = host.images()
+        self.content.forget_volatile()
+        self.content.recovered(images, power=False)
+        self.history.fork(node.primary.group.epoch, node.log.next_seq - 1, images)
+        self._observe(node)
 
 
 class Run:
@@ -204,6 +115,8 @@ class Run:
         self.world = SweepWorld(seed, OPTIONS, trace=trace)
         self.rng = random.Random(str(point))
         self.deaths = 0
+        self.marks = 0
+        """Failures of a file that were found marked durably."""
         self._second_in = 0
 
     async def run(self) -> None:
@@ -254,8 +167,8 @@ class Run:
             fuse.host.disk.faults = fuse
             fuse.arm()
 
-    async def _within(self, work: object, what: str) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    async def _within(self, work: Awaitable[None], what: str) -> None:
+        task = asyncio.ensure_future(work)
         broken = asyncio.ensure_future(self.world.broken.wait())
         await asyncio.wait(
             [task, broken], timeout=SCRIPT_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -294,6 +207,7 @@ class Run:
         world = self.world
         fuse = world.fuses[host.name]
         failures = 0
+        served = False
         while True:
             if host.alive:
                 await asyncio.sleep(RESTART_SECONDS)
@@ -305,10 +219,34 @@ class Run:
                 fuse.mend()
             failed, host.failed = host.failed, None
             failures += failed is not None
-            if await world.start(host):
+            if failed is not None and served and host.role == "primary":
+                self._check_mark(host, failed)
+            served = await world.start(host)
+            if served:
                 self.checks.crash_clone(host, AllLost())
             elif host.failed is not None and fuse.host.disk.faults is None:
                 raise Violation(f"{host.name} does not start on a healthy disk: {host.failed}")
+
+    def _check_mark(self, host: Host, failed: str) -> None:
+        """What failed for good while the primary served is marked durably, or the next start
+        could trust it (O16, M12)."""
+        if AILMENTS[self.point.ailment].where == "disk":
+            return  # nothing can be written down
+        data = host.disk.durable_content("/state/superblock")
+        _, _, state = slots.choose(
+            [data[at : at + slots.SLOT_SIZE] for at in range(0, len(data), slots.SLOT_SIZE)]
+        )
+        trusted = [
+            facet["path"]
+            for volume in state["volumes"]
+            for facet in volume["facets"]
+            if facet["state"] == FacetState.SYNCHRONISED.value
+        ]
+        if "of the log" in failed and not state["log_failed"]:
+            raise Violation(f"no durable mark of: {failed} (O16)")
+        if any(f"facet {path} " in failed for path in trusted):
+            raise Violation(f"no durable mark of: {failed} (M12)")
+        self.marks += "of the log" in failed or "of facet" in failed
 
     async def _settle(self) -> None:
         """Everything is healthy: it must serve, and come in sync, by itself."""
@@ -390,7 +328,7 @@ def run_point(point: Point, trace: Callable[[str], None] | None = None) -> Outco
     if problem is None and point.nth and fuse.burnt == "none":
         problem = "the fault did not happen: the run is not deterministic"
     return Outcome(
-        point, problem, fuse.burnt, operations, run.deaths, succeeded=world.script.succeeded
+        point, problem, fuse.burnt, operations, run.deaths, run.marks, world.script.succeeded
     )
 
 
@@ -407,6 +345,7 @@ class Row:
     ailments: int = 0
     points: int = 0
     deaths: int = 0
+    marks: int = 0
     failures: list[Outcome] = field(default_factory=list)
 
 
@@ -468,6 +407,7 @@ def sweep(
         row = rows[outcome.point.scenario, outcome.point.node]
         row.points += 1
         row.deaths += outcome.deaths
+        row.marks += outcome.marks
         if outcome.problem is not None:
             row.failures.append(outcome)
             report(outcome)
@@ -478,12 +418,12 @@ def table(rows: Sequence[Row]) -> str:
     """For people."""
     lines = [
         f"{'scenario':18} {'node':4} {'operations':>10} {'kinds':>6} {'points':>7} {'deaths':>7}"
-        f" {'failures':>9}"
+        f" {'marked':>7} {'failures':>9}"
     ]
     for row in rows:
         lines.append(
             f"{row.scenario:18} {row.node:4} {row.operations:10} {row.ailments:6} {row.points:7}"
-            f" {row.deaths:7} {len(row.failures):9}"
+            f" {row.deaths:7} {row.marks:7} {len(row.failures):9}"
         )
     total = sum(row.points for row in rows)
     failed = sum(len(row.failures) for row in rows)

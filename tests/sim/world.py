@@ -116,6 +116,8 @@ class World:
         self.history = History([bytes(size) for size in options.sizes])
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
+        self.on_moment: list[Callable[[Host, str], None]] = []
+        """Called with each event of a node: the moments at which a fault is most telling."""
         self.on_failed: Callable[[Host], None] = lambda host: None
         """Called when a node has ended by itself: somebody has to look after it."""
         self.broken: asyncio.Event
@@ -212,7 +214,8 @@ class World:
             raise Gone
         task = self.loop.spawn(host.life, work)
         gone = host.gone
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        waited: list[asyncio.Future[Any]] = [task, gone]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise Gone
         try:
@@ -283,9 +286,11 @@ class World:
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
         self.trace(host.name, f"{event['kind']} {json.dumps(fields, sort_keys=True)}")
+        for listener in self.on_moment:
+            listener(host, event["kind"])
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
-        """Rules that mean that something was lost, in a world where nothing is (T6, T9, T12, I4)."""
+        """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
         if event["rule"] in ("T6", "T9", "T12"):
             self.fail(
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
@@ -341,7 +346,8 @@ class World:
     async def _watch(self, host: Host, node: Node) -> None:
         """What the daemon does when its node has failed for good: it ends."""
         assert node.failed is not None
-        await asyncio.wait([node.failed, host.gone], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [node.failed, host.gone]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if node.failed.done() and host.node is node:
             error = node.failed.result()
             self.trace(host.name, f"failed: {error}")

@@ -297,6 +297,29 @@ def test_records_beyond_a_fork_are_not_taken() -> None:
     run(main())
 
 
+def test_a_fill_that_lost_its_record_is_not_passed() -> None:
+    """O10: a power loss leaves a fill and not the record behind it; the epoch ends before both.
+    What is appended afterwards must be found by the next recovery."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [20_000, 20_000, 20_000])
+        await log.sync(3)
+        await release(log, 3)
+        tail = (log.ring.tail, 3)
+        append(log, [20_000])  # a fill, and this record at the start of the ring
+        disk.flip(PATH, RING_AT + 100)
+        log, found = reopened(disk, tail, 1)
+        assert [r.seq for r in found] == [3]
+        append(log, [20_000], epoch=2)
+        await log.sync(4)
+        _, found = reopened(disk, tail, 2, [(1, 3)])
+        assert [(r.seq, r.epoch) for r in found] == [(3, 1), (4, 2)]
+
+    run(main())
+
+
 def test_a_record_of_an_epoch_to_come_is_not_taken() -> None:
     async def main() -> None:
         disk = make_disk()

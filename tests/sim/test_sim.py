@@ -1,0 +1,61 @@
+"""The simulation in small: some seeds, the same run in two processes, and a canary.
+
+The campaigns are ``python -m tests.sim``; see also ``mutants``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.sim import mutants, swarm
+
+SEEDS = 48
+BATCH = 8
+DIGESTS = """
+import json
+from tests.sim import swarm
+print(json.dumps([[r.digest, r.steps] for r in map(swarm.run, range(100, 106))]))
+"""
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
+def test_no_promise_is_broken(first: int) -> None:
+    for seed in range(first, first + BATCH):
+        result = swarm.run(seed)
+        assert result.problem is None, f"python -m tests.sim --seed {seed} --trace"
+
+
+def _digests(hash_seed: str) -> list[tuple[str, int]]:
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "-c", DIGESTS]
+    output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    result: list[tuple[str, int]] = json.loads(output)
+    return result
+
+
+def test_the_same_seed_is_the_same_run_in_another_process() -> None:
+    assert _digests("1") == _digests("4242")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "I3 a flush syncs nothing",
+        "O5 space is used again before the tail is durable",
+        "O7 a region is acknowledged before it is on disk",
+        "O12 the map is left before the remote is READY",
+    ],
+)
+def test_a_canary_dies(rule: str) -> None:
+    assert mutants.kill(rule, range(40)) is not None
+
+
+def test_a_mutant_leaves_no_trace() -> None:
+    """Else the seeds that run after it would test something else."""
+    before = swarm.run(7).digest
+    mutants.kill("I3 a flush syncs nothing", range(3))
+    assert swarm.run(7).digest == before
