@@ -254,11 +254,16 @@ class LinuxFile:
     async def _offload(
         self, pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
+        return await asyncio.wrap_future(self._submit(pool, work, *args, **kwargs))
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
         with self._lock:
             self._pending += 1
         future = pool.submit(work, *args, **kwargs)
         future.add_done_callback(self._leave)
-        return await asyncio.wrap_future(future)
+        return future
 
     def _leave(self, _future: Future[T]) -> None:
         """Runs in the thread (or in the loop, for a call cancelled before it started)."""
@@ -322,7 +327,9 @@ class ScatteredFile(LinuxFile):
     def _let_go(self, stretch: int) -> None:
         self._touched.add(stretch)
         size = 1 << STRETCH_SHIFT
-        os.posix_fadvise(self._fd, stretch * size, size, os.POSIX_FADV_DONTNEED)
+        # In a thread: pages that are dirty are written out first.
+        pool, advice = self._disk.io_threads, os.POSIX_FADV_DONTNEED
+        self._submit(pool, os.posix_fadvise, self._fd, stretch * size, size, advice)
 
 
 class LinuxDisk:
