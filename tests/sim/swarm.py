@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nbdmirror.errors import NbdmirrorError
 from tests.sim.checks import Checks
@@ -26,6 +27,8 @@ CLIENT_SECONDS = 300.0
 """Of virtual time, for the clients to get done while things break."""
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
 MOMENTS_MAX = 12
+RUN_SECONDS = 8000.0
+"""Of virtual time: no run takes that long."""
 FAULTS_MAX = 40
 """Of one run: enough to meet, few enough to let the clients get somewhere."""
 
@@ -93,8 +96,11 @@ async def _run(world: World) -> None:
     world.build()
     work = asyncio.ensure_future(_phases(world))
     broken = asyncio.ensure_future(world.broken.wait())
-    await asyncio.wait([work, broken], return_when=asyncio.FIRST_COMPLETED)
+    ends: list[asyncio.Future[Any]] = [work, broken]
+    await asyncio.wait(ends, timeout=RUN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     broken.cancel()
+    if not (work.done() or broken.done()):
+        raise Violation(f"the run does not end; waiting: {world.loop.pending_names()}")
     if world.violation is not None:
         work.cancel()
         raise world.violation

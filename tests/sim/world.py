@@ -33,7 +33,7 @@ from nbdmirror.errors import NbdmirrorError
 from nbdmirror.ports import Env
 from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
-from tests.sim.loop import Incarnation, NodeDead, SimLoop
+from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
 from tests.sim.oracle import Content, Entry, History, Violation, compare
@@ -205,7 +205,7 @@ class World:
             except Exception as error:
                 self.fail(error)
 
-        return self.loop.create_task(guard())
+        return self.loop.spawn(WORLD, guard())  # whoever asks: a node may, in its own life
 
     async def in_life(self, host: Host, work: Coroutine[Any, Any, T]) -> T:
         """Runs work as part of a node; Gone if the node dies first."""

@@ -41,7 +41,7 @@ mode = "disk"
 on_full = "block"
 path = "/fast/db.log"
 extent_size = "1MiB"
-hot_extents = 7
+hot_extents = 70
 [[volume]]
 name = "data"
 size = 1048576
@@ -88,7 +88,7 @@ def test_full_file() -> None:
     assert config.admin.socket == "/etc/nbdmirror/db.sock"
     assert config.nbd.listen[0] == "unix:/etc/nbdmirror/run/db.nbd"
     assert config.nbd.frontend == "nbdkit"
-    assert config.log == c.LogConfig(2 * c.MIB, "disk", "block", "/fast/db.log", c.MIB, 7)
+    assert config.log == c.LogConfig(2 * c.MIB, "disk", "block", "/fast/db.log", c.MIB, 70)
     data, wal = config.volumes
     assert data.facets == ("/etc/nbdmirror/data.img", "/etc/other/data.img")
     assert (data.size, data.region_size) == (c.MIB, 4 * c.KIB)
@@ -149,7 +149,7 @@ BAD = [
     ("[admin]", "[log]\nspill_threshold = 1\n[admin]", "spill_threshold", "not in this version"),
     ("[admin]", "[log]\non_full = 'drop'\n[admin]", "log.on_full", '"dcm" or "block"'),
     ("[admin]", "[log]\nextent_size = '3MiB'\n[admin]", "log.extent_size", "power of two"),
-    ("[admin]", "[log]\nhot_extents = 0\n[admin]", "log.hot_extents", "from 1"),
+    ("[admin]", "[log]\nhot_extents = 0\n[admin]", "log.hot_extents", "from 64"),
     ('name = "data"', "", "volume[#1].name", "missing"),
     ('name = "data"', 'name = "a/b"', "volume[a/b].name", "not a name"),
     ('size = "1GiB"', "", "volume[data].size", "missing"),
