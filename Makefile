@@ -20,7 +20,7 @@ CHECK_SEEDS ?= 50
 
 RUN_PACKAGES := python3 python3-venv python3-libnbd
 TEST_PACKAGES := $(RUN_PACKAGES) nbdkit nbdkit-plugin-python libnbd-bin nbd-client nbd-server \
-	qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
+	systemd qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
 	fio sqlite3 strace iproute2 e2fsprogs xfsprogs btrfs-progs
 
 .PHONY: run test check lint sim sim-if-any guest bench setup setup-run clean

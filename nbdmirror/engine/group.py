@@ -124,6 +124,9 @@ class Group:
         the facets (O15). VolumeFailed if that cannot be promised."""
         if self.failed is not None:
             raise self._client_error(self.failed)
+        for volume in self.volumes:
+            if not any(facet.in_service for facet in volume.facets):
+                volume.source()  # raises: the node is about to end
         try:
             await self.log.sync(self.log.next_seq - 1)
         except DiskFailed as error:

@@ -18,8 +18,6 @@ from nbdmirror.errors import VolumeFailed
 from tests.sim.oracle import Write, pattern
 from tests.sim.world import Gone, World, clearing
 
-WAIT_S = 0.01
-
 
 class Clients:
     """All clients of a run; they share a number of operations."""
@@ -44,9 +42,7 @@ class Clients:
             if options.pause:
                 await asyncio.sleep(options.pause * rng.random() ** 3 * 3)
             while world.a.node is None:
-                await asyncio.sleep(WAIT_S)
-                if world.violation is not None:
-                    return
+                await world.serving.wait()
             world.requests += 1
             try:
                 await self._operation(rng, world.a.node)

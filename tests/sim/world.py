@@ -112,6 +112,8 @@ class World:
         self.fired: Counter[str] = Counter()
         self.digest = hashlib.blake2b(digest_size=16)
         self._trace = trace
+        self.serving: asyncio.Event
+        """Set while the primary serves clients."""
         self.content = Content(options.sizes, options.cell)
         self.history = History([bytes(size) for size in options.sizes])
         self.hosts: dict[str, Host] = {}
@@ -135,6 +137,7 @@ class World:
     def build(self) -> None:
         """Makes the hosts; within the running loop."""
         self.broken = asyncio.Event()
+        self.serving = asyncio.Event()
         self.net = SimNet(self.loop, self.seed)
         names = ["b", "c"][: self.options.remotes]
         for name in ("a", *names):
@@ -232,6 +235,7 @@ class World:
     def _end_life(self, host: Host, *, power: bool) -> None:
         if host.role == "primary" and host.life.alive:
             self.content.died()
+            self.serving.clear()
         if host.life.alive:
             host.life.kill()
         self.net.kill(host.life, power=power)
@@ -271,6 +275,8 @@ class World:
             return False
         host.starting = False
         host.node = node
+        if host.role == "primary":
+            self.serving.set()
         power, host.lost_power = host.lost_power, False
         if host.role == "primary":
             self._primary_recovered(host, power=power)
@@ -367,6 +373,8 @@ class World:
         node, host.node = host.node, None
         if node is None:
             return
+        if host.role == "primary":
+            self.serving.clear()
         host.sources = [(volume.in_service() or volume.facets)[0].path for volume in node.volumes]
         host.stopping = True
         self.trace(host.name, "stop")
