@@ -79,6 +79,8 @@ def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
     for result in results(seeds, jobs):
         done += 1
         steps += result.steps
+        if done % 1000 == 0:
+            print(f"{done} seeds, {failed} failed", file=sys.stderr, flush=True)
         fired.update(result.fired)
         if result.problem is not None:
             failed += 1
