@@ -7,7 +7,7 @@ hide what another would have shown.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.sim.faults import Timing
 
@@ -74,7 +74,7 @@ def draw(seed: int) -> Options:
         for _ in range(rng.choice([1, 1, 2, 3]))
     )
     log_size = rng.choice([44, 68, 132, 260, 1028]) * KIB
-    return Options(
+    options = Options(
         sizes=sizes,
         cell=cell,
         region=region,
@@ -101,6 +101,32 @@ def draw(seed: int) -> Options:
         faults=_faults(rng),
         fault_gap=rng.choice([0.01, 0.05, 0.3, 3.0]),
         moments=rng.choice([0.0, 0.0, 0.0, 0.1, 0.3]),
+    )
+    return _storm(options, rng) if rng.random() < 0.15 else options
+
+
+def _storm(options: Options, rng: random.Random) -> Options:
+    """Overflows, evictions from the active map and power losses close to each other: each alone
+    is covered by the other two."""
+    return replace(
+        options,
+        sizes=(256 * KIB,),
+        cell=512,
+        region=4 * KIB,
+        extent=KIB,
+        facets=1,
+        log_size=rng.choice([44, 68]) * KIB,
+        remote_log_size=260 * KIB,
+        on_full="dcm",
+        clients=4,
+        operations=150,
+        write_cells=2,
+        hot_cells=1 << 30,
+        pause=rng.choice([0.0, 0.002]),
+        clear=0.0,
+        faults={"cut": 4.0, "slow link": 2.0, "power a": 1.0, "reset": 1.0},
+        fault_gap=rng.choice([0.01, 0.05, 0.3]),
+        moments=0.5,
     )
 
 
