@@ -43,10 +43,14 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
         )
     try:
         if created:
-            _remove(env, config)  # StateError if a node runs on it
+            _check_unused(env, config)
         disk.make_directory(directory)
-        disk.open(f"{directory}/{MARK}", create=True).close()
+        # The mark stands before anything is removed, or a half-removed state were none (O18).
+        if not disk.exists(f"{directory}/{MARK}"):
+            disk.open(f"{directory}/{MARK}", create=True).close()
         await disk.sync_directory(directory)
+        if created:
+            _remove(env, config)
         await Log.create(disk, log_path(config), config.log.size)
         await activemap.ActiveMapFile.create(disk, directory, config.log.hot_extents)
         facets = [await _facets(env, volume.facets, volume.size) for volume in config.volumes]
@@ -71,17 +75,21 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
     }
 
 
-def _remove(env: Env, config: Config) -> None:
-    disk, directory = env.disk, config.state_dir
-    superblock = f"{directory}/{store.FILE_NAME}"
-    if disk.exists(superblock):
+def _check_unused(env: Env, config: Config) -> None:
+    """StateError if a node runs on the state."""
+    superblock = f"{config.state_dir}/{store.FILE_NAME}"
+    if env.disk.exists(superblock):
         try:
-            disk.open(superblock).close()
+            env.disk.open(superblock).close()
         except BlockingIOError:
             raise StateError(
-                f"{directory} is in use by a running node", hint="stop that node first"
+                f"{config.state_dir} is in use by a running node", hint="stop that node first"
             ) from None
-    names = [store.FILE_NAME, activemap.FILE_NAME, MARK]
+
+
+def _remove(env: Env, config: Config) -> None:
+    disk, directory = env.disk, config.state_dir
+    names = [store.FILE_NAME, activemap.FILE_NAME]
     paths = [f"{directory}/{name}" for name in names] + [log_path(config)]
     if disk.exists(f"{directory}/dcm"):
         paths += [f"{directory}/dcm/{name}" for name in disk.list(f"{directory}/dcm")]

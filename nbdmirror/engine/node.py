@@ -226,7 +226,9 @@ class Node:
             elif self.store.damaged is not None:
                 await remote.fill(f"the superblock may be out of date: {self.store.damaged}")
             elif doubtful:
-                remote.facts.update(compare=True, consistent=False)
+                # Records past the end are not in the history: the remote may be set back to there.
+                base_seq = min(remote.facts["base_seq"], recovered.end_seq)
+                remote.facts.update(compare=True, consistent=False, base_seq=base_seq)
                 remote.facts["why"] = remote.facts["why"] or "the primary lost power"
             remote.save_defaults()
             await remote.sync_maps()

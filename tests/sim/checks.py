@@ -14,6 +14,7 @@ from typing import Any
 from nbdmirror.config import Config
 from nbdmirror.engine.node import Node
 from nbdmirror.ports import Env
+from tests.sim import cover
 from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
 from tests.sim.loop import Incarnation, SimLoop
@@ -45,6 +46,8 @@ class Image:
     epoch: int
     seq: int
     volumes: list[bytes]
+    pending: list[cover.Place]
+    node: Node
 
 
 def recover_alone(disk: SimDisk, config: Config, seed: str) -> Image:
@@ -76,6 +79,8 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
         volumes=[disk.content(volume.source().path)[: volume.size] for volume in node.volumes],
+        pending=await cover.records(node),
+        node=node,
     )
 
 
@@ -101,13 +106,16 @@ class Checks:
                 gap = min(gap * 1.1, 2.0)
 
     def _moment(self, host: Host, kind: str) -> None:
-        """After a handshake the primary relies on what it was told: is it true?"""
+        """After a handshake the primary relies on what it was told: is it true? And what a remote
+        lacks must not be forgotten between log and map."""
         if kind == "connected" and self._random.random() < 0.3:
-            self._world.spawn(self._clone_soon())
+            self._world.spawn(self._clone_soon(self._world.remotes, 0.002))
+        elif kind == "overflow" and self._random.random() < 0.5:
+            self._world.spawn(self._clone_soon([host], 0.05))
 
-    async def _clone_soon(self) -> None:
-        await asyncio.sleep(0.002 * self._random.random())
-        for host in self._world.remotes:
+    async def _clone_soon(self, hosts: list[Host], seconds: float) -> None:
+        await asyncio.sleep(seconds * self._random.random())
+        for host in hosts:
             if host.created:
                 self.crash_clone(host)
 
@@ -169,8 +177,30 @@ class Checks:
                 world.content.check(
                     volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
                 )
+            self._check_cover(image)
         else:
             self._check_secondary(host, image)
+
+    def _check_cover(self, image: Image) -> None:
+        """If the primary came back from this, and a secondary from its own death?"""
+        world = self._world
+        for host in world.remotes:
+            if not host.created:
+                continue
+            disk = host.disk.clone(f"{world.seed}:cover:{world.loop.now_ns}")
+            if self._random.random() < 0.5:
+                disk.power_cut()
+            other = recover_alone(disk, host.config, f"{world.seed}:cover")
+            rule = cover.check(
+                image.node,
+                host.name,
+                other.node,
+                image.pending,
+                image.volumes,
+                other.volumes,
+                world.options.cell,
+            )
+            world.fired[f"cover {rule}"] += 1
 
     def _check_secondary(self, host: Host, image: Image) -> None:
         world = self._world

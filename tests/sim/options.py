@@ -29,6 +29,9 @@ DISK_FAULTS = ("disk stall", "sync error a", "sync error b", "sync loss b", "wri
 ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump")
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
 
+MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
+"""Events of a node that a fault may follow at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -60,6 +63,7 @@ class Options:
     fault_gap: float
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
+    moments_of: tuple[str, ...] = MOMENTS
 
 
 def draw(seed: int) -> Options:
@@ -119,14 +123,16 @@ def _storm(options: Options, rng: random.Random) -> Options:
         remote_log_size=260 * KIB,
         on_full="dcm",
         clients=4,
-        operations=150,
+        operations=250,
         write_cells=2,
         hot_cells=1 << 30,
-        pause=rng.choice([0.0, 0.002]),
+        pause=rng.choice([0.002, 0.02]),
         clear=0.0,
-        faults={"cut": 4.0, "slow link": 2.0, "power a": 1.0, "reset": 1.0},
-        fault_gap=rng.choice([0.01, 0.05, 0.3]),
+        timing=Timing(sync=(0.0001, 0.004)),
+        faults={"cut": 1.0, "slow link": 1.0},
+        fault_gap=rng.choice([0.1, 0.3]),
         moments=0.5,
+        moments_of=("overflow",),
     )
 
 

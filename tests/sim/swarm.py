@@ -25,7 +25,6 @@ HEAL_SECONDS = 900.0
 """Of virtual time: within these everything is in sync once the faults are over (I2)."""
 CLIENT_SECONDS = 300.0
 """Of virtual time, for the clients to get done while things break."""
-MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
 MOMENTS_MAX = 12
 RUN_SECONDS = 8000.0
 """Of virtual time: no run takes that long."""
@@ -247,14 +246,14 @@ class Faults:
 
     def _moment(self, host: Host, kind: str) -> None:
         """A node has just done something: its host, or another, may lose power over it."""
-        rng = self._random
-        if kind not in MOMENTS or self._over or self._moments >= MOMENTS_MAX:
+        rng, world = self._random, self._world
+        if kind not in world.options.moments_of or self._over or self._moments >= MOMENTS_MAX:
             return
-        if rng.random() < self._world.options.moments:
+        if rng.random() < world.options.moments:
             self._moments += 1
             victim = host if rng.random() < 0.7 else self._any()
             delay = rng.choice([0.0005, 0.005, 0.05]) * rng.random()
-            self._restarts.append(self._world.spawn(self._cut_later(victim, delay)))
+            self._restarts.append(world.spawn(self._cut_later(victim, delay)))
 
     async def _cut_later(self, host: Host, delay: float) -> None:
         await asyncio.sleep(delay)

@@ -1,0 +1,94 @@
+"""What a primary would do for a secondary if both went on from here: is every difference found?
+
+Between two recovered nodes each cell that differs must lie in a marked region or in a record that
+will be sent (I2, O12): else they stay different for ever, and nobody knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
+from nbdmirror.engine.log import Cursor
+from nbdmirror.engine.node import Node
+from tests.sim.oracle import Violation
+
+Place = tuple[int, int, int, int]
+"""(seq, volume, offset, length) of a record."""
+
+
+async def records(node: Node) -> list[Place]:
+    """Everything in a node's log."""
+    cursor, found = Cursor(node.log.ring.tail_seq), []
+    while cursor.seq < node.log.next_seq:
+        for record in (await node.log.read(cursor)).parsed():
+            found.append((record.seq, record.volume, record.offset, record.length))
+    return found
+
+
+def decision(primary: Node, name: str, secondary: Node) -> Decision:
+    """What the two would agree upon."""
+    assert primary.primary is not None
+    state, other = primary.store.state, secondary.store.state
+    remote = primary.primary.remote(name)
+    upstream = other["upstream"]
+    ring = primary.log.ring
+    source = Source(
+        generation=state["generation"],
+        history=(),
+        epoch=state["epoch"],
+        forks=tuple(Fork(epoch, end) for epoch, end in state["forks"]),
+        tail_seq=ring.tail_seq,
+        next_seq=ring.next_seq,
+        base_seq=remote.facts["base_seq"],
+        tracking=remote.tracking,
+        met_epoch=remote.facts["met_epoch"],
+        consistent=remote.facts["consistent"],
+    )
+    return decide(
+        source,
+        Target(
+            initialised=other["uuid"] is not None,
+            generation=other["generation"],
+            epoch=other["epoch"],
+            durable_seq=secondary.log.next_seq - 1,
+            consistent=bool(upstream and upstream["consistent"]),
+        ),
+    )
+
+
+def check(
+    primary: Node,
+    name: str,
+    secondary: Node,
+    pending: Sequence[Place],
+    here: Sequence[bytes],
+    there: Sequence[bytes],
+    cell: int,
+) -> str:
+    """Violation if a difference is neither marked nor pending, or if everything would have to be
+    compared though nothing was lost (I4); returns the rule that applies."""
+    agreed = decision(primary, name, secondary)
+    if agreed.rule == "T2":
+        return agreed.rule
+    if agreed.action in (Action.FULL, Action.REFUSE):
+        raise Violation(f"clones of the primary and {name}: {agreed.rule} {agreed.why}")
+    assert primary.primary is not None
+    remote = primary.primary.remote(name)
+    for volume, (mine, other) in enumerate(zip(here, there, strict=True)):
+        if mine == other:
+            continue
+        marked, region = remote.dcms[volume].map, remote.dcms[volume].region_size
+        sent = bytearray(len(mine) // cell)
+        for seq, index, offset, length in pending:
+            if index == volume and seq >= agreed.seq:
+                sent[offset // cell : (offset + length) // cell] = b"\1" * (length // cell)
+        for number in range(len(sent)):
+            at = number * cell
+            same = mine[at : at + cell] == other[at : at + cell]
+            if not (same or sent[number] or marked.is_marked(at // region)):
+                raise Violation(
+                    f"clones of the primary and {name} ({agreed.rule}): volume {volume} differs "
+                    f"at {at}, which is neither marked nor pending (I2)"
+                )
+    return agreed.rule
