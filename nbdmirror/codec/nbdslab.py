@@ -1,7 +1,7 @@
 """Where received bytes lie: slabs that the transport fills and that parsed payloads point into.
 
-Owns the memory between the socket and the engine, so that a payload is never copied. A slab is
-never reused: views into it live for as long as the log's tail and the senders need them. It never
+Owns the memory between the socket and the engine, so that a payload is never copied: views into
+a slab live for as long as the log's tail and the senders need them (see ``slabs``). It never
 looks at the bytes; its parser (``nbdserver``) moves ``start`` and sets ``need``.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 
+from nbdmirror.codec.slabs import SlabPool
 from nbdmirror.config import KIB
 
 SLAB_BYTES = 260 * KIB
@@ -17,6 +18,7 @@ SPACE_MIN = 16 * KIB
 """With less room than this behind the last request a fresh slab is begun."""
 SMALL_SLAB_BYTES = 8 * KIB
 SMALL_SPACE_MIN = KIB
+_POOL = SlabPool(SLAB_BYTES)
 
 
 class Slab:
@@ -76,8 +78,10 @@ class Slab:
         """A fresh slab; the beginning of an incomplete item moves there."""
         size = max(self._bytes, self.need)
         fresh: memoryview
-        if size <= SLAB_BYTES:
+        if size < SLAB_BYTES:
             fresh = memoryview(bytearray(size))
+        elif size == SLAB_BYTES:
+            fresh = _POOL.take()
         else:  # its pages cost memory only once the client has really sent them
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             fresh = memoryview(mmap.mmap(-1, size, flags=flags))

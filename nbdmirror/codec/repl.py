@@ -42,6 +42,7 @@ from typing import Any
 import lz4.block
 from xxhash import xxh3_64_intdigest
 
+from nbdmirror.codec.slabs import SlabPool
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 
@@ -58,7 +59,8 @@ _SUM = struct.Struct("<Q")
 HEADER_SIZE = _HEAD.size + _SUM.size
 assert HEADER_SIZE == 40
 _MAGIC = b"NMF1"
-_SLAB = 4 << 20
+
+_POOL = SlabPool(1 << 20)
 
 ACK = struct.Struct("<QQQ")
 REGION = struct.Struct("<QIIQQ")
@@ -167,9 +169,10 @@ class FrameReader:
     def _renew(self) -> None:
         # Views into the old slab live on in logs and queues; only an unfinished frame moves.
         rest = self._slab[self._start : self._end]
-        fresh = memoryview(bytearray(max(_SLAB, self._need) if self._end > 4096 else 64 << 10))
-        if len(fresh) < self._need:
-            fresh = memoryview(bytearray(self._need))
+        if self._need > _POOL.size or self._end <= 4096:  # a large frame, or a link at rest
+            fresh = memoryview(bytearray(max(self._need, 64 << 10)))
+        else:
+            fresh = _POOL.take()
         fresh[: len(rest)] = rest
         self._slab, self._start, self._end = fresh, 0, len(rest)
 

@@ -36,6 +36,7 @@ class Applier:
         limit = self.settings["limit"]
         last = log.next_seq - 1
         self.applied_seq = last if limit is None else min(limit, last)
+        self._cursor = Cursor(self.applied_seq + 1)
         self.caught_up: Callable[[], Awaitable[None]] = _nothing
         """Awaited when everything that may be applied is."""
         self._moved = asyncio.Event()
@@ -108,13 +109,18 @@ class Applier:
             pass
 
     async def _apply_until(self, until: int) -> None:
-        chunk = await self._log.read(Cursor(self.applied_seq + 1))
+        if self._cursor.seq != self.applied_seq + 1:  # the last chunk was not applied to its end
+            self._cursor = Cursor(self.applied_seq + 1)
+        chunk = await self._log.read(self._cursor)
         for count, record in enumerate(chunk.parsed()):
             if record.seq > until:
                 break
             for facet in self._volumes[record.volume].facets:
                 try:
-                    await facet.apply(record)
+                    if record.payload is not None:
+                        facet.write(record.seq, record.offset, record.payload)
+                    else:
+                        await facet.apply(record)
                 except OSError as error:
                     raise facet.fail("write", error) from error
             self.applied_seq = record.seq
@@ -141,6 +147,7 @@ class Applier:
     def reset(self, seq: int) -> None:
         """The log was emptied, to go on with ``seq``; everything before it is applied."""
         self.applied_seq = seq - 1
+        self._cursor = Cursor(seq)
         self._arrivals = Timeline()
         if self.settings["limit"] is not None:
             self.settings["limit"] = seq - 1

@@ -96,11 +96,16 @@ class LocalFacet:
         """The range reads as zeros and gives its space back; OSError if the disk refuses."""
         await _to_the_end(self.file.punch(offset, length))
 
+    def write(self, seq: int, offset: int, payload: Buffer) -> None:
+        """Carries the data of record ``seq`` into the facet; OSError if the disk refuses."""
+        self.pwrite(offset, payload)
+        if seq > self.written_seq:
+            self.written_seq = seq
+
     async def apply(self, record: Record) -> None:
         """Carries a log record into the facet; OSError if the disk refuses."""
         if record.payload is not None:
-            self.pwrite(record.offset, record.payload)
-            self.written_seq = max(self.written_seq, record.seq)
+            self.write(record.seq, record.offset, record.payload)
         else:
             keep_space = record.kind == ZERO and bool(record.flags & NO_HOLE)
             await self.clear(record.seq, record.offset, record.length, keep_space=keep_space)

@@ -23,8 +23,9 @@ from nbdmirror.errors import DiskFailed, FormatError, StateError
 from nbdmirror.ports import Buffer, Disk, File
 
 RING_AT = 4096
-RECENT_BYTES_MAX = 8 << 20
-"""Records kept in memory for readers that are near the head."""
+RECENT_BYTES_MAX = 32 << 20
+"""Records kept in memory for readers that are near the head: a quarter of a second of fast writes,
+which is what a busy disk takes to make them durable before a secondary may apply them."""
 READ_BYTES = 256 << 10
 """What one read for a far reader takes at a time."""
 SEARCH_BYTES = 2 * codec.PAYLOAD_MAX + (64 << 10)

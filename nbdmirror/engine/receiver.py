@@ -27,6 +27,8 @@ from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
 
 QUEUE_BYTES_MAX = 8 << 20
 """Frames that wait to be handled; beyond it the connection is not read."""
+ACK_PAUSE_SECONDS = 0.01
+"""A primary where nobody waits for this remote hears of its progress no more often than this."""
 
 
 class Receiver:
@@ -42,6 +44,9 @@ class Receiver:
         self._started = False
         self.peer = "?"
         self._acked = (-1, -1, -1)
+        self._acked_at = 0.0
+        self._ack_due: asyncio.TimerHandle | None = None
+        self._prompt = False
         self._synced_tokens: list[int] = []
         self._sync_task: asyncio.Task[None] | None = None
         self._end_seq: int | None = None
@@ -66,6 +71,8 @@ class Receiver:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._ack_due is not None:
+                self._ack_due.cancel()
             self.secondary.leave(self)
             self.link.close()
 
@@ -166,6 +173,7 @@ class Receiver:
             await self.secondary.applier.change(delay=float(delay))
         await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
         self._started = True
+        self._prompt = start.get("prompt") is True
         self.link.send_json(Type.READY, {})
         self.acknowledge()
 
@@ -226,14 +234,27 @@ class Receiver:
         return records, view[start:]
 
     def acknowledge(self) -> None:
-        """Tells the primary what is received, durable and applied, if that has changed."""
-        if not self._started or self.link.cause is not None:
+        """Tells the primary what is received, durable and applied, if that has changed: at once
+        where it asked for that, else soon."""
+        if not self._started or self._ack_due is not None:
+            return
+        loop = asyncio.get_running_loop()
+        wait = self._acked_at + ACK_PAUSE_SECONDS - loop.time()
+        if wait <= 0 or self._prompt:
+            self._acknowledge_now()
+        else:
+            self._ack_due = loop.call_later(wait, self._acknowledge_now)
+
+    def _acknowledge_now(self) -> None:
+        self._ack_due = None
+        if self.link.cause is not None:
             return
         secondary = self.secondary
         received = secondary.log.next_seq - 1
         state = (received, min(secondary.log.durable_seq, received), secondary.applied_seq)
         if state != self._acked:
             self._acked = state
+            self._acked_at = asyncio.get_running_loop().time()
             self.link.send(Type.ACK, [repl.ACK.pack(*state)])
 
     # -- regions -----------------------------------------------------------------------------

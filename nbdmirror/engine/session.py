@@ -8,7 +8,8 @@ HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, 
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
           consistent}
 REFUSE    {rule, why}
-START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay}
+START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
+          prompt: whether somebody waits for each acknowledgement}
 READY     {}
 """
 
@@ -193,6 +194,7 @@ class Session:
                 "resync": resync or not facts["consistent"],
                 "why": decision.why,
                 "apply_delay": facts.get("apply_delay", 0.0),
+                "prompt": facts["mode"] == "sync",
             },
         )
         await self._receive(Type.READY)

@@ -145,7 +145,7 @@ def _timing(rng: random.Random) -> Timing:
 def _constants(rng: random.Random) -> dict[str, int | float]:
     """Bounds of the engine that only large volumes would reach."""
     return {
-        "log.RECENT_BYTES_MAX": rng.choice([8 << 20, 16 * KIB, 1]),
+        "log.RECENT_BYTES_MAX": rng.choice([32 << 20, 16 * KIB, 1]),
         "log.READ_BYTES": rng.choice([256 * KIB, 8 * KIB]),
         "session.FRAME_BYTES": rng.choice([1, 4 * KIB, 16 * KIB]),
         "session.LINGER_SECONDS": rng.choice([0.0, 0.002]),

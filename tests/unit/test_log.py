@@ -461,10 +461,10 @@ def test_memory_for_near_readers_is_bounded() -> None:
 
     async def main() -> None:
         log = await make(make_disk(), 64 << 20)
-        for _ in range(40):
+        for _ in range(50):
             append(log, [1 << 20])
-        assert sum(chunk.size for chunk in log._recent.values()) <= 8 << 20
-        assert log.near(40) is not None and log.near(1) is None
+        assert sum(chunk.size for chunk in log._recent.values()) <= 32 << 20
+        assert log.near(50) is not None and log.near(1) is None
 
     run(main())
 
