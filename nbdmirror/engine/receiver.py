@@ -46,7 +46,7 @@ class Receiver:
         self._acked = (-1, -1, -1)
         self._acked_at = 0.0
         self._ack_due: asyncio.TimerHandle | None = None
-        self._prompt = False
+        self._eager = False
         self._synced_tokens: list[int] = []
         self._sync_task: asyncio.Task[None] | None = None
         self._end_seq: int | None = None
@@ -173,7 +173,7 @@ class Receiver:
             await self.secondary.applier.change(delay=float(delay))
         await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
         self._started = True
-        self._prompt = start.get("prompt") is True
+        self._eager = start.get("eager") is True
         self.link.send_json(Type.READY, {})
         self.acknowledge()
 
@@ -240,7 +240,7 @@ class Receiver:
             return
         loop = asyncio.get_running_loop()
         wait = self._acked_at + ACK_PAUSE_SECONDS - loop.time()
-        if wait <= 0 or self._prompt:
+        if wait <= 0 or self._eager:
             self._acknowledge_now()
         else:
             self._ack_due = loop.call_later(wait, self._acknowledge_now)

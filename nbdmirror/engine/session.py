@@ -9,7 +9,7 @@ WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, du
           consistent}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
-          prompt: whether somebody waits for each acknowledgement}
+          eager: clients wait for its acknowledgements}
 READY     {}
 """
 
@@ -194,7 +194,7 @@ class Session:
                 "resync": resync or not facts["consistent"],
                 "why": decision.why,
                 "apply_delay": facts.get("apply_delay", 0.0),
-                "prompt": facts["mode"] == "sync",
+                "eager": facts["mode"] == "sync",
             },
         )
         await self._receive(Type.READY)
