@@ -26,12 +26,16 @@ RING_AT = 4096
 RECENT_BYTES_MAX = 32 << 20
 """Records kept in memory for readers that are near the head: a quarter of a second of fast writes,
 which is what a busy disk takes to make them durable before a secondary may apply them."""
+PAGE = 4096
+"""Appends are filled up with zeros to whole pages where there is room: a page that is not in the
+page cache and is written in part is read from the disk first (130 us measured, against 20)."""
 READ_BYTES = 256 << 10
 """What one read for a far reader takes at a time."""
 SEARCH_BYTES = 2 * codec.PAYLOAD_MAX + (64 << 10)
 """Where the log ends for recovery, so much behind is looked at for a sign that it went on."""
 _HEADER = struct.Struct("<8sQ")
 _MAGIC = b"NMLOG001"
+_ZEROS = bytes(PAGE)
 
 
 @dataclass(slots=True)
@@ -154,7 +158,9 @@ class Log:
         rest = ring.capacity - ring.head % ring.capacity
         try:
             if size <= rest:
-                self._file.pwritev(RING_AT + ring.head % ring.capacity, parts)
+                pad = -(ring.head + size) % PAGE
+                whole = [*parts, _ZEROS[:pad]] if size + pad <= ring.room() else parts
+                self._file.pwritev(RING_AT + ring.head % ring.capacity, whole)
                 ring.advance(first, count, size)
             else:
                 self._append_wrapping(parts, sizes)

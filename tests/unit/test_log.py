@@ -477,3 +477,25 @@ def test_bytes_between_counts_from_a_record_to_the_head() -> None:
         assert [log.bytes_between(seq) for seq in (0, 1, 3, 4)] == [0, 320, 192, 0]
 
     run(main())
+
+
+def test_an_append_is_filled_up_to_its_page_but_never_into_live_records() -> None:
+    """A page written in part may have to be read first; what is still needed lies behind it."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        file = disk.open(PATH, read_only=True)
+        append(log, [100] * 8)  # up to the middle of the second record's page
+        written = append(log, [3000] * 20)
+        await release(log, written[0].seq)
+        while log.fits(164, 164):  # into the page where the oldest record begins
+            written += append(log, [100])
+            head, tail = log.ring.head % log.capacity, log.ring.durable_tail % log.capacity
+            if tail // 4096 != head // 4096:
+                rest = file.pread(RING_AT + head, -head % 4096)
+                assert rest == bytes(len(rest))
+        log._recent.clear()
+        assert await read_all(log, Cursor(written[0].seq)) == written
+
+    run(main())
