@@ -40,37 +40,81 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class Limits:
     """``[limits]``: bounds on everything that a client, a peer or time could make grow (I6).
 
-    ``reply_bytes_max`` bounds what one client may have us answer at a time beyond what it has read;
-    ``admin_requests_max`` is how many requests one admin connection may send ahead."""
+    Strangers are connections whose handshake has not ended; when there are too many, in total or
+    of one address, the oldest goes. ``handshake_seconds`` is what each handshake may take, of TLS
+    and of NBD. ``reply_bytes_max`` bounds what one client may have us answer at a time beyond what
+    it has read, ``memory_bytes_max`` what large requests and replies of all clients hold together.
+    ``admin_requests_max`` is how many requests one admin connection may send ahead.
+    ``descriptors_reserved`` are kept free of connections, for volumes, links and state."""
 
     connections_max: int = 100
+    strangers_max: int = 64
+    strangers_per_address_max: int = 32
     handshake_seconds: float = 10.0
     options_max: int = 64
     request_bytes_max: int = 64 * MIB
     requests_max: int = 256
     reply_bytes_max: int = 32 * MIB
+    memory_bytes_max: int = GIB
     replication_connections_max: int = 32
     admin_connections_max: int = 32
     admin_line_bytes_max: int = 64 * KIB
     admin_requests_max: int = 16
+    metrics_connections_max: int = 8
+    descriptors_reserved: int = 16
     events_max: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """A ``tls`` table: this side's certificate and key, and the CA that the other side's must come
+    from. All are PEM files; a path may be ``credential:NAME`` (systemd's LoadCredential).
+
+    ``pins``: SHA-256 digests (hex) of the public keys that are taken; none: every key of that CA.
+    """
+
+    cert: str
+    key: str
+    client_ca: str
+    pins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AccessConfig:
+    """Who may attach one volume, and how. None in a field: it restricts nothing.
+
+    ``names`` are those of client certificates, ``addresses`` networks; both hold for TCP: a unix
+    socket is guarded by its mode. ``connections_max`` bounds the clients of this volume."""
+
+    read_only: bool = False
+    names: tuple[str, ...] | None = None
+    addresses: tuple[str, ...] | None = None
+    connections_max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NbdConfig:
-    """``[nbd]``: where clients attach; ``insecure`` allows TCP addresses beyond loopback."""
+    """``[nbd]``: where clients attach; ``insecure`` allows open TCP addresses beyond loopback.
+
+    ``tls`` (native) and ``psk_file`` (nbdkit: its TLS-PSK keys) make every TCP address speak TLS,
+    and only that; with nbdkit the unix sockets too."""
 
     listen: tuple[str, ...] = ()
     frontend: str = "native"
     insecure: bool = False
+    tls: TlsConfig | None = None
+    psk_file: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AdminConfig:
-    """``[admin]``: the control socket."""
+    """``[admin]``: the control socket, and where Prometheus may ask.
+
+    ``group`` may connect to the socket and look; root and the daemon's own user may change."""
 
     socket: str
     metrics: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +140,7 @@ class VolumeConfig:
     size: int
     facets: tuple[str, ...]
     region_size: int = 64 * KIB
+    access: AccessConfig = field(default_factory=AccessConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +160,12 @@ class ReplicationConfig:
     """``[replication]``: where this node takes replication from its peers, and the link's timing.
 
     ``listen`` is None where the table names no address: such a node can only be primary.
+    ``tls`` or ``secret_file`` secure every replication connection, made and taken.
     ``window_bytes`` bounds what is under way to one remote and not yet acknowledged."""
 
     listen: str | None = None
     insecure: bool = False
+    tls: TlsConfig | None = None
     secret_file: str | None = None
     heartbeat_seconds: float = 2.0
     timeout_seconds: float = 10.0
@@ -181,6 +228,12 @@ class UnixAddress:
 
 Address = TcpAddress | UnixAddress
 
+
+def reachable(address: Address) -> bool:
+    """Whether other hosts can reach it."""
+    return isinstance(address, TcpAddress) and not address.loopback
+
+
 _ADDRESS_FORMS = "an address is tcp:HOST:PORT, tcp:[V6]:PORT or unix:PATH"
 
 
@@ -227,13 +280,15 @@ def check_name(name: str) -> str:
 def uris(config: Config, volume: str) -> list[str]:
     """The NBD URIs of a volume, one for each listener, in the order of the configuration."""
     result = []
+    over_tcp = "nbds" if config.nbd.tls or config.nbd.psk_file else "nbd"
+    over_unix = "nbds+unix" if config.nbd.psk_file else "nbd+unix"
     for text in config.nbd.listen:
         address = parse_address(text)
         if isinstance(address, UnixAddress):
             path = urllib.parse.quote(address.path, safe="/")
-            result.append(f"nbd+unix:///{volume}?socket={path}")
+            result.append(f"{over_unix}:///{volume}?socket={path}")
         else:
-            result.append(f"nbd://{address.netloc}/{volume}")
+            result.append(f"{over_tcp}://{address.netloc}/{volume}")
     return result
 
 

@@ -25,6 +25,15 @@ from nbdmirror.config import (
     ReplicationConfig,
     VolumeConfig,
 )
+from nbdmirror.configsecurity import (
+    access,
+    check_access,
+    check_link,
+    insecure_hint,
+    psk_table,
+    secret_path,
+    tls_table,
+)
 from nbdmirror.errors import ConfigError
 from nbdmirror.tomltable import Table, format_size, show
 
@@ -38,20 +47,16 @@ def _always(_value: object) -> bool:
     return True
 
 
-_INSECURE_HINT = "listen on a unix socket or on loopback, or set insecure = true in this table"
+_REMOTE_TLS_HINT = "leave it out: [replication] tls or secret_file secures these connections"
 
 # (table, key, which values are refused, what works instead). Delete a row when it is built.
 _NOT_YET: tuple[tuple[str, str, Callable[[object], bool], str], ...] = (
-    ("nbd", "tls", _always, _INSECURE_HINT),
-    ("admin", "metrics", _always, "leave it out"),
     ("log", "mode", lambda value: value == "spill", 'use "disk"'),
     ("log", "spill_threshold", _always, "leave it out"),
     ("remote", "mode", lambda value: value in ("sync", "checkpoint"), 'use "async"'),
     ("remote", "max_rate", _always, "leave it out"),
     ("remote", "on_link_loss", _always, "leave it out: an async remote never holds a client"),
-    ("remote", "tls", _always, "leave it out"),
-    ("replication", "tls", _always, _INSECURE_HINT),
-    ("replication", "secret_file", _always, _INSECURE_HINT),
+    ("remote", "tls", _always, _REMOTE_TLS_HINT),
 )
 
 
@@ -154,24 +159,33 @@ def _address(table: Table, key: str, text: str) -> c.Address:
     return table.checked(key, c.parse_address, text)
 
 
-def _listen(table: Table, texts: list[str], insecure: bool) -> tuple[str, ...]:
-    """Addresses to listen on: each once, beyond loopback only if that is spelled out."""
+def _listen(table: Table, texts: list[str], secured: bool) -> tuple[str, ...]:
+    """Addresses to listen on: each once, open ones beyond loopback only if that is spelled out."""
     addresses = [_address(table, "listen", text) for text in texts]
     for index, address in enumerate(addresses):
         if address in addresses[:index]:
             table.fail("listen", f"{address} is there twice")
-        if isinstance(address, c.TcpAddress) and not address.loopback and not insecure:
+        if c.reachable(address) and not secured:
             problem = f"{address} can be reached from other hosts, unencrypted and unauthenticated"
-            table.fail("listen", problem, _INSECURE_HINT)
+            table.fail("listen", problem, insecure_hint(table))
     return tuple(map(str, addresses))
 
 
 def _nbd(table: Table) -> NbdConfig:
     insecure = table.flag("insecure", False)
+    frontend = table.choice("frontend", ("native", "nbdkit"), NbdConfig().frontend)
+    tls = psk_file = None
+    if frontend == "native":
+        tls = tls_table(table)
+    else:
+        psk_file = psk_table(table)
+    secured = insecure or tls is not None or psk_file is not None
     result = NbdConfig(
-        listen=_listen(table, table.texts("listen", []), insecure),
-        frontend=table.choice("frontend", ("native", "nbdkit"), NbdConfig().frontend),
+        listen=_listen(table, table.texts("listen", []), secured),
+        frontend=frontend,
         insecure=insecure,
+        tls=tls,
+        psk_file=psk_file,
     )
     table.finish()
     return result
@@ -180,8 +194,21 @@ def _nbd(table: Table) -> NbdConfig:
 def _admin(table: Table) -> AdminConfig:
     path = _path(table, "socket", table.text("socket"))
     table.checked("socket", c.check_socket_path, path)
+    metrics = None
+    if "metrics" in table:
+        metrics = _address(table, "metrics", table.text("metrics"))
+        if c.reachable(metrics):
+            hint = "use loopback or a unix socket, and a proxy with authentication before it"
+            table.fail("metrics", f"{metrics} can be reached from other hosts", hint)
+    table.raw("metrics", None)
+    result = AdminConfig(
+        socket=path,
+        metrics=None if metrics is None else str(metrics),
+        group=table.text("group") if "group" in table else None,
+    )
+    table.raw("group", None)
     table.finish()
-    return AdminConfig(socket=path)
+    return result
 
 
 def _log(table: Table) -> LogConfig:
@@ -219,6 +246,7 @@ def _volume(table: Table) -> VolumeConfig:
         region_size=_power_of_two(
             table, "region_size", default.region_size, c.REGION_SIZE_MIN, c.REGION_SIZE_MAX
         ),
+        access=access(table),
     )
     table.finish()
     return result
@@ -253,10 +281,16 @@ def _replication(table: Table) -> ReplicationConfig:
     timeout = table.seconds("timeout_seconds", default.timeout_seconds, 0.1, 3600.0)
     if timeout <= heartbeat:
         table.fail("timeout_seconds", f"must be longer than heartbeat_seconds ({heartbeat:g})")
-    addresses = _listen(table, listen, insecure)
+    tls = tls_table(table)
+    secret_file = secret_path(table, "secret_file") if "secret_file" in table else None
+    if tls is not None and secret_file is not None:
+        table.fail("secret_file", "there is tls already", "keep one of the two")
+    addresses = _listen(table, listen, insecure or tls is not None or secret_file is not None)
     result = ReplicationConfig(
         listen=addresses[0] if addresses else None,
         insecure=insecure,
+        tls=tls,
+        secret_file=secret_file,
         heartbeat_seconds=heartbeat,
         timeout_seconds=timeout,
         reconnect_max_seconds=table.seconds(
@@ -267,6 +301,7 @@ def _replication(table: Table) -> ReplicationConfig:
         ),
     )
     table.raw("listen", None)
+    table.raw("secret_file", None)
     table.finish()
     return result
 
@@ -275,10 +310,17 @@ def _limits(table: Table) -> Limits:
     default = Limits()
     result = Limits(
         connections_max=table.integer("connections_max", default.connections_max, 1, 65_536),
+        strangers_max=table.integer("strangers_max", default.strangers_max, 1, 65_536),
+        strangers_per_address_max=table.integer(
+            "strangers_per_address_max", default.strangers_per_address_max, 1, 65_536
+        ),
         handshake_seconds=table.seconds(
             "handshake_seconds", default.handshake_seconds, 0.1, _SECONDS_MAX
         ),
         reply_bytes_max=table.size("reply_bytes_max", default.reply_bytes_max, c.MIB, c.GIB),
+        memory_bytes_max=table.size(
+            "memory_bytes_max", default.memory_bytes_max, 128 * c.MIB, c.TIB
+        ),
         options_max=table.integer("options_max", default.options_max, 4, 65_536),
         request_bytes_max=table.size(
             "request_bytes_max", default.request_bytes_max, 64 * c.KIB, 64 * c.MIB
@@ -295,6 +337,12 @@ def _limits(table: Table) -> Limits:
         ),
         admin_requests_max=table.integer(
             "admin_requests_max", default.admin_requests_max, 1, 65_536
+        ),
+        metrics_connections_max=table.integer(
+            "metrics_connections_max", default.metrics_connections_max, 1, 65_536
+        ),
+        descriptors_reserved=table.integer(
+            "descriptors_reserved", default.descriptors_reserved, 4, 65_536
         ),
         events_max=table.integer("events_max", default.events_max, 1, _COUNT_MAX),
     )
@@ -314,14 +362,22 @@ def _check_whole(top: Table, config: Config) -> None:
             top.fail(f"remote[{remote.name}].name", "is the name of this node itself")
         if remote.address == config.replication.listen:
             top.fail(f"remote[{remote.name}].address", "is where this node itself listens")
+        check_link(top, config, remote)
+    for volume in config.volumes:
+        check_access(top, config, volume)
     uses: dict[str, str] = {}
     for path, use in _paths(config):
         if path in uses:
             top.fail(use, f"{path} is used by {uses[path]} already")
         uses[path] = use
-    tcp = [text for text in config.nbd.listen if text == config.replication.listen]
-    if tcp:
-        top.fail("replication.listen", f"{tcp[0]} is used by nbd.listen already")
+    tcp = [text for text in config.nbd.listen if text.startswith("tcp:")]
+    for text, use in (
+        (config.replication.listen, "replication.listen"),
+        (config.admin.metrics, "admin.metrics"),
+    ):
+        if text in tcp:
+            top.fail(use, f"{text} is used by nbd.listen or replication.listen already")
+        tcp.append(text or "")
 
 
 def _check_unique(top: Table, kind: str, key: str, values: list[str]) -> None:
@@ -336,7 +392,8 @@ def _paths(config: Config) -> list[tuple[str, str]]:
     if config.log.path is not None:
         paths.append((config.log.path, "log.path"))
     for text, use in [(text, "nbd.listen") for text in config.nbd.listen] + [
-        (config.replication.listen or "", "replication.listen")
+        (config.replication.listen or "", "replication.listen"),
+        (config.admin.metrics or "", "admin.metrics"),
     ]:
         if text.startswith("unix:"):
             paths.append((text.removeprefix("unix:"), use))

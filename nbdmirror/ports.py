@@ -133,6 +133,41 @@ class Listener(Protocol):
         """Stops accepting; connections that are open stay."""
 
 
+class Peers(Protocol):
+    """Connections between nodes. What comes out of it has proved, on both sides, to be a node of
+    this group; nothing of the engine has seen it before."""
+
+    async def connect(
+        self, address: str, node: str, protocol: Callable[[], asyncio.BufferedProtocol]
+    ) -> asyncio.Transport:
+        """Opens a connection to the node of that name; OSError if it cannot be had, Refused (an
+        error of ``errors``) with the word for it if one side does not take the other's proof."""
+
+    async def listen(
+        self, address: str, protocol: Callable[[str | None], asyncio.BufferedProtocol]
+    ) -> Listener:
+        """Accepts connections; ``protocol`` gets the peer's proved name, None if nothing proves
+        names here."""
+
+    def expires_at(self) -> float | None:
+        """When this node's certificate ends, in seconds since 1970; None if it needs none."""
+
+
+class TlsServer(Protocol):
+    """TLS for connections that begin in plain text."""
+
+    async def secure(
+        self, transport: asyncio.Transport, protocol: asyncio.BufferedProtocol
+    ) -> tuple[asyncio.Transport, tuple[str, ...]]:
+        """The server's side of a handshake on a transport that is paused, within the time that
+        handshakes have. Returns the transport to go on with and the names that the client's
+        certificate proves; the first bytes reach ``protocol`` later than that. OSError says why
+        there is none, with the word for it; the connection is over then."""
+
+    def expires_at(self) -> float | None:
+        """See ``Peers``."""
+
+
 class Clock(Protocol):
     """Wall-clock time and the machine's identity since boot."""
 
@@ -151,6 +186,10 @@ class Env:
     network: Network
     clock: Clock
     random: random.Random
+    peers: Peers | None = None
+    """None: connections between nodes are plain ones of ``network``."""
+    nbd_tls: TlsServer | None = None
+    """None: NBD clients are served in plain text."""
 
 
 Sleeper = Callable[[float], Awaitable[None]]

@@ -22,8 +22,11 @@ from nbdmirror.errors import UsageError
 
 def check(args: argparse.Namespace) -> int:
     """``check``: validates, and prints what would be served."""
+    from nbdmirror.edge.security import check_security
+
     config = load(args.config)
     check_files(config)
+    check_security(config)
     if args.json:
         data = dataclasses.asdict(config)
         for volume in data["volumes"]:

@@ -9,11 +9,28 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import NamedTuple
 
 from nbdmirror.codec import nbd
 from nbdmirror.codec.nbd import ExportInfo, HandshakeFlag, Info, Option, Rep
 
-FindExport = Callable[[str], ExportInfo | None]
+
+class Forbidden(NamedTuple):
+    """An export that is there, and not for this client."""
+
+    why: str
+
+
+class Tls(Enum):
+    """How a connection stands to TLS: there is no "prefer"."""
+
+    OFF = "off"
+    REQUIRED = "required"
+    DONE = "done"
+
+
+FindExport = Callable[[str], ExportInfo | Forbidden | None]
 ListExports = Callable[[], Sequence[ExportInfo]]
 
 _OFFERED = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
@@ -28,8 +45,15 @@ class _Invalid(Exception):
 class Handshake:
     """The state of one handshake. ``export`` ends it well, ``failure`` ends the connection."""
 
-    def __init__(self, find_export: FindExport, list_exports: ListExports, options_max: int):
+    def __init__(
+        self,
+        find_export: FindExport,
+        list_exports: ListExports,
+        options_max: int,
+        tls: Tls = Tls.OFF,
+    ):
         self._find_export = find_export
+        self._tls = tls
         self._list_exports = list_exports
         self._options_left = self._options_max = options_max
         self._client_flags: HandshakeFlag | None = None
@@ -40,6 +64,8 @@ class Handshake:
         self.export: ExportInfo | None = None
         self.contexts: tuple[str, ...] = ()
         self.failure: str | None = None
+        self.tls_wanted = False
+        """STARTTLS was agreed upon: what comes next is TLS, and then ``after_tls``."""
         self._handlers: dict[int, Callable[[bytes], list[bytes]]] = {
             Option.LIST: self._list,
             Option.STARTTLS: self._starttls,
@@ -49,6 +75,16 @@ class Handshake:
             Option.LIST_META_CONTEXT: self._list_contexts,
             Option.SET_META_CONTEXT: self._set_contexts,
         }
+
+    def after_tls(self) -> Handshake:
+        """The handshake that goes on within TLS: it knows the client's flags, how many options are
+        left, and nothing else of what was said in plain text (CVE-2021-3716)."""
+        assert self.tls_wanted
+        fresh = Handshake(self._find_export, self._list_exports, self._options_max, Tls.DONE)
+        fresh._options_left = self._options_left
+        fresh._client_flags = self._client_flags
+        fresh.shutting_down = self.shutting_down
+        return fresh
 
     @property
     def awaits_flags(self) -> bool:
@@ -69,6 +105,8 @@ class Handshake:
             return self.option(number, b"")
         if not self._admit(number):
             return []
+        if self._tls is Tls.REQUIRED and length <= nbd.OPTION_SKIP_MAX:
+            return self._before_tls(number)
         if number == Option.EXPORT_NAME or length > nbd.OPTION_SKIP_MAX:
             self.failure = f"option {number} claims {length} bytes of data"
             return []
@@ -81,11 +119,13 @@ class Handshake:
         assert self.export is None and self.failure is None and not self.awaits_flags
         if not self._admit(number):
             return []
-        if number == Option.EXPORT_NAME:
-            return self._export_name(data)
         if number == Option.ABORT:  # data with it is tolerated
             self.failure = "the client ended the handshake"
             return [_reply(number, Rep.ACK)]
+        if self._tls is Tls.REQUIRED and number != Option.STARTTLS:
+            return self._before_tls(number)
+        if number == Option.EXPORT_NAME:
+            return self._export_name(data)
         if self.shutting_down:
             return [_error(number, Rep.ERR_SHUTDOWN, "the server is shutting down")]
         handler = self._handlers.get(number)
@@ -95,6 +135,13 @@ class Handshake:
             return handler(data)
         except _Invalid as error:
             return [_error(number, Rep.ERR_INVALID, str(error))]
+
+    def _before_tls(self, number: int) -> list[bytes]:
+        """Nothing is told or done in plain text (FORCEDTLS)."""
+        if number == Option.EXPORT_NAME:
+            self.failure = "the client asked for an export without TLS"
+            return []
+        return [_error(number, Rep.ERR_TLS_REQD, "this listener speaks TLS: send STARTTLS first")]
 
     def _admit(self, number: int) -> bool:
         assert self._client_flags is not None
@@ -120,8 +167,8 @@ class Handshake:
             self.failure = f"the export's name is malformed: {error}"
             return []
         export = self._find_export(name)
-        if export is None:
-            self.failure = _unknown(name)
+        if not isinstance(export, ExportInfo):
+            self.failure = _unknown(name) if export is None else export.why
             return []
         self._enter(name, export)
         flags = export.transmission_flags(self.structured)
@@ -140,13 +187,13 @@ class Handshake:
         return [*answer, _reply(Option.LIST, Rep.ACK)]
 
     def _starttls(self, data: bytes) -> list[bytes]:
-        """The place of TLS, which no listener has yet.
-
-        With it: ACK, all that was negotiated is forgotten, and bytes that came before the TLS
-        handshake end the connection; where it is required, ``_admit`` lets only STARTTLS and
-        ABORT pass before."""
         _no_data(data)
-        return [_error(Option.STARTTLS, Rep.ERR_UNSUP, "this listener has no TLS")]
+        if self._tls is Tls.OFF:
+            return [_error(Option.STARTTLS, Rep.ERR_UNSUP, "this listener has no TLS")]
+        if self._tls is Tls.DONE:
+            raise _Invalid("this is TLS already")
+        self.tls_wanted = True
+        return [_reply(Option.STARTTLS, Rep.ACK)]
 
     def _structured_reply(self, data: bytes) -> list[bytes]:
         _no_data(data)
@@ -169,8 +216,8 @@ class Handshake:
         wanted = [fields.number(nbd.U16) for _ in range(fields.number(nbd.U16))]
         fields.finish()
         export = self._find_export(name)
-        if export is None:
-            return [_error(option, Rep.ERR_UNKNOWN, _unknown(name))], name, None
+        if not isinstance(export, ExportInfo):
+            return [_not_found(option, name, export)], name, None
         flags = export.transmission_flags(self.structured)
         infos = [nbd.INFO_EXPORT.pack(Info.EXPORT, export.size, flags)]
         if Info.NAME in wanted:
@@ -194,8 +241,8 @@ class Handshake:
         """A query that ends in a colon is a wildcard; no query asks for all."""
         option = Option.LIST_META_CONTEXT
         name, export, queries = self._queries(data)
-        if export is None:
-            return [_error(option, Rep.ERR_UNKNOWN, _unknown(name))]
+        if not isinstance(export, ExportInfo):
+            return [_not_found(option, name, export)]
         found = [
             context
             for context in export.contexts
@@ -209,8 +256,8 @@ class Handshake:
         option = Option.SET_META_CONTEXT
         self._selected = ()
         name, export, queries = self._queries(data)
-        if export is None:
-            return [_error(option, Rep.ERR_UNKNOWN, _unknown(name))]
+        if not isinstance(export, ExportInfo):
+            return [_not_found(option, name, export)]
         self._selected = tuple(context for context in export.contexts if context in queries)
         self._contexts_for = name
         answer = [
@@ -218,7 +265,7 @@ class Handshake:
         ]
         return [*answer, _reply(option, Rep.ACK)]
 
-    def _queries(self, data: bytes) -> tuple[str, ExportInfo | None, list[str]]:
+    def _queries(self, data: bytes) -> tuple[str, ExportInfo | Forbidden | None, list[str]]:
         if not self.structured:
             raise _Invalid("negotiate structured replies first")
         fields = _Fields(data)
@@ -280,6 +327,12 @@ def _matches(query: str, context: str) -> bool:
 def _unknown(name: str) -> str:
     quoted = name if len(name) <= _QUOTED_MAX else name[:_QUOTED_MAX] + "..."
     return f"there is no export named {quoted!r}"
+
+
+def _not_found(option: Option, name: str, found: Forbidden | None) -> bytes:
+    if found is None:
+        return _error(option, Rep.ERR_UNKNOWN, _unknown(name))
+    return _error(option, Rep.ERR_POLICY, found.why)
 
 
 def _counted(text: str) -> bytes:

@@ -41,7 +41,7 @@ from nbdmirror.codec.nbd import (
     ExportInfo,
     Request,
 )
-from nbdmirror.codec.nbdhandshake import GREETING, FindExport, Handshake, ListExports
+from nbdmirror.codec.nbdhandshake import GREETING, FindExport, Handshake, ListExports, Tls
 from nbdmirror.codec.nbdslab import Slab
 from nbdmirror.config import Limits
 from nbdmirror.ports import Buffer
@@ -72,14 +72,23 @@ _RULES = {
 class ServerSession:
     """One connection. ``find_export("")`` is the default export; it may be called many times.
 
-    ``limits``: ``options_max`` options are answered, requests of ``request_bytes_max`` taken."""
+    ``limits``: ``options_max`` options are answered, requests of ``request_bytes_max`` taken.
+    ``tls``: nothing but STARTTLS is answered until ``secured``."""
 
     greeting = GREETING
     """What the server sends before anything else."""
 
-    def __init__(self, find_export: FindExport, list_exports: ListExports, limits: Limits) -> None:
+    def __init__(
+        self,
+        find_export: FindExport,
+        list_exports: ListExports,
+        limits: Limits,
+        *,
+        tls: bool = False,
+    ) -> None:
         self._slab = Slab()
-        self._handshake = Handshake(find_export, list_exports, limits.options_max)
+        stage = Tls.REQUIRED if tls else Tls.OFF
+        self._handshake = Handshake(find_export, list_exports, limits.options_max, stage)
         self._request_max = limits.request_bytes_max
         self._output: list[Buffer] = []
         self._shutting_down = False
@@ -106,6 +115,27 @@ class ServerSession:
         """Nothing more is taken or expected: send the output and close."""
         return self.closing_reason is not None
 
+    @property
+    def tls_wanted(self) -> bool:
+        """Send the output, then hand the connection to TLS, then ``secured``; until then nothing
+        that comes in is for this session."""
+        return self._handshake.tls_wanted and not self.closing
+
+    def secured(self) -> None:
+        """TLS stands: the options begin anew, within it."""
+        assert self.tls_wanted and self.export is None
+        self._handshake = self._handshake.after_tls()
+        self._slab = Slab()
+
+    @property
+    def need(self) -> int:
+        """Bytes of buffer that the item being received takes, if it is known to be a long one."""
+        return self._slab.need
+
+    def shrink(self) -> None:
+        """Gives back a buffer that was larger than usual, if nothing is left in it."""
+        self._slab.shrink()
+
     # -- input -----------------------------------------------------------------------------------
 
     def get_buffer(self, size_hint: int) -> memoryview:
@@ -120,6 +150,9 @@ class ServerSession:
         slab.received(nbytes)
         if self.closing_reason is not None or self.disconnect_requested:
             slab.end = slab.start
+            return []
+        if self._handshake.tls_wanted:
+            self._end_plain_text()
             return []
         slab.need = 0
         if self.export is None:
@@ -153,9 +186,18 @@ class ServerSession:
             if handshake.failure is not None:
                 self._close(handshake.failure)
                 return
+            if handshake.tls_wanted:
+                self._end_plain_text()
+                return
             if handshake.export is not None:
                 self._begin_transmission(handshake.export)
                 return
+
+    def _end_plain_text(self) -> None:
+        """Bytes behind STARTTLS came before TLS: somebody on the way may have put them there."""
+        if self._slab.end != self._slab.start:
+            self._output.clear()
+            self._close("the client sent plain text behind STARTTLS")
 
     def _take_option(self, here: int) -> bool:
         """The next option, if it is there as a whole; else how much it needs."""

@@ -52,6 +52,12 @@ class Slab:
         assert self.end < len(self.view)
         return self.view[self.end :]
 
+    def shrink(self) -> None:
+        """Lets go of a buffer that was made for a long item, once that has been taken."""
+        if self.start == self.end and len(self.view) > SLAB_BYTES and not self.need:
+            self.view = memoryview(bytearray(SMALL_SLAB_BYTES))
+            self.start = self.end = 0
+
     def received(self, length: int) -> None:
         """``length`` bytes were written into what ``space`` returned."""
         assert 0 <= length <= len(self.view) - self.end

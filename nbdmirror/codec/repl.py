@@ -159,6 +159,8 @@ class FrameReader:
         self._start = 0
         self._end = 0
         self._need = HEADER_SIZE
+        self.frame_max = FRAME_MAX
+        """Longer payloads are refused by their header, before memory is taken for them."""
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go; never empty."""
@@ -204,8 +206,8 @@ class FrameReader:
             raise PeerError("not a replication frame (magic); is this the right port?")
         if xxh3_64_intdigest(view[at : at + _HEAD.size]) != _SUM.unpack_from(view, at + 32)[0]:
             raise PeerError("header checksum of a frame does not match")
-        if length > FRAME_MAX:
-            raise PeerError(f"frame of {length} bytes, the limit is {FRAME_MAX}")
+        if length > self.frame_max:
+            raise PeerError(f"frame of {length} bytes, the limit is {self.frame_max}")
         try:
             return Type(kind), flags, length, session, payload_sum
         except ValueError:

@@ -1,14 +1,16 @@
 """``nbdmirror serve``: one node in the foreground, from its configuration to its clean stop.
 
-SIGTERM and SIGINT stop it cleanly; SIGHUP reads the configuration again and says what would need
-a restart. A disk that failed for good ends it with exit code 1 (O16), as everything else that it
-can put a name to and that starting again does not mend; its own mistakes with ``EXIT_MISTAKE``.
+SIGTERM and SIGINT stop it cleanly; SIGHUP reads certificates and secrets again, and the
+configuration, and says what would need a restart. A disk that failed for good ends it with exit
+code 1 (O16), as everything else that it can put a name to and that starting again does not mend;
+its own mistakes with ``EXIT_MISTAKE``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import traceback
 from collections.abc import Callable
@@ -19,6 +21,12 @@ from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.notify import keep_alive, notify
+from nbdmirror.edge.security import (
+    Security,
+    connections_left,
+    give_to_group,
+    raise_descriptors,
+)
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import ConfigError, NbdmirrorError
 
@@ -69,8 +77,15 @@ class Daemon:
         """``tell`` takes what the service manager should know, as sd_notify has it."""
         self.config = config
         self.stop = asyncio.Event()
-        self.node = Node(world.real_env(), config, peer_uid=world.peer_uid)
+        self._security = Security(config)
+        self.node = Node(
+            self._security.env(world.real_env()),
+            config,
+            peer_uid=world.peer_uid,
+            owners=(0, os.geteuid()),
+        )
         self.node.events.listen(_journal)
+        self._security.report = self.node.doors.refusals.tell
         self._tell = tell
         self._alive: asyncio.Task[None] | None = None
 
@@ -78,7 +93,15 @@ class Daemon:
         """Recovers and serves; ``nbd`` as in ``Node.start``, whose errors pass through.
 
         From then on until the loop ends the service manager's watchdog is told that it turns."""
+        raise_descriptors()
         await self.node.start(nbd=nbd)
+        try:
+            give_to_group(self.config.admin)
+            reserved = self.config.limits.descriptors_reserved
+            self.node.doors.set_descriptors(connections_left(reserved), reserved)
+        except ConfigError:
+            await self.node.stop()
+            raise
         world.settle_garbage()
         self._alive = asyncio.ensure_future(keep_alive(self._tell))
 
@@ -104,12 +127,14 @@ class Daemon:
             raise error
 
     def reload(self) -> None:
-        """What can change at run time is changed by commands; the file is checked and compared."""
+        """Certificates, keys and secrets are read again, for connections from then on. What else
+        can change at run time is changed by commands; the file is checked and compared."""
         config, events = self.config, self.node.events
         self._tell("RELOADING=1")
         try:
             fresh = load(config.path)
-        except (ConfigError, NbdmirrorError) as error:
+            self._security.reload(fresh)
+        except NbdmirrorError as error:
             events.emit("reload-failed", why=error.message)
         else:
             changed = [

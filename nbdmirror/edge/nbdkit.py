@@ -32,6 +32,8 @@ from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.nbdkit_bridge import RESTARTED, SUPERVISOR_FD, SUPERVISOR_PID
 from nbdmirror.edge.net import listen_for_another
 from nbdmirror.edge.notify import WATCHDOG, keep_alive, notify
+from nbdmirror.edge.secrets import check_secret
+from nbdmirror.edge.security import check_security
 from nbdmirror.errors import ConfigError, NbdmirrorError
 from nbdmirror.ports import Listener
 
@@ -58,6 +60,7 @@ def supervise(config: Config) -> int:
             f"most {LISTEN_MAX}"
         )
     program = _find_nbdkit()
+    check_security(config)
     with exclusive(config.state_dir):
         pass  # an nbdkit whose supervisor was killed has gone, with its sockets
     world.run(Supervisor(config, program).run())
@@ -191,6 +194,8 @@ class Supervisor:
         # LISTEN_PID is known only to the new process itself.
         argv = ["/bin/sh", "-c", 'LISTEN_PID=$$ exec "$0" "$@"', self._program]
         argv += ["--foreground", "--threads=1", "--log=stderr"]
+        if self._config.nbd.psk_file is not None:
+            argv += ["--tls=require", f"--tls-psk={check_secret(self._config.nbd.psk_file)}"]
         argv += ["python", str(PLUGIN), f"config={self._config.path}"]
         actions: list[tuple[Any, ...]] = [
             (os.POSIX_SPAWN_DUP2, fd, FIRST_FD + index) for index, fd in enumerate(high)

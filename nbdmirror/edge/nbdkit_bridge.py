@@ -29,12 +29,14 @@ from types import CoroutineType
 from typing import Any
 
 from nbdmirror.codec.nbd import ExportInfo, wire_errno
+from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.config import Config
 from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
 from nbdmirror.edge.daemon import Daemon
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.notify import notify
+from nbdmirror.engine.access import Client as Identity
 from nbdmirror.engine.node import STOP_SECONDS
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -45,6 +47,9 @@ SUPERVISOR_FD = "NBDMIRROR_SUPERVISOR_FD"
 SUPERVISOR_PID = "NBDMIRROR_SUPERVISOR_PID"
 RESTARTED = "NBDMIRROR_RESTARTED"
 """Environment: how the nbdkit before this one ended."""
+
+UNSEEN = Identity()
+"""nbdkit does not tell its plugins who connects; the configuration asks for no more then."""
 
 REPLY_SECONDS = 2.0
 """At the end, a client gets so long to read the last reply."""
@@ -277,9 +282,11 @@ class Bridge:
     def _attach(self, client: Client, name: str) -> None:
         exports = self.daemon.node.exports
         assert exports is not None
-        volume, info = exports.volume(name), exports.find(name)
-        if volume is None or info is None:
-            raise VolumeFailed(f"no export {name!r} here")
+        volume, info = exports.volume(name), exports.find_for(UNSEEN, name)
+        if volume is None or not isinstance(info, ExportInfo):
+            why = info.why if isinstance(info, Forbidden) else f"no export {name!r} here"
+            exports.refused("nbd", "a client of nbdkit", why)
+            raise VolumeFailed(why)
         client.volume, client.info = volume, info
         volume.clients += 1
 

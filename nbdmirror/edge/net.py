@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,16 +77,26 @@ def parse_address(text: str) -> TcpAddress | UnixAddress:
 class LinuxNetwork:
     """``ports.Network`` over the running event loop's sockets."""
 
-    async def connect(self, address: str, protocol: ProtocolFactory) -> asyncio.Transport:
-        """Opens a connection; OSError names the address. Has no deadline of its own."""
+    async def connect(
+        self, address: str, protocol: ProtocolFactory, tls: ssl.SSLContext | None = None
+    ) -> asyncio.Transport:
+        """Opens a connection; OSError names the address. Has no deadline of its own.
+
+        With ``tls`` it is one of TLS from its first byte; ssl.SSLError if that fails."""
         where = parse_address(address)
         loop = asyncio.get_running_loop()
         transport: asyncio.Transport
         try:
             if isinstance(where, UnixAddress):
-                transport, _ = await loop.create_unix_connection(protocol, where.path)
+                transport, _ = await loop.create_unix_connection(
+                    protocol, where.path, ssl=tls, server_hostname=where.path if tls else None
+                )
             else:
-                transport, _ = await loop.create_connection(protocol, where.host, where.port)
+                transport, _ = await loop.create_connection(
+                    protocol, where.host, where.port, ssl=tls
+                )
+        except ssl.SSLError:
+            raise
         except OSError as error:
             raise _named(error, f"cannot connect to {address}") from error
         if isinstance(where, TcpAddress):

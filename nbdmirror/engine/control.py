@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from nbdmirror.codec.admin import (
@@ -29,6 +29,7 @@ from nbdmirror.codec.admin import (
     parse_request,
 )
 from nbdmirror.config import Limits
+from nbdmirror.engine.gate import Gate, Guest, Room
 from nbdmirror.engine.methods import METHODS, Call, Method, NodeApi, check_params
 from nbdmirror.errors import FormatError, NbdmirrorError
 
@@ -42,7 +43,19 @@ RECEIVE_BYTES = 16 * 1024
 class ControlServer:
     """All admin connections of a node; ``connection`` is the protocol factory for a listener."""
 
-    def __init__(self, node: NodeApi, limits: Limits, peer_uid: PeerUid) -> None:
+    def __init__(
+        self,
+        node: NodeApi,
+        limits: Limits,
+        peer_uid: PeerUid,
+        *,
+        room: Room | None = None,
+        owners: Sequence[int] | None = None,
+    ) -> None:
+        """``owners``: the users whose changes are carried out; None: everybody's."""
+        self.owners = owners
+        most = limits.admin_connections_max
+        self.gate = Gate(room or Room(), most, most, most)
         self.node = node
         self.limits = limits
         self.peer_uid = peer_uid
@@ -74,16 +87,19 @@ class ControlConnection(asyncio.BufferedProtocol):
         self._hung_up = False
         self._closing = False
         self._room: asyncio.Future[None] | None = None
+        self._guest: Guest | None = None
 
     # What the transport calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast, not an assert: uvloop's transports are not subclasses of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        connections_max = self._server.limits.admin_connections_max
-        if len(self._server.connections) >= connections_max:
-            self._refuse(NbdmirrorError(f"there are {connections_max} admin connections already"))
+        self._guest = self._server.gate.enter("", lambda: None)
+        if self._guest is None:
+            now = self._server.gate.guests
+            self._refuse(NbdmirrorError(f"there are {now} admin connections already"))
             return
+        self._guest.known()  # the socket's mode has let it in
         self._uid = self._server.peer_uid(transport)
         self._server.connections.append(self)
 
@@ -183,6 +199,7 @@ class ControlConnection(asyncio.BufferedProtocol):
             self._begin_waiting()
         failure: str | None = "not carried out to its end"
         try:
+            self._check_owner(name, method)
             result = await method.handler(call)
             failure = None
             return result
@@ -201,6 +218,15 @@ class ControlConnection(asyncio.BufferedProtocol):
                 self._node.events.emit(
                     "admin", method=name, params=call.params, uid=self._uid, error=failure
                 )
+
+    def _check_owner(self, name: str, method: Method) -> None:
+        """Whoever may open the socket may look; changing something is for its owners."""
+        owners = self._server.owners
+        if method.changing and owners is not None and self._uid not in owners:
+            raise NbdmirrorError(
+                f"uid {self._uid} may look, not change: {name} is for the daemon's user and root",
+                hint="run it with sudo",
+            )
 
     def _begin_waiting(self) -> None:
         if self._hung_up:
@@ -232,5 +258,7 @@ class ControlConnection(asyncio.BufferedProtocol):
         self._transport.close()
 
     def _leave(self) -> None:
+        if self._guest is not None:
+            self._guest.leave()
         if self in self._server.connections:
             self._server.connections.remove(self)

@@ -9,19 +9,26 @@ from either.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from nbdmirror.codec import nbd, nbdreply, record
 from nbdmirror.codec.nbd import ExportInfo, Request
+from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.codec.nbdserver import ServerSession
+from nbdmirror.codec.nbdslab import SLAB_BYTES
 from nbdmirror.config import Limits
 from nbdmirror.engine import operations
+from nbdmirror.engine.access import OPEN, Client, Rules
+from nbdmirror.engine.arrival import Arrival
+from nbdmirror.engine.budget import Budget, Holder
+from nbdmirror.engine.gate import Gate, Room
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError, VolumeFailed
+from nbdmirror.ports import TlsServer
 
 DIRTY_CONTEXT = "nbdmirror:dirty:"
 ALLOCATION_CONTEXT = "base:allocation"
@@ -33,7 +40,18 @@ SPARSE_READ_MIN = 64 << 10
 class ExportServer:
     """What all NBD connections of a node share: the exports and the limits."""
 
-    def __init__(self, group: Group | None, remotes: list[Remote], limits: Limits) -> None:
+    def __init__(
+        self,
+        group: Group | None,
+        remotes: list[Remote],
+        limits: Limits,
+        *,
+        rules: Mapping[str, Rules] | None = None,
+        room: Room | None = None,
+        tls: TlsServer | None = None,
+        refused: Callable[[str, str, str], None] = lambda listener, address, why: None,
+    ) -> None:
+        """``rules`` by volume name; ``refused`` is told of every client that is turned away."""
         self.group = group
         self.remotes = remotes
         self.limits = limits
@@ -42,19 +60,41 @@ class ExportServer:
         self.session_limits = replace(limits, options_max=limits.options_max + 4 * volumes)
         self.connections: list[ExportConnection] = []
         self.stopping = False
+        self.rules = rules or {}
+        self.tls = tls
+        self.refused = refused
+        self.gate = Gate.of(room or Room(), limits.connections_max, limits)
+        self.budget = Budget(limits.memory_bytes_max, limits.handshake_seconds)
 
     def connection(self) -> asyncio.BufferedProtocol:
         """The protocol for an accepted connection (see ``ports.Network.listen``)."""
-        return ExportConnection(self)
+        return ExportConnection(self, None)
+
+    def secured(self) -> asyncio.BufferedProtocol:
+        """The same where nothing but TLS is spoken."""
+        assert self.tls is not None
+        return ExportConnection(self, self.tls)
+
+    def find_for(self, client: Client, name: str) -> ExportInfo | Forbidden | None:
+        """The export of that name, as this client finds it."""
+        volume = self.volume(name)
+        if volume is None:
+            return None
+        why = self._rules(volume).refusal(client, volume.clients)
+        return self._info(volume) if why is None else Forbidden(why)
+
+    def _rules(self, volume: Volume) -> Rules:
+        """What follows an @ names a state of the volume, which is for the same clients."""
+        return self.rules.get(volume.name.partition("@")[0], OPEN)
+
+    def exports_for(self, client: Client) -> list[ExportInfo]:
+        """What this client may attach."""
+        found = [self.find_for(client, info.name) for info in self.exports()]
+        return [info for info in found if isinstance(info, ExportInfo)]
 
     def exports(self) -> list[ExportInfo]:
         """What a client may attach: every volume of a primary, nothing of a secondary."""
         return [self._info(v) for v in self.group.volumes] if self.group else []
-
-    def find(self, name: str) -> ExportInfo | None:
-        """The export of that name; the empty name is the only volume, or the first."""
-        volume = self.volume(name)
-        return self._info(volume) if volume else None
 
     def volume(self, name: str) -> Volume | None:
         """The volume behind an export name."""
@@ -69,6 +109,7 @@ class ExportServer:
             name=volume.name,
             description=f"nbdmirror volume {volume.name}",
             size=volume.size,
+            read_only=self._rules(volume).read_only,
             contexts=(ALLOCATION_CONTEXT, *dirty),
         )
 
@@ -87,9 +128,15 @@ class ExportServer:
 class ExportConnection(asyncio.BufferedProtocol):
     """One client."""
 
-    def __init__(self, server: ExportServer) -> None:
+    def __init__(self, server: ExportServer, tls: TlsServer | None) -> None:
         self._server = server
-        self._session = ServerSession(server.find, server.exports, server.session_limits)
+        self._arrival = arrival = Arrival(server, tls, self._abort)
+        self._session = ServerSession(
+            arrival.find, arrival.exports, server.session_limits, tls=tls is not None
+        )
+        self._budget = server.budget
+        self._held = Holder(self._budget, self._abort, self._room_again)
+        self._long = self._starved = False  # the request being received: is it, has it no room
         self._transport: asyncio.Transport | None = None
         self._volume: Volume | None = None
         self._group: Group | None = None
@@ -99,24 +146,20 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._backlog: list[Request] = []
         self._writable = True
         self._reading = True
-        self._deadline: asyncio.TimerHandle | None = None
 
     # -- transport callbacks -----------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greets, unless there are too many connections already."""
         self._transport = cast(asyncio.Transport, transport)
-        server = self._server
-        if server.stopping or len(server.connections) >= server.limits.connections_max:
+        if not self._arrival.admit(self._transport):
             self._transport.abort()
             return
-        server.connections.append(self)
+        self._server.connections.append(self)
         self._transport.write(self._session.greeting)
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(server.limits.handshake_seconds, self._too_slow)
 
-    def _too_slow(self) -> None:
-        if not self._session.in_transmission and self._transport is not None:
+    def _abort(self) -> None:
+        if self._transport is not None:
             self._transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -127,15 +170,49 @@ class ExportConnection(asyncio.BufferedProtocol):
         """Executes everything that is complete, and sends what can be answered at once."""
         session = self._session
         requests = session.received(nbytes)
-        if self._volume is None and session.export is not None:
-            self._begin(session.export)
+        if self._volume is None:
+            self._haggle()
         if requests:
             self._execute(requests)
+        if session.need > SLAB_BYTES or self._long:
+            self._hold_long(session.need)
         self._send()
 
+    def _haggle(self) -> None:
+        """What the handshake has come to: an export, TLS, an end, or nothing yet."""
+        session = self._session
+        if session.export is not None:
+            self._begin(session.export)
+        elif session.tls_wanted:
+            assert self._transport is not None
+            self._transport.writelines(session.take_output())
+            self._arrival.secure(self._transport, self, self._secured)
+        elif session.closing_reason is not None:
+            self._arrival.refused(session.closing_reason)
+
+    def _secured(self, transport: asyncio.Transport) -> None:
+        if self._transport is None:  # it was over meanwhile
+            transport.abort()
+        else:
+            self._transport = transport
+            self._session.secured()
+
+    def _hold_long(self, need: int) -> None:
+        """A request longer than the usual buffer is received only where there is memory for it."""
+        self._session.shrink()
+        self._long = need > SLAB_BYTES
+        self._starved = not self._held.receiving(need if self._long else 0)
+
+    def _room_again(self) -> None:
+        if self._transport is None:
+            return
+        if self._starved:
+            self._hold_long(self._session.need)
+        self._work_off()
+        self._throttle()
+
     def _begin(self, export: ExportInfo) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._arrival.chosen()
         self._volume = self._server.volume(export.name)
         self._group = self._server.group
         assert self._volume is not None
@@ -160,11 +237,14 @@ class ExportConnection(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """The client does not read its replies."""
         self._writable = False
+        if self._transport is not None:
+            self._held.unread(self._transport.get_write_buffer_size())
         self._throttle()
 
     def resume_writing(self) -> None:
         """The client reads again."""
         self._writable = True
+        self._held.unread(0)
         self._work_off()
         self._throttle()
 
@@ -173,7 +253,9 @@ class ExportConnection(asyncio.BufferedProtocol):
         if self._backlog and not self.tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
         limit = self._server.limits.requests_max
-        reading = self._writable and len(self.tasks) < limit and not self._backlog
+        reading = (
+            self._writable and len(self.tasks) < limit and not self._backlog and not self._starved
+        )
         if reading != self._reading and self._transport is not None:
             self._reading = reading
             if reading:
@@ -184,8 +266,8 @@ class ExportConnection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Requests in flight run to their end; their replies go nowhere."""
         self._transport = None
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._held.leave()
+        self._arrival.leave()
         if self._volume is not None:
             self._volume.clients -= 1
             self._volume = None
@@ -224,6 +306,8 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._session.reply(request)
             elif self._full(answered):
                 self._backlog = requests[index:]
+                if self._budget.free <= 0:
+                    self._held.wait()
                 break
             elif kind == nbd.READ:
                 answered += request.length
@@ -240,6 +324,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             answered + self._task_bytes >= limits.reply_bytes_max
             or len(self.tasks) >= limits.requests_max
             or not self._writable
+            or (self._budget.free <= 0 and answered + self._held.bytes > 0)
         )
 
     def _work_off(self) -> None:
@@ -345,7 +430,9 @@ class ExportConnection(asyncio.BufferedProtocol):
     ) -> None:
         task = asyncio.ensure_future(self._guard(requests or [request], work))
         self.tasks[task] = size = request.length if request.type == nbd.READ else 0
-        self._task_bytes += size
+        if size:
+            self._task_bytes += size
+            self._held.change(size)
         task.add_done_callback(self._ended)
 
     async def _guard(self, requests: list[Request], work: Coroutine[Any, Any, None]) -> None:
@@ -358,7 +445,11 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._session.reply(request, number, error.message)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._task_bytes -= self.tasks.pop(task)
+        size = self.tasks.pop(task)
+        if size:
+            self._task_bytes -= size
+            if self._transport is not None:  # else all that it held was given back
+                self._held.change(-size)
         if not task.cancelled():
             task.result()
         self._send()

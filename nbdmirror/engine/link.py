@@ -103,6 +103,10 @@ class Link(asyncio.BufferedProtocol):
         if self.cause is not None:
             raise ConnectionResetError(str(self.cause))
 
+    def limit(self, frame_bytes: int) -> None:
+        """Takes no longer frames from the peer than this, from the next one on."""
+        self._reader.frame_max = frame_bytes
+
     def set_reading(self, reading: bool) -> None:
         """Stops or resumes taking bytes from the peer: backpressure."""
         if reading == self.reading or self._transport is None:

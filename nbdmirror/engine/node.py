@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from nbdmirror import __version__
 from nbdmirror.config import Config, uris
 from nbdmirror.engine.activemap import ActiveMapFile
-from nbdmirror.engine.control import ControlServer, PeerUid
+from nbdmirror.engine.control import PeerUid
 from nbdmirror.engine.create import MARK, log_path
+from nbdmirror.engine.doors import Doors
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.facet import FacetState, LocalFacet
@@ -21,7 +23,6 @@ from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.primary import Primary
-from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.recovery import (
     Recovered,
     doubtful_ranges,
@@ -35,7 +36,7 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.engine.waiting import wait_until
 from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused, StateError
-from nbdmirror.ports import Env, Listener
+from nbdmirror.ports import Env
 
 RUNS_MAX = 1000
 """Starts that a primary remembers; a secondary that last followed an older one is compared."""
@@ -46,19 +47,25 @@ STOP_SECONDS = 30.0
 class Node:
     """One running node. ``start``, then ``stop``; ``failed`` tells the daemon to end."""
 
-    def __init__(self, env: Env, config: Config, *, peer_uid: PeerUid = lambda t: None) -> None:
+    def __init__(
+        self,
+        env: Env,
+        config: Config,
+        *,
+        peer_uid: PeerUid = lambda t: None,
+        owners: Sequence[int] | None = None,
+    ) -> None:
+        """``owners``: the users who may change something by the admin socket; None: everybody."""
         self.env = env
         self.config = config
         self.events = EventLog(env.clock, config.limits.events_max)
         self.failed: asyncio.Future[NbdmirrorError] | None = None
-        self._peer_uid = peer_uid
-        self._listeners: list[Listener] = []
-        self._receivers: dict[asyncio.Task[None], Receiver] = {}
+        self.doors = Doors(env, config, self.events, peer_uid, owners)
         self.primary: Primary | None = None
         self.secondary: Secondary | None = None
         self.exports: ExportServer | None = None
-        self._control: ControlServer | None = None
         self._started_at = 0.0
+        self._access = {volume.name: volume.access for volume in config.volumes}
 
     # -- start -------------------------------------------------------------------------------
 
@@ -104,7 +111,7 @@ class Node:
         )
         self._tell_damage(recovered)
         self.housekeeper.start()
-        await self._listen(nbd)
+        self.exports = await self.doors.open(self, self.primary, self.secondary, nbd=nbd)
 
     @property
     def role(self) -> str:
@@ -264,35 +271,6 @@ class Node:
         self.secondary.need_space = self.housekeeper.need_space
         self.secondary.start()
 
-    async def _listen(self, nbd: bool) -> None:
-        network, config = self.env.network, self.config
-        group = self.primary.group if self.primary else None
-        remotes = self.primary.remotes if self.primary else []
-        self.exports = ExportServer(group, remotes, config.limits)
-        self._control = ControlServer(self, config.limits, self._peer_uid)
-        if config.admin.socket:
-            self._listeners.append(
-                await network.listen(f"unix:{config.admin.socket}", self._control.connection)
-            )
-        if self.secondary is not None and config.replication.listen is not None:
-            self._listeners.append(
-                await network.listen(config.replication.listen, self._accept_primary)
-            )
-        if nbd:
-            for address in config.nbd.listen:
-                self._listeners.append(await network.listen(address, self.exports.connection))
-
-    def _accept_primary(self) -> asyncio.BufferedProtocol:
-        assert self.secondary is not None
-        receiver = Receiver(self.secondary)
-        if len(self._receivers) >= self.config.limits.replication_connections_max:
-            receiver.link.close(ConnectionRefusedError("too many replication connections"))
-            return receiver.link
-        task = asyncio.ensure_future(receiver.run())
-        self._receivers[task] = receiver
-        task.add_done_callback(lambda done: self._receivers.pop(done, None))
-        return receiver.link
-
     # -- what the parts ask for --------------------------------------------------------------
 
     def _safe_seq(self) -> int:
@@ -345,21 +323,16 @@ class Node:
     async def stop(self) -> None:
         """Stops cleanly: requests finish, everything is durable, and the superblock says so."""
         await self._note_failed_log()
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
+        self.doors.close()
         if self.exports is not None:
             await self.exports.stop(STOP_SECONDS)
         if self.primary is not None:
             await self.primary.stop()
-        for receiver in list(self._receivers.values()):
-            receiver.link.close(ConnectionResetError("the node stops"))
-        await asyncio.gather(*self._receivers, return_exceptions=True)
+        await self.doors.end_upstreams()
         if self.secondary is not None:
             await self.secondary.stop()
         await self.housekeeper.stop()
-        if self._control is not None:
-            await self._control.close()
+        await self.doors.end_control()
         if self.failed is None or not self.failed.done():
             try:
                 await self._settle()
@@ -416,7 +389,7 @@ class Node:
             },
             "remotes": self.primary.status() if self.primary else [],
             "snapshots": [],
-            "limits": {name: getattr(config.limits, name) for name in config.limits.__slots__},
+            **self.doors.status(),
         }
         if self.secondary is not None:
             result["upstream"] = self.secondary.status()
@@ -429,7 +402,9 @@ class Node:
             "uuid": volume.uuid,
             "size": volume.size,
             "region_size": volume.region_size,
+            "read_only": self._access[volume.name].read_only,
             "clients": volume.clients,
+            "clients_max": self._access[volume.name].connections_max,
             "uris": uris(self.config, volume.name) if primary else [],
             "facets": [
                 {
@@ -483,7 +458,9 @@ class Node:
 
     async def remote_add(self, name: str, address: str, mode: str) -> None:
         """Adds a remote while the volumes are in use."""
-        await self._need_primary().add(name, address, mode)
+        primary = self._need_primary()
+        self.doors.check_link(address)
+        await primary.add(name, address, mode)
 
     async def apply(self, frozen: bool) -> dict[str, Any]:
         """Freezes or thaws the facets of a secondary (V8)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nbdmirror.codec import fields, repl
@@ -34,9 +34,14 @@ ACK_PAUSE_SECONDS = 0.01
 class Receiver:
     """One connection from a primary, from HELLO to its end."""
 
-    def __init__(self, secondary: Secondary) -> None:
+    def __init__(self, secondary: Secondary, proved: str | None = None) -> None:
+        """``proved``: the name that the peer has proved to have, None where nothing proves one."""
         self.secondary = secondary
+        self.proved = proved
+        self.on_started: Callable[[], None] = lambda: None
+        """Called once: the handshake has ended well."""
         self.link = Link(self._on_frame)
+        self.link.limit(repl.JSON_MAX)
         self._frames: deque[Frame] = deque()
         self._queued = 0
         self._arrived = asyncio.Event()
@@ -81,6 +86,8 @@ class Receiver:
     def _on_frame(self, frame: Frame) -> None:
         if frame.type is Type.PING:
             return
+        if not self._started and self._frames:
+            raise PeerError("more than one frame at a time during the handshake")
         self._frames.append(frame)
         self._queued += frame.size
         if self._queued > QUEUE_BYTES_MAX:
@@ -133,7 +140,7 @@ class Receiver:
             raise PeerError(f"{frame.type.name} came instead of HELLO")
         hello = frame.json()
         self.link.session = frame.session
-        refusal = self.secondary.refusal(hello)
+        refusal = self._impostor(hello) or self.secondary.refusal(hello)
         if refusal is not None:
             rule, why = refusal
             self.secondary.events.emit("refused", peer=str(hello.get("node")), rule=rule, why=why)
@@ -147,6 +154,13 @@ class Receiver:
         # What is told as durable is durable (O4).
         await self.secondary.log.sync(self.secondary.log.next_seq - 1)
         self.link.send_json(Type.WELCOME, self.secondary.welcome())
+
+    def _impostor(self, hello: dict[str, Any]) -> tuple[str, str] | None:
+        """A node that proved one name and says another (F6)."""
+        said = hello.get("node")
+        if self.proved is None or said == self.proved:
+            return None
+        return "F6", f"{self.proved} says that it is {str(said)[:64]!r}"
 
     async def _start(self, frame: Frame) -> None:
         if frame.type is Type.REFUSE:
@@ -174,6 +188,8 @@ class Receiver:
         await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
         self._started = True
         self._eager = start.get("eager") is True
+        self.link.limit(repl.FRAME_MAX)
+        self.on_started()
         self.link.send_json(Type.READY, {})
         self.acknowledge()
 

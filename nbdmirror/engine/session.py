@@ -27,6 +27,7 @@ from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, deci
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor
+from nbdmirror.engine.peers import peers_of
 from nbdmirror.engine.remote import Remote, volume_map
 from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.store import Store
@@ -70,7 +71,8 @@ class Session:
 
         Refused says that the handshake was turned down, by us or by the remote."""
         remote, context = self.remote, self.context
-        await context.env.network.connect(remote.facts["address"], lambda: self.link)
+        peers = peers_of(context.env)
+        await peers.connect(remote.facts["address"], remote.name, lambda: self.link)
         try:
             async with asyncio.timeout(context.tuning.timeout_seconds):
                 target = await self._greet()

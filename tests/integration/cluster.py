@@ -94,6 +94,8 @@ class Node:
         self.nbd_port = free_port()
         self.process: Process | None = None
         self.starts = 0
+        self.keys: dict[str, list[str]] = {}
+        """Further lines of TOML by table: admin, nbd, replication, limits, volume."""
 
     # -- configuration ---------------------------------------------------------------------------
 
@@ -111,6 +113,8 @@ class Node:
             f'state_dir = "{self.directory}/state"',
             "[admin]",
             f'socket = "{self.admin_socket}"',
+            *self.keys.get("admin", []),
+            *(["[limits]", *self.keys["limits"]] if "limits" in self.keys else []),
             "[log]",
             f"size = {cluster.log_size}",
             f'mode = "{cluster.log_mode}"',
@@ -118,7 +122,9 @@ class Node:
             "[nbd]",
             f"listen = {json.dumps(self.nbd_listen())}",
             f'frontend = "{cluster.frontend}"',
+            *self.keys.get("nbd", []),
             "[replication]",
+            *self.keys.get("replication", []),
             f'listen = "tcp:127.0.0.1:{self.replication_port}"',
             *(f"{key} = {json.dumps(value)}" for key, value in cluster.tuning.items()),
         ]
@@ -130,6 +136,7 @@ class Node:
                 f"size = {volume.size}",
                 f"region_size = {volume.region_size}",
                 f"facets = {json.dumps(paths)}",
+                *self.keys.get("volume", []),
             ]
         for remote in cluster.secondaries if self.role == "primary" else []:
             lines += [

@@ -56,6 +56,8 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refusing = False
+        self.tap: Callable[[bytes], object] | None = None
+        """Is shown every piece that passes, in either direction: who listens on the way."""
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -220,6 +222,8 @@ class Proxy:
                 await way.moved.wait()
             data = way.damage(data)
             way.passed_bytes += len(data)
+            if self.tap is not None:
+                self.tap(data)
             writer.write(data)
             await writer.drain()
         while not way.open:  # an end of stream does not pass a cut either

@@ -7,6 +7,7 @@ codec so that one mistake cannot hide in both. Used by tests of errors and hosti
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,15 @@ class OptionReply:
 class RawClient:
     """One connection, at the option stage at first. Every wait is bounded by ``timeout``."""
 
-    def __init__(self, path: Path, *, flags: int = 3, timeout: float = 30.0) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
+    def __init__(
+        self, where: Path | tuple[str, int], *, flags: int = 3, timeout: float = 30.0
+    ) -> None:
+        """``where``: the path of a unix socket, or a TCP address."""
+        tcp = isinstance(where, tuple)
+        self.socket = socket.socket(socket.AF_INET if tcp else socket.AF_UNIX)
         self.socket.settimeout(timeout)
         try:
-            self.socket.connect(str(path))
+            self.socket.connect(where if isinstance(where, tuple) else str(where))
             greeting = struct.Struct(">8s8sH").unpack(self.receive(18))
         except (OSError, EOFError):
             self.socket.close()
@@ -55,6 +60,10 @@ class RawClient:
 
     def __exit__(self, *_exc: object) -> None:
         self.socket.close()
+
+    def wrap(self, context: ssl.SSLContext, name: str) -> None:
+        """Goes on within TLS; ssl.SSLError if there is none to be had."""
+        self.socket = context.wrap_socket(self.socket, server_hostname=name)
 
     def send(self, data: bytes) -> None:
         """Sends bytes as they are."""

@@ -24,6 +24,7 @@ import pytest
 from nbdmirror import errors
 from nbdmirror.edge import daemon, notify
 from tests.integration.cluster import MIB, READY_S, Cluster, nbdmirror
+from tests.integration.pki import Authority
 from tests.integration.process import NotifySocket, Process, free_port, wait_until
 from tests.integration.tools import connect, pattern, run
 
@@ -82,6 +83,7 @@ def analyze(*argv: str, directory: Path) -> str:
         ("nbdmirror@db.service", ()),
         ("nbdmirror@db.service", ("peers.conf", "block-device.conf")),
         ("nbdmirror-attach@nbd0.service", ()),
+        ("nbd-client@nbd0.service", ()),
     ],
 )
 def test_units_verify(tmp_path: Path, instance: str, drop_ins: tuple[str, ...]) -> None:
@@ -287,7 +289,10 @@ class Pair:
         self.root = Path(tempfile.mkdtemp(prefix="pair-"))
         self.replication = f"tcp:127.0.0.1:{free_port()}"
         self.processes: dict[str, Process] = {}
+        authority = Authority(self.root / "ca")
         for node in ("alpha", "beta"):
+            tls = self.root / node / "etc/nbdmirror/tls"
+            shutil.copytree(authority.node(node), tls)
             text = (EXAMPLES / f"{node}.toml").read_text()
             for old, new in (
                 ('"/', f'"{self.root}/{node}/'),
@@ -417,7 +422,7 @@ def test_every_event_is_explained() -> None:
 def test_the_text_names_files_that_are_there() -> None:
     """Every file of ``deploy/`` is in its README, and every example that it names exists."""
     text = (DEPLOY / "README.md").read_text()
-    for path in (*DEPLOY.glob("nbdmirror*"), *EXAMPLES.iterdir()):
+    for path in (*DEPLOY.glob("nb*"), *EXAMPLES.iterdir()):
         assert path.name in text, path
     for name in re.findall(r"examples/([\w.-]+)", text):
         assert (EXAMPLES / name).exists(), name

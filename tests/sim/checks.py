@@ -159,7 +159,7 @@ class Checks:
         ring = node.log.ring
         if ring.head - ring.durable_tail > ring.capacity:
             raise Violation(f"the log of {host.name} holds more than it can")
-        for receiver in node._receivers.values():
+        for receiver in node.doors.receivers.values():
             if receiver._queued > (8 << 20) + (4 << 20):
                 raise Violation(f"{host.name} queues {receiver._queued} bytes")
 

@@ -14,6 +14,7 @@ import pytest
 from nbdmirror.codec import admin
 from nbdmirror.config import Limits
 from nbdmirror.engine.control import ControlServer
+from nbdmirror.engine.methods import METHODS
 from nbdmirror.errors import (
     ConfigError,
     FormatError,
@@ -130,7 +131,12 @@ def test_what_is_no_reply_is_refused(line: bytes) -> None:
 Session = Callable[[FakeNode, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def run_session(path: Path, session: Session, limits: Limits | None = None) -> list[Any]:
+def run_session(
+    path: Path,
+    session: Session,
+    limits: Limits | None = None,
+    owners: tuple[int, ...] | None = None,
+) -> list[Any]:
     """Runs a session against a fake node; returns the defects that the loop was told of."""
     defects: list[Any] = []
 
@@ -138,7 +144,7 @@ def run_session(path: Path, session: Session, limits: Limits | None = None) -> l
         node = FakeNode()
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda loop, context: defects.append(context))
-        server = ControlServer(node, limits or Limits(), lambda transport: 1000)
+        server = ControlServer(node, limits or Limits(), lambda transport: 1000, owners=owners)
         listener = await loop.create_unix_server(server.connection, str(path))
         reader, writer = await asyncio.open_unix_connection(str(path))
         async with asyncio.timeout(20):
@@ -169,6 +175,26 @@ async def ask(
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a.sock"
+
+
+def test_only_owners_change_anything(path: Path) -> None:
+    """Whoever may open the socket may look; changes by others are refused, and told of."""
+
+    async def session(node: FakeNode, reader: Any, writer: Any) -> None:
+        assert "result" in await ask(reader, writer, "status")
+        for name, method in METHODS.items():
+            if not method.changing:
+                continue
+            params = {key: "x" for key, param in method.params.items() if param.required}
+            if "address" in params:
+                params["address"] = "tcp:b:1"
+            answer = await ask(reader, writer, name, **params)
+            assert "may look, not change" in answer["error"]["message"], name
+        told = [event for event in node.events.since(0).events if event["kind"] == "admin"]
+        assert told and all(event["uid"] == 1000 and event["error"] for event in told)
+        assert not [call for call in node.calls if call[0] not in ("status", "wait")]
+
+    assert run_session(path, session, owners=(0, 999)) == []
 
 
 def test_every_method_reaches_the_node(path: Path) -> None:

@@ -36,6 +36,8 @@ facets = ["data.img"]
 [[remote]]
 name = "beta"
 address = "tcp:192.0.2.2:10810"
+[replication]
+insecure = true
 """
 
 Output = pytest.CaptureFixture[str]

@@ -1,0 +1,185 @@
+"""Where others come in: the listeners of a node, and what they share.
+
+NBD clients, peers that replicate, people at the admin socket, Prometheus: each kind has its gate,
+all share the room that the process has descriptors for. Owns the listeners and the connections
+from peers; what is said on a connection is its protocol's. ``engine.node`` opens and closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from nbdmirror.codec import nbd as wire
+from nbdmirror.codec import repl
+from nbdmirror.config import Config, parse_address, reachable
+from nbdmirror.engine.access import Rules
+from nbdmirror.engine.control import ControlServer, NodeApi, PeerUid
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.export import ExportServer
+from nbdmirror.engine.gate import Gate, Guest, Room
+from nbdmirror.engine.metrics import MetricsServer
+from nbdmirror.engine.peers import peers_of
+from nbdmirror.engine.primary import Primary
+from nbdmirror.engine.receiver import Receiver
+from nbdmirror.engine.refusals import Refusals
+from nbdmirror.engine.secondary import Secondary
+from nbdmirror.errors import UsageError
+from nbdmirror.ports import Env, Listener
+
+
+class Doors:
+    """All listeners of one node."""
+
+    def __init__(
+        self,
+        env: Env,
+        config: Config,
+        events: EventLog,
+        peer_uid: PeerUid,
+        owners: Sequence[int] | None,
+    ) -> None:
+        """``owners``: the users who may change something by the admin socket; None: everybody."""
+        self._env = env
+        self._config = config
+        self._peer_uid = peer_uid
+        self._owners = owners
+        limits = config.limits
+        self.room = Room()
+        self._admin_room = Room()
+        self.refusals = Refusals(events)
+        self._upstreams = Gate.of(self.room, limits.replication_connections_max, limits)
+        self.receivers: dict[asyncio.Task[None], Receiver] = {}
+        """Connections from peers, by their task."""
+        self._listeners: list[Listener] = []
+        self._secondary: Secondary | None = None
+        self._exports: ExportServer | None = None
+        self._control: ControlServer | None = None
+        self._metrics: MetricsServer | None = None
+
+    async def open(
+        self, node: NodeApi, primary: Primary | None, secondary: Secondary | None, *, nbd: bool
+    ) -> ExportServer:
+        """Listens wherever the configuration says; ``nbd``: for NBD clients too. The exports."""
+        config, network, limits = self._config, self._env.network, self._config.limits
+        self._secondary = secondary
+        self._exports = exports = ExportServer(
+            primary.group if primary else None,
+            primary.remotes if primary else [],
+            limits,
+            rules={volume.name: Rules(volume.access) for volume in config.volumes},
+            room=self.room,
+            tls=self._env.nbd_tls,
+            refused=self.refusals.tell,
+        )
+        self._control = ControlServer(
+            node, limits, self._peer_uid, room=self._admin_room, owners=self._owners
+        )
+        listeners = self._listeners
+        if config.admin.socket:
+            address = f"unix:{config.admin.socket}"
+            listeners.append(await network.listen(address, self._control.connection))
+        if config.admin.metrics is not None:
+            self._metrics = MetricsServer(node.status, limits, self.room)
+            listeners.append(await network.listen(config.admin.metrics, self._metrics.connection))
+        if secondary is not None and config.replication.listen is not None:
+            peers = peers_of(self._env)
+            listeners.append(await peers.listen(config.replication.listen, self._take_primary))
+        for address in config.nbd.listen if nbd else ():
+            secured = self._env.nbd_tls is not None and address.startswith("tcp:")
+            protocol = exports.secured if secured else exports.connection
+            listeners.append(await network.listen(address, protocol))
+        return exports
+
+    def _take_primary(self, proved: str | None) -> asyncio.BufferedProtocol:
+        """A connection from a peer, who has proved this name; None: nothing proves names here."""
+        assert self._secondary is not None
+        receiver = Receiver(self._secondary, proved)
+        link = receiver.link
+        guest = self._upstreams.enter(
+            proved or "", lambda: link.close(ConnectionRefusedError("its place was needed"))
+        )
+        if guest is None:
+            link.close(ConnectionRefusedError("too many replication connections"))
+            return link
+        receiver.on_started = guest.known
+        task = asyncio.ensure_future(receiver.run())
+        self.receivers[task] = receiver
+        task.add_done_callback(lambda done: self._left(done, guest))
+        return link
+
+    def _left(self, task: asyncio.Task[None], guest: Guest) -> None:
+        self.receivers.pop(task, None)
+        guest.leave()
+
+    def set_descriptors(self, left: int, reserved: int) -> None:
+        """The process has descriptors for ``left`` connections more, and ``reserved`` besides; of
+        these people get half, so that no crowd of clients locks them out."""
+        self.room.total = self.room.taken + left
+        self._admin_room.total = self._admin_room.taken + reserved // 2
+
+    def check_link(self, address: str) -> None:
+        """UsageError for a remote on another host to which nothing would secure the connection."""
+        open_world = self._env.peers is None and not self._config.replication.insecure
+        if open_world and reachable(parse_address(address)):
+            raise UsageError(
+                f"{address} is another host, and the connection would be open",
+                hint="set tls, secret_file, or insecure = true in [replication]",
+            )
+
+    def close(self) -> None:
+        """Nobody comes in any more; who is in stays."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    async def end_upstreams(self) -> None:
+        """Ends the connections from peers."""
+        for receiver in list(self.receivers.values()):
+            receiver.link.close(ConnectionResetError("the node stops"))
+        await asyncio.gather(*self.receivers, return_exceptions=True)
+
+    async def end_control(self) -> None:
+        """Ends the admin connections and what they were at."""
+        if self._control is not None:
+            await self._control.close()
+
+    def _security(self) -> dict[str, Any]:
+        """How each kind of connection is secured, and until when our certificate is good."""
+        env, config = self._env, self._config
+        link = "secret" if config.replication.secret_file else "tls"
+        nbd = "psk" if config.nbd.psk_file else "tls" if env.nbd_tls else "open"
+        ends = {
+            "replication": env.peers.expires_at() if env.peers else None,
+            "nbd": env.nbd_tls.expires_at() if env.nbd_tls else None,
+        }
+        return {
+            "replication": {"mode": link if env.peers else "open", "expires": ends["replication"]},
+            "nbd": {"mode": nbd, "expires": ends["nbd"]},
+        }
+
+    def status(self) -> dict[str, Any]:
+        """``limits``, of the configuration and of the formats, ``security``, ``connections``."""
+        limits = self._config.limits
+        assert self._exports is not None and self._control is not None
+        budget = self._exports.budget
+        room = self.room
+        return {
+            "limits": {
+                **{name: getattr(limits, name) for name in limits.__slots__},
+                "option_bytes_max": wire.OPTION_BYTES_MAX,
+                "frame_bytes_max": repl.FRAME_MAX,
+                "descriptors_left": None if room.total is None else room.total - room.taken,
+            },
+            "security": self._security(),
+            "connections": {
+                "nbd": self._exports.gate.status(),
+                "replication": self._upstreams.status(),
+                "admin": self._control.gate.status(),
+                "refused": dict(sorted(self.refusals.counts.items())),
+                "memory": {"used": budget.used, "total": budget.total, "ended": budget.ended},
+            },
+        }

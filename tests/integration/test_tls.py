@@ -1,0 +1,549 @@
+"""TLS for NBD clients and between nodes: who gets in, and with which word the others do not.
+
+Rows of reliability.md 4.1 (open port, downgrade, STARTTLS injection, replication auth, secrets) and
+faults 41 and 42. Every refusal is shown beside a legitimate peer that goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.cluster import MIB, Cluster
+from tests.integration.pki import Authority, tls_line
+from tests.integration.process import wait_until
+from tests.integration.rawnbd import REP_ACK, RawClient
+from tests.integration.tools import connect, nbd_error, pattern, requires, run
+
+MakeCluster = Callable[..., Cluster]
+STARTTLS = 5
+REP_ERR_TLS_REQD = 2**31 + 5
+REP_ERR_INVALID = 2**31 + 3
+REP_ERR_POLICY = 2**31 + 2
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA of the group, with two nodes and two clients."""
+    made = Authority(tmp_path_factory.mktemp("ca") / "ca")
+    for node in ("alpha", "beta"):
+        made.node(node)
+    for client in ("laptop", "backup"):
+        made.client(client)
+    return made
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Another CA, with the same names."""
+    made = Authority(tmp_path_factory.mktemp("other") / "ca")
+    for node in ("alpha", "beta"):
+        made.node(node)
+    made.client("laptop")
+    return made
+
+
+def attach(cluster: Cluster, client: Path, volume: str = "data") -> Any:
+    """A libnbd handle over TLS with this certificate."""
+    nbd = importlib.import_module("nbd")
+    handle = nbd.NBD()
+    handle.set_tls(nbd.TLS_REQUIRE)
+    handle.set_tls_certificates(str(client))
+    handle.set_tls_verify_peer(True)
+    handle.connect_uri(f"nbds://127.0.0.1:{cluster.primary.nbd_port}/{volume}")
+    return handle
+
+
+def context(client: Path) -> ssl.SSLContext:
+    """The same for raw sockets."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.load_verify_locations(client / "ca-cert.pem")
+    made.load_cert_chain(client / "client-cert.pem", client / "client-key.pem")
+    return made
+
+
+def refusals(cluster: Cluster, node: str = "alpha") -> list[str]:
+    """Why strangers were refused, as the events of a node tell."""
+    found = next(n for n in cluster.nodes if n.name == node).events()
+    return [event["why"] for event in found if event["kind"] == "stranger-refused"]
+
+
+# -- NBD -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(make_cluster: MakeCluster, authority: Authority) -> Cluster:
+    """A primary alone, with TLS on its TCP address and one export for one name."""
+    cluster = make_cluster(remotes=(), tcp=True)
+    cluster.primary.keys["nbd"] = [tls_line(authority.directory / "alpha")]
+    cluster.primary.keys["volume"] = ['client_names = ["laptop"]', "clients_max = 2"]
+    cluster.primary.write_config()
+    cluster.create()
+    cluster.primary.start()
+    return cluster
+
+
+def raw(cluster: Cluster) -> RawClient:
+    """A raw client on the TLS address."""
+    return RawClient(("127.0.0.1", cluster.primary.nbd_port), timeout=20)
+
+
+def test_a_client_with_a_certificate_is_served(served: Cluster, authority: Authority) -> None:
+    """Data goes both ways over TLS; the unix socket, which its mode guards, stays plain."""
+    handle = attach(served, authority.directory / "laptop")
+    assert handle.get_tls_negotiated()
+    data = pattern(3 * MIB, 1)
+    handle.pwrite(data, 4096)
+    handle.flush()
+    assert handle.pread(3 * MIB, 4096) == data
+    assert connect(served.primary.uri()).pread(len(data), 4096) == data
+    (volume,) = served.primary.status()["volumes"]
+    assert volume["uris"][1].startswith("nbds://")
+    security = served.primary.status()["security"]["nbd"]
+    assert security["mode"] == "tls"
+    assert 824 < (security["expires"] - time.time()) / 86400 < 826
+
+
+def test_nothing_is_told_in_plain_text(served: Cluster) -> None:
+    """FORCEDTLS: every option but STARTTLS and ABORT gets TLS_REQD, EXPORT_NAME hangs up."""
+    with raw(served) as client:
+        for option in (3, 6, 7, 8, 9, 10, 99):
+            (reply,) = client.replies(option, b"\0\0\0\4data\0\0")
+            assert reply.kind == REP_ERR_TLS_REQD, option
+        assert client.replies(2)[-1].kind == REP_ACK
+    with raw(served) as client:
+        client.option(1, b"data")
+        assert client.hung_up()
+    with pytest.raises(nbd_error()):
+        connect(f"nbd://127.0.0.1:{served.primary.nbd_port}/data")
+
+
+def test_starttls_twice_or_with_data(served: Cluster, authority: Authority) -> None:
+    """nbd.md 1.5: INVALID, and the session goes on."""
+    with raw(served) as client:
+        assert client.replies(STARTTLS, b"x")[0].kind == REP_ERR_INVALID
+        assert client.replies(STARTTLS)[0].kind == REP_ACK
+        client.wrap(context(authority.directory / "laptop"), "127.0.0.1")
+        assert client.replies(STARTTLS)[0].kind == REP_ERR_INVALID
+        assert client.go("data")[-1].kind == REP_ACK
+        client.check_usable()
+
+
+def test_plain_text_behind_starttls_is_never_read_as_tls(
+    served: Cluster, authority: Authority
+) -> None:
+    """Fault 42 (CVE-2021-3716): in one segment or later, it ends the connection, and what was
+    injected has no effect."""
+    structured = b"IHAVEOPT" + (8).to_bytes(4, "big") + bytes(4)
+    with raw(served) as client:
+        client.send(b"IHAVEOPT" + STARTTLS.to_bytes(4, "big") + bytes(4) + structured)
+        assert client.socket.recv(100) == b"", "not even the answer to STARTTLS"
+    with raw(served) as client:
+        assert client.replies(STARTTLS)[0].kind == REP_ACK
+        client.send(structured)
+        assert client.hung_up()
+    wait_until("it is told", lambda: any("plain text" in why for why in refusals(served)))
+    attach(served, authority.directory / "laptop")
+
+
+def test_what_was_negotiated_before_tls_is_forgotten(
+    make_cluster: MakeCluster, served: Cluster, authority: Authority
+) -> None:
+    """SET_META_CONTEXT within TLS asks for structured replies anew."""
+    with raw(served) as client:
+        client.replies(8)
+        assert client.replies(STARTTLS)[0].kind == REP_ACK
+        client.wrap(context(authority.directory / "laptop"), "127.0.0.1")
+        query = b"\0\0\0\4data\0\0\0\1\0\0\0\x0fbase:allocation"
+        assert client.replies(10, query)[0].kind == REP_ERR_INVALID
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda ours, theirs: ours.client("late", days=-1), "expired"),
+        (lambda ours, theirs: theirs.directory / "laptop", "wrong CA"),
+        (lambda ours, theirs: None, "missing certificate"),
+    ],
+    ids=["expired", "wrong-ca", "none"],
+)
+def test_bad_certificates_are_refused_by_name(
+    served: Cluster,
+    authority: Authority,
+    stranger: Authority,
+    make: Callable[[Authority, Authority], Path | None],
+    word: str,
+) -> None:
+    """Fault 41: no fallback, a clear word, and the right client is served meanwhile."""
+    directory = make(authority, stranger)
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.load_verify_locations(authority.directory / "ca.pem")
+    if directory is not None:
+        made.load_cert_chain(directory / "client-cert.pem", directory / "client-key.pem")
+    with raw(served) as client, pytest.raises((OSError, EOFError)):
+        assert client.replies(STARTTLS)[0].kind == REP_ACK
+        client.wrap(made, "127.0.0.1")
+        client.go("data")
+    wait_until(word, lambda: any(word in why for why in refusals(served)))
+    assert attach(served, authority.directory / "laptop").get_size()
+
+
+def test_an_export_is_for_those_it_names(served: Cluster, authority: Authority) -> None:
+    """Another certificate of the same CA: it sees no export, and a wish for one is POLICY."""
+    with raw(served) as client:
+        assert client.replies(STARTTLS)[0].kind == REP_ACK
+        client.wrap(context(authority.directory / "backup"), "127.0.0.1")
+        assert [reply.kind for reply in client.replies(3)] == [REP_ACK]
+        assert client.go("data")[-1].kind == REP_ERR_POLICY
+    assert any("backup" in why for why in refusals(served))
+
+
+def test_an_export_has_so_many_clients(served: Cluster, authority: Authority) -> None:
+    """``clients_max``; when one leaves there is a place again."""
+    laptop = authority.directory / "laptop"
+    one, two = attach(served, laptop), attach(served, laptop)
+    with pytest.raises(nbd_error(), match="policy"):
+        attach(served, laptop)
+    two.shutdown()
+    wait_until("a place is free", lambda: served.primary.status()["volumes"][0]["clients"] == 1)
+    assert attach(served, laptop).get_size() == one.get_size()
+
+
+def test_a_stalled_tls_handshake_has_a_deadline(served: Cluster, authority: Authority) -> None:
+    """Fault 36: silence within TLS is dropped like silence before it."""
+    with raw(served) as client:
+        assert client.replies(STARTTLS)[0].kind == REP_ACK
+        attach(served, authority.directory / "laptop")
+        assert client.hung_up()
+
+
+def test_certificates_are_reloaded(
+    make_cluster: MakeCluster, authority: Authority, stranger: Authority, tmp_path: Path
+) -> None:
+    """SIGHUP: new connections meet the new certificate, old ones stay; a broken file changes
+    nothing."""
+    certificate = tmp_path / "cert.pem"
+    certificate.write_bytes((authority.directory / "alpha" / "cert.pem").read_bytes())
+    (tmp_path / "key.pem").write_bytes((authority.directory / "alpha" / "key.pem").read_bytes())
+    (tmp_path / "key.pem").chmod(0o600)
+    (tmp_path / "ca.pem").write_bytes((authority.directory / "ca.pem").read_bytes())
+    cluster = make_cluster(remotes=(), tcp=True)
+    cluster.primary.keys["nbd"] = [tls_line(tmp_path)]
+    cluster.primary.write_config()
+    cluster.create()
+    cluster.primary.start()
+    laptop = authority.directory / "laptop"
+    old = attach(cluster, laptop)
+
+    def reload(kind: str) -> None:
+        before = len(cluster.primary.events())
+        cluster.primary.reload()
+        wait_until(kind, lambda: kind in str(cluster.primary.events()[before:]))
+
+    certificate.write_text("nonsense")
+    reload("reload-failed")
+    assert attach(cluster, laptop).get_size()
+    for name in ("cert.pem", "key.pem"):
+        fresh = (stranger.directory / "alpha" / name).read_bytes()
+        (tmp_path / name).write_bytes(fresh)
+    reload("reloaded")
+    with pytest.raises(nbd_error()):  # the client does not know this CA
+        attach(cluster, laptop)
+    assert old.pread(512, 0) == bytes(512)
+
+
+# -- between nodes -------------------------------------------------------------------------------
+
+
+def secure(cluster: Cluster, **lines: str) -> None:
+    """Gives each node its line in ``[replication]``."""
+    for node in cluster.nodes:
+        node.keys["replication"] = [lines[node.name]]
+        node.write_config()
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Iterator[Path]:
+    """A file with a secret."""
+    path = tmp_path / "secret"
+    path.write_text(os.urandom(32).hex() + "\n")
+    path.chmod(0o600)
+    yield path
+
+
+def secret_line(path: Path) -> str:
+    return f'secret_file = "{path}"'
+
+
+def check_replicates(cluster: Cluster) -> None:
+    handle = connect(cluster.primary.uri())
+    handle.pwrite(pattern(MIB, 7), 0)
+    handle.flush()
+    cluster.check_in_sync()
+
+
+def test_replication_with_certificates(make_cluster: MakeCluster, authority: Authority) -> None:
+    """Mutual TLS, with each other's key pinned."""
+    cluster = make_cluster()
+    alpha, beta = authority.directory / "alpha", authority.directory / "beta"
+    secure(
+        cluster,
+        alpha=tls_line(alpha, pins=(authority.pin(beta / "cert.pem"),)),
+        beta=tls_line(beta, pins=("sha256:" + authority.pin(alpha / "cert.pem"),)),
+    )
+    cluster.start()
+    check_replicates(cluster)
+    with _capture(cluster) as seen:
+        check_replicates(cluster)
+    assert b"NMF1" not in seen()
+
+
+@contextlib.contextmanager
+def _capture(cluster: Cluster) -> Iterator[Callable[[], bytes]]:
+    """What a third party sees on the wire: the proxy's side."""
+    taken = bytearray()
+    cluster.proxy.tap = taken.extend
+    try:
+        yield lambda: bytes(taken)
+    finally:
+        cluster.proxy.tap = None
+    assert taken, "nothing went over the wire"
+
+
+def test_replication_with_a_secret(make_cluster: MakeCluster, secret: Path) -> None:
+    """Proved by the secret, and unreadable on the way."""
+    cluster = make_cluster()
+    secure(cluster, alpha=secret_line(secret), beta=secret_line(secret))
+    cluster.start()
+    with _capture(cluster) as seen:
+        check_replicates(cluster)
+    assert b"NMF1" not in seen() and pattern(MIB, 7)[:64] not in seen()
+    text = " ".join(node.daemon.output(1000) + str(node.status()) for node in cluster.nodes)
+    assert secret.read_text().strip() not in text
+
+
+def why_not(cluster: Cluster, word: str) -> str:
+    """The remote's state says ``refused`` with this word."""
+    entry = cluster.primary.until(
+        f"is refused: {word}", lambda r: word in str(r["why"]) and r["state"] == "refused"
+    )
+    return str(entry["why"])
+
+
+def test_another_secret_is_refused(make_cluster: MakeCluster, secret: Path, tmp_path: Path) -> None:
+    """Both sides say so; the right one is let in when it comes."""
+    other = tmp_path / "other"
+    other.write_text("x" * 40)
+    other.chmod(0o600)
+    cluster = make_cluster()
+    secure(cluster, alpha=secret_line(other), beta=secret_line(secret))
+    cluster.start(synced=False)
+    why_not(cluster, "wrong secret")
+    other.write_bytes(secret.read_bytes())
+    cluster.primary.reload()
+    cluster.primary.ok("resync", "beta")
+    cluster.check_in_sync()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "word"),
+    [
+        (("ours", "alpha", 825), ("theirs", "beta", 825), "wrong CA"),
+        (("ours", "alpha", 825), ("ours", "gamma", 825), "wrong name"),
+        (("ours", "alpha", 825), ("ours", "beta", -1), "expired"),
+        (("other group", "alpha", 825), ("ours", "beta", 825), "wrong name"),
+        (("ours", "gamma", 825), ("ours", "beta", 825), "gamma says that it is 'alpha'"),
+    ],
+    ids=["wrong-ca", "wrong-name", "expired", "other-group", "impostor"],
+)
+def test_peers_are_refused_by_name(
+    make_cluster: MakeCluster,
+    tmp_path: Path,
+    alpha: tuple[str, str, int],
+    beta: tuple[str, str, int],
+    word: str,
+) -> None:
+    """Fault 41 on the link; F6: the name is the certificate's, never the address."""
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+
+    def directory(whose: str, name: str, days: int) -> Path:
+        if whose == "other group":
+            return ours.node(name, group="web", days=days)
+        return (theirs if whose == "theirs" else ours).node(name, days=days)
+
+    cluster = make_cluster()
+    ca = ours.directory / "ca.pem"
+    secure(
+        cluster,
+        alpha=tls_line(directory(*alpha), ca=ca),
+        beta=tls_line(directory(*beta), ca=ca),
+    )
+    cluster.start(synced=False)
+    why_not(cluster, word)
+
+
+def test_an_expired_primary_is_refused(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """TLS 1.3 tells the client nothing of it: the secondary's event has the word, the primary's
+    state says where to look."""
+    ours = Authority(tmp_path / "ours")
+    cluster = make_cluster()
+    secure(cluster, alpha=tls_line(ours.node("alpha", days=-1)), beta=tls_line(ours.node("beta")))
+    cluster.start(synced=False)
+    why_not(cluster, "hung up")
+    assert any("expired" in why for why in refusals(cluster, "beta"))
+
+
+def test_an_unpinned_key_is_refused(make_cluster: MakeCluster, authority: Authority) -> None:
+    """A certificate of the right CA with the right name, and another key."""
+    cluster = make_cluster()
+    alpha, beta = authority.directory / "alpha", authority.directory / "beta"
+    pins = (authority.pin(beta / "cert.pem"),)
+    secure(cluster, alpha=tls_line(alpha), beta=tls_line(beta, pins=pins))
+    cluster.start(synced=False)
+    why_not(cluster, "wrong key")
+
+
+def test_a_plain_primary_gets_nothing_from_a_secured_secondary(
+    make_cluster: MakeCluster, secret: Path
+) -> None:
+    """No fallback in either direction: the engine's frames are not even looked at."""
+    cluster = make_cluster()
+    secure(cluster, alpha="insecure = true", beta=secret_line(secret))
+    cluster.start(synced=False)
+    wait_until("beta refuses", lambda: refusals(cluster, "beta"))
+    assert cluster.primary.remote()["state"] != "synchronised"
+    cluster.primary.stop()
+    secure(cluster, alpha=secret_line(secret), beta=secret_line(secret))
+    cluster.primary.start()
+    cluster.check_in_sync()
+
+
+def test_a_secured_primary_sends_nothing_in_the_clear(
+    make_cluster: MakeCluster, secret: Path
+) -> None:
+    """A listener without TLS gets a TLS hello, and then nothing."""
+    cluster = make_cluster(proxied=False)
+    secure(cluster, alpha=secret_line(secret), beta="insecure = true")
+    cluster.create()
+    beta = cluster.secondary
+    with socket.create_server(("127.0.0.1", beta.replication_port)) as server:
+        server.settimeout(20)
+        cluster.primary.start()
+        peer, _ = server.accept()
+        with peer:
+            peer.settimeout(20)
+            first = peer.recv(4096)
+            assert first[:1] == b"\x16" and b"NMF1" not in first  # a TLS handshake record
+            peer.sendall(b"NMF1" + bytes(36))
+            with contextlib.suppress(ConnectionError):
+                assert b"NMF1" not in peer.recv(1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "word"),
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.chmod(0o644), "others can read it"),
+        (lambda path: path.write_text("short"), "at least 32"),
+    ],
+    ids=["missing", "mode", "short"],
+)
+def test_a_secret_that_is_not_one_keeps_the_node_from_starting(
+    make_cluster: MakeCluster, secret: Path, break_it: Callable[[Path], object], word: str
+) -> None:
+    """Longhorn's lesson: a missing secret is no reason to go on without."""
+    cluster = make_cluster()
+    secure(cluster, alpha=secret_line(secret), beta=secret_line(secret))
+    cluster.create()
+    break_it(secret)
+    done = subprocess.run(
+        [*_serve(cluster)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2 and word in done.stderr, done.stderr
+
+
+def _serve(cluster: Cluster) -> list[str]:
+    return [sys.executable, "-m", "nbdmirror", "serve", str(cluster.primary.config)]
+
+
+def test_a_systemd_credential(
+    make_cluster: MakeCluster, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``credential:NAME`` is looked for where LoadCredential puts it."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(secret.parent))
+    cluster = make_cluster()
+    line = f'secret_file = "credential:{secret.name}"'
+    secure(cluster, alpha=line, beta=line)
+    cluster.start()
+    check_replicates(cluster)
+
+
+# -- other programs ------------------------------------------------------------------------------
+
+
+@requires("nbd-client")
+def test_nbd_client_speaks_it(served: Cluster, authority: Authority) -> None:
+    """Debian's nbd-client, with the options that ``deploy/nbd-client@.service`` gives it."""
+    laptop = authority.directory / "laptop"
+    argv = ["nbd-client", "-l", "127.0.0.1", str(served.primary.nbd_port)]
+    argv += ["-certfile", f"{laptop}/client-cert.pem", "-keyfile", f"{laptop}/client-key.pem"]
+    argv += ["-cacertfile", f"{laptop}/ca-cert.pem", "-tlshostname", "127.0.0.1"]
+    assert "data" in run(*argv)
+
+
+@requires("nbdkit")
+def test_nbdkit_with_preshared_keys(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """The nbdkit front end: TLS-PSK and nothing but; a key that others can read is refused."""
+    keys = tmp_path / "keys.psk"
+    keys.write_text(f"laptop:{os.urandom(32).hex()}\n")
+    cluster = make_cluster(remotes=(), tcp=True, frontend="nbdkit")
+    cluster.primary.keys["nbd"] = [f'tls = {{ psk = "{keys}" }}']
+    cluster.primary.keys["volume"] = ["clients_max = 1"]
+    cluster.primary.write_config()
+    cluster.create()
+    keys.chmod(0o644)
+    done = subprocess.run(_serve(cluster), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "others can read it" in done.stderr, done.stderr
+    keys.chmod(0o600)
+    cluster.primary.start()
+
+    def attach_with(path: Path) -> Any:
+        nbd = importlib.import_module("nbd")
+        handle = nbd.NBD()
+        handle.set_tls(nbd.TLS_REQUIRE)
+        handle.set_tls_psk_file(str(path))
+        handle.set_tls_username("laptop")
+        handle.connect_uri(f"nbds://127.0.0.1:{cluster.primary.nbd_port}/data")
+        return handle
+
+    handle = attach_with(keys)
+    handle.pwrite(pattern(MIB, 2), 0)
+    assert handle.pread(MIB, 0) == pattern(MIB, 2)
+    with pytest.raises(nbd_error()):
+        attach_with(keys)  # clients_max
+    handle.shutdown()
+    other = tmp_path / "other.psk"
+    other.write_text(f"laptop:{os.urandom(32).hex()}\n")
+    for path in (other, None):
+        with pytest.raises(nbd_error()):
+            attach_with(path) if path else connect(cluster.primary.uri(tcp=True))
+    wait_until("there is a place again", lambda: _attaches(attach_with, keys))
+
+
+def _attaches(attach_with: Callable[[Path], Any], path: Path) -> bool:
+    try:
+        attach_with(path)
+    except nbd_error():
+        return False
+    return True
