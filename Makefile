@@ -6,24 +6,27 @@
 #   make test              all that CI runs
 #   make sim SEEDS=N       the simulation over N seeds; SEED=N replays one with a trace; MUTANTS=1
 #   make guest             the tests in a QEMU guest; make bench: the measurements
+#   make fuzz SECONDS=N    every parser and whole nodes, N seconds each (3600), guided by coverage
 #   make clean             removes what any of these made
 
 SHELL := /bin/bash
 PYTHON := /usr/bin/python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/sim/test_*.py) \
+FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/fuzz \
+	tests/sim/test_*.py) \
 	tests/test_architecture.py
 SLOW := $(wildcard tests/faults) tests/integration tests/guest
 SEEDS ?= 1000
 CHECK_SEEDS ?= 50
+SECONDS ?= 3600
 
 RUN_PACKAGES := python3 python3-venv python3-libnbd
 TEST_PACKAGES := $(RUN_PACKAGES) nbdkit nbdkit-plugin-python libnbd-bin nbd-client nbd-server \
-	systemd qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
+	openssl systemd qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
 	fio sqlite3 strace iproute2 e2fsprogs xfsprogs btrfs-progs
 
-.PHONY: run test check lint sim sim-if-any guest bench setup setup-run clean
+.PHONY: run test check lint sim sim-if-any guest bench fuzz setup setup-run clean
 .DELETE_ON_ERROR:
 
 run: setup-run
@@ -55,6 +58,10 @@ guest: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench
+
+fuzz: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 setup: packages-test .venv/stamp
 setup-run: packages-run .venv/stamp
