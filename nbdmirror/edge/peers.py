@@ -28,7 +28,7 @@ from nbdmirror.config import Config, Limits, ReplicationConfig
 from nbdmirror.edge import tls
 from nbdmirror.edge.net import LinuxNetwork, listen_for_another
 from nbdmirror.edge.secrets import read_secret
-from nbdmirror.engine.gate import Gate, Guest, Room, counted_as
+from nbdmirror.engine.admission import Gate, Guest, Room, counted_as
 from nbdmirror.errors import FormatError, PeerError, Refused
 from nbdmirror.ports import Listener
 

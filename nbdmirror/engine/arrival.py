@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nbdmirror.codec.nbd import ExportInfo
 from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.engine.access import Client
-from nbdmirror.engine.gate import Guest, address_of
+from nbdmirror.engine.admission import Guest, address_of
 from nbdmirror.ports import TlsServer
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from nbdmirror.codec.admin import (
     parse_request,
 )
 from nbdmirror.config import Limits
-from nbdmirror.engine.gate import Gate, Guest, Room
+from nbdmirror.engine.admission import Gate, Guest, Room
 from nbdmirror.engine.methods import METHODS, Call, Method, NodeApi, check_params
 from nbdmirror.errors import FormatError, NbdmirrorError
 

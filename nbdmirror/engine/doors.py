@@ -15,10 +15,10 @@ from nbdmirror.codec import nbd as wire
 from nbdmirror.codec import repl
 from nbdmirror.config import Config, parse_address, reachable
 from nbdmirror.engine.access import Rules
+from nbdmirror.engine.admission import Gate, Guest, Room
 from nbdmirror.engine.control import ControlServer, NodeApi, PeerUid
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
-from nbdmirror.engine.gate import Gate, Guest, Room
 from nbdmirror.engine.metrics import MetricsServer
 from nbdmirror.engine.peers import peers_of
 from nbdmirror.engine.primary import Primary

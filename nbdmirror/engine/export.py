@@ -21,9 +21,9 @@ from nbdmirror.codec.nbdslab import SLAB_BYTES
 from nbdmirror.config import Limits
 from nbdmirror.engine import operations
 from nbdmirror.engine.access import OPEN, Client, Rules
+from nbdmirror.engine.admission import Gate, Room
 from nbdmirror.engine.arrival import Arrival
 from nbdmirror.engine.budget import Budget, Holder
-from nbdmirror.engine.gate import Gate, Room
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.volume import Change, Volume

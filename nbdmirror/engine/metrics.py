@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from nbdmirror.codec import prometheus
 from nbdmirror.config import Limits
-from nbdmirror.engine.gate import Gate, Guest, Room
+from nbdmirror.engine.admission import Gate, Guest, Room
 
 RECEIVE_BYTES = 4 << 10
 

@@ -9,7 +9,7 @@ import pytest
 
 from nbdmirror.config import AccessConfig
 from nbdmirror.engine.access import Client, Rules
-from nbdmirror.engine.gate import Gate, Guest, Room, counted_as
+from nbdmirror.engine.admission import Gate, Guest, Room, counted_as
 
 
 class Door:
