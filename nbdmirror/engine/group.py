@@ -18,7 +18,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.core.active import key_of
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
-from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, VolumeFailed
 
@@ -101,10 +101,13 @@ class Group:
             self._append(volume, [change])
             keep_space = change.kind == codec.ZERO and bool(change.flags & codec.NO_HOLE)
             seq = self.log.next_seq - 1
-            facets = volume.in_service()
+            facets = volume.writable()
             for facet in facets:
                 facet.pending[seq] = None  # from this step on no sync covers it (O5)
             for facet in facets:
+                if not facet.writable:
+                    del facet.pending[seq]
+                    continue
                 try:
                     await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
                 except OSError as error:
@@ -211,7 +214,7 @@ class Group:
         seq = self.log.next_seq - 1
         lost: list[LocalFacet] = []
         for facet in volume.facets:
-            if not facet.in_service:
+            if not facet.writable:
                 continue
             pwrite = facet.pwrite
             try:
@@ -272,7 +275,6 @@ class Group:
     async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Out of service, durably, before the write that saw it is acknowledged (M12)."""
         for facet in facets:
-            facet.state = FacetState.NOT_SYNCHRONISED
             await self.facet_lost(volume, facet)
         if not volume.in_service() and facets[-1].failed is not None:
             self.fail(facets[-1].failed)

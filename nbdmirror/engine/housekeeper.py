@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.store import Store
@@ -30,6 +31,25 @@ HIGH_WATER = 0.9
 """Of the log: a remote that holds more is forced out before writes have to wait for it."""
 
 FacetLost = Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]]
+
+
+class Holder(Protocol):
+    """Whoever the log may be kept for, and can do with a map instead."""
+
+    @property
+    def name(self) -> str:
+        """What events call it."""
+
+    @property
+    def tracking(self) -> bool:
+        """Whether the log is not kept for it."""
+
+    @property
+    def durable_seq(self) -> int:
+        """The log is kept for it after this seq."""
+
+    async def overflow(self, why: str) -> None:
+        """Marks what is pending in its map, piece by piece, and then needs the log no more."""
 
 
 async def _ignore(volume: Volume, facet: LocalFacet) -> None:
@@ -58,6 +78,8 @@ class Housekeeper:
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.facet_lost: FacetLost = _ignore
         """Awaited when a facet failed: makes that durable (O16)."""
+        self.facets: Facets | None = None
+        """On a primary: facets out of service hold the log too, and have maps."""
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
         self._releasing = asyncio.Lock()
@@ -128,15 +150,16 @@ class Housekeeper:
         pressed = self._waiting or self._log.ring.used > self._log.capacity * SYNC_AT
         if pressed or now - self._synced_at >= SYNC_SECONDS:
             self._synced_at = now
-            await self._sync_facets()
+            await self.sync_facets()
             await self._release()
         self._police()
 
-    async def _sync_facets(self) -> None:
+    async def sync_facets(self) -> None:
+        """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did."""
         dirty = [
             (volume, facet)
             for volume in self._volumes
-            for facet in volume.in_service()
+            for facet in volume.writable()
             if facet.written_seq > facet.synced_seq
         ]
         syncs = (facet.sync() for _, facet in dirty)
@@ -151,8 +174,7 @@ class Housekeeper:
 
     def _floor(self) -> int:
         applied = self._applied_seq()
-        # The last facet that a volume had comes back from the log, if the log is kept for it.
-        floors = [f.floor(applied) for v in self._volumes for f in v.in_service() or v.facets]
+        floors = [facet.floor(applied) for v in self._volumes for facet in v.facets]
         floors += [remote.floor(applied) for remote in self.remotes]
         return min([applied, *floors])
 
@@ -167,7 +189,7 @@ class Housekeeper:
                     return  # the log was reset meanwhile
                 self._log.release(seq, position)
                 for volume in self._volumes:
-                    for facet in volume.in_service():
+                    for facet in volume.writable():
                         facet.synced_seq = max(facet.synced_seq, seq - 1)
             if ring.durable_tail < ring.tail:
                 await self._confirm()
@@ -178,6 +200,8 @@ class Housekeeper:
         for remote in self.remotes:
             if remote.tracking:
                 await remote.sync_maps()  # what was pending is in the DCM before it goes (O12)
+        if self.facets is not None:
+            await self.facets.sync_maps()
         if self._log.ring is not ring:
             return  # the log was reset meanwhile
         position = ring.tail
@@ -201,10 +225,12 @@ class Housekeeper:
         )
         if not full or (self._forcing is not None and not self._forcing.done()):
             return
-        holding = [r for r in self.remotes if not r.tracking or r.starting]
-        behind = min(holding, key=lambda r: r.durable_seq, default=None)
+        behind = self._furthest_behind()
         if behind is None or behind.durable_seq + 1 > ring.tail_seq:
             return  # it is not a remote that holds the tail
+        if not isinstance(behind, Remote):
+            self._forcing = asyncio.ensure_future(self._force(behind))
+            return
         if self.on_full == "block":
             if self._waiting and not self._stalled:
                 self._stalled = True
@@ -216,8 +242,14 @@ class Housekeeper:
         else:
             self._forcing = asyncio.ensure_future(self._force(behind))
 
-    async def _force(self, remote: Remote) -> None:
-        work = asyncio.ensure_future(remote.overflow("the log was full"))
+    def _furthest_behind(self) -> Holder | None:
+        holding: list[Holder] = [r for r in self.remotes if not r.tracking or r.starting]
+        if self.facets is not None:
+            holding += self.facets.holding()
+        return min(holding, key=lambda one: one.durable_seq, default=None)
+
+    async def _force(self, one: Holder) -> None:
+        work = asyncio.ensure_future(one.overflow("the log was full"))
         try:
             while not work.done():
                 await asyncio.wait([work], timeout=0.05)

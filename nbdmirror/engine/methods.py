@@ -56,6 +56,13 @@ class NodeApi(Protocol):
     async def remote_remove(self, name: str) -> Json | None:
         """Forgets a remote; what was kept for it is freed (M17)."""
 
+    def facet_list(self) -> list[Json]:
+        """The local facets, as in ``status``, each with its volume."""
+
+    async def facet(self, action: str, path: str, other: str | None = None) -> list[Json]:
+        """offline, online, add (``other``: the volume), remove, replace (``other``: the new path)
+        of a local facet (M8, M17); returns the facets. What is copied then is copied behind."""
+
 
 @dataclass(frozen=True, slots=True)
 class Param:
@@ -120,6 +127,30 @@ async def _remote_add(call: Call) -> Json:
 
 async def _remote_remove(call: Call) -> Json:
     return await call.node.remote_remove(call.params["name"]) or {}
+
+
+async def _facet_list(call: Call) -> list[Json]:
+    return call.node.facet_list()
+
+
+def _facet(action: str, other: str | None = None) -> Method:
+    """A command on a facet; ``other`` names its second parameter."""
+
+    async def handler(call: Call) -> list[Json]:
+        value = call.params[other] if other is not None else None
+        return await call.node.facet(action, call.params["path"], value)
+
+    params = {"path": Param(str, required=True, check=_absolute)}
+    if other == "volume":
+        params[other] = Param(str, required=True)
+    elif other is not None:
+        params[other] = Param(str, check=_absolute)
+    return Method(handler, params, changing=True)
+
+
+def _absolute(path: Any) -> str | None:
+    good = path.startswith("/") and "\0" not in path and not path.endswith("/")
+    return None if good else f"must be an absolute path of a file or device, not {path!r}"
 
 
 async def _freeze(call: Call) -> Json:
@@ -210,6 +241,12 @@ METHODS: dict[str, Method] = {
         changing=True,
     ),
     "remote.remove": Method(_remote_remove, {"name": _REMOTE_NAME}, changing=True),
+    "facet.list": Method(_facet_list, {}),
+    "facet.offline": _facet("offline"),
+    "facet.online": _facet("online"),
+    "facet.add": _facet("add", "volume"),
+    "facet.remove": _facet("remove"),
+    "facet.replace": _facet("replace", "new"),
     "apply.freeze": Method(_freeze, {}, changing=True),
     "apply.thaw": Method(_thaw, {}, changing=True),
     "events": Method(

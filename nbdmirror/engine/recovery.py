@@ -24,7 +24,8 @@ from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.log import Cursor, Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed
+from nbdmirror.errors import DiskFailed, StateError
+from nbdmirror.ports import Disk
 
 LEVEL_BYTES = 1 << 20
 """Facets are compared in pieces of this size after a power loss."""
@@ -58,6 +59,9 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     power_loss = not clean and (state["boot_id"] != boot_id or bool(state.get("log_failed")))
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     healing = _healing(store, volumes, log.ring.tail_seq)
+    for volume in volumes:
+        for facet in volume.facets:
+            facet.synced_seq = log.ring.tail_seq - 1
     timeline = Timeline()
     records = 0
     # The damaged slot of the superblock may have told of a newer epoch.
@@ -79,17 +83,22 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     # Within one boot the page cache holds all that was written, so what is behind the damage is in
     # the facets; redoing what lies before it would only bring back what it had replaced.
     behind = 0 if power_loss else log.seq_behind(forks)
+    if behind:
+        healing = []
     if not behind and (not clean or healing):
         await _apply(log, until, volumes, healing, only_healing=clean)
     for volume in volumes:
         for facet in volume.facets:
-            facet.written_seq = max(until, log.ring.tail_seq - 1)
-            # Redo may have brought back older versions of blocks: nothing counts as synced (O23).
-            redone = records and (not clean or facet in healing)
-            facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
-            if facet in healing or (power_loss and facet.in_service):
-                await facet.sync()
-    _trust_again(store, healing)
+            if facet.failed is None:
+                facet.written_seq = max(until, log.ring.tail_seq - 1)
+                # Redo may have brought back older versions of blocks: nothing counts as synced
+                # (O23).
+                redone = records and (not clean or facet in healing)
+                facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
+                if facet in healing or (power_loss and facet.in_service):
+                    await _sync(volume, facet)
+    _trust_again(store, [facet for facet in healing if facet.failed is None])
+    _note_failed(store, volumes)
     known = max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
     return Recovered(
         clean=clean,
@@ -112,12 +121,34 @@ async def _apply(
             if record.seq > until:
                 return
             volume = volumes[record.volume]
-            facets = [facet for facet in volume.facets if facet in healing]
-            for facet in facets if only_healing else volume.in_service() + facets:
+            facets = [f for f in volume.facets if f in healing and f.failed is None]
+            for facet in facets if only_healing else volume.writable() + facets:
                 try:
                     await facet.apply(record)
                 except OSError as error:
-                    raise facet.fail("redo", error) from error
+                    failure = facet.fail("redo", error)
+                    if not volume.in_service():
+                        raise failure from error
+
+
+async def _sync(volume: Volume, facet: LocalFacet) -> None:
+    """Raises DiskFailed if the volume has no other facet."""
+    try:
+        await facet.sync()
+    except DiskFailed:
+        if not volume.in_service():
+            raise
+
+
+def _note_failed(store: Store, volumes: list[Volume]) -> None:
+    """Facets that failed in the redo are out of service; the caller saves (M12)."""
+    for volume, saved in zip(volumes, store.state["volumes"], strict=True):
+        for facet, entry in zip(volume.facets, saved["facets"], strict=True):
+            if facet.failed is not None and facet.state is not FacetState.NOT_SYNCHRONISED:
+                facet.state = FacetState.NOT_SYNCHRONISED
+                entry.update(
+                    state=facet.state.value, since=facet.kept_seq, why=facet.failed.message
+                )
 
 
 def _entries(store: Store) -> Iterator[dict[str, Any]]:
@@ -127,20 +158,25 @@ def _entries(store: Store) -> Iterator[dict[str, Any]]:
 
 def _healing(store: Store, volumes: list[Volume], tail_seq: int) -> list[LocalFacet]:
     """The failed facets for which the log holds everything since their last sync."""
-    since = {entry["path"]: entry.get("since") for entry in _entries(store)}
+    since = {
+        entry["path"]: entry.get("since")
+        for entry in _entries(store)
+        if not entry.get("tracking") and not entry.get("offline")
+    }
 
     def held(facet: LocalFacet) -> bool:
         synced = since.get(facet.path)
         return synced is not None and synced + 1 >= tail_seq
 
     facets = (facet for volume in volumes for facet in volume.facets)
-    return [facet for facet in facets if not facet.in_service and held(facet)]
+    return [facet for facet in facets if facet.is_open and not facet.writable and held(facet)]
 
 
 def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
     paths = [facet.path for facet in healed]
     for facet in healed:
         facet.state = FacetState.SYNCHRONISED
+        facet.writable, facet.kept_seq = True, None
     for entry in _entries(store):
         if entry["path"] in paths:
             entry.update(state=FacetState.SYNCHRONISED.value, since=None)
@@ -173,6 +209,8 @@ async def level(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) ->
     have reached one facet and not another, and a read must not depend on which one serves it."""
     for volume, offset, length in ranges:
         facets = volume.in_service()
+        if len(facets) < 2:
+            continue
         for at in range(offset, offset + length, LEVEL_BYTES):
             size = min(LEVEL_BYTES, offset + length - at)
             for first, other in ((facets[0], other) for other in facets[1:]):
@@ -191,3 +229,46 @@ def facet_state(word: str) -> FacetState:
         return FacetState(word)
     except ValueError:
         raise DiskFailed(f"unknown facet state {word!r} in the superblock") from None
+
+
+def open_volumes(disk: Disk, store: Store) -> list[Volume]:
+    """The volumes with their facets, as the superblock names them.
+
+    A facet that cannot be opened is out of service, and nothing is known of its content, if
+    another one is in service; else StateError or OSError says why it cannot be."""
+    volumes = []
+    for index, saved in enumerate(store.state["volumes"]):
+        facets: list[LocalFacet] = []
+        failures: list[Exception] = []
+        for entry in saved["facets"]:
+            state = facet_state(entry["state"])
+            try:
+                facet = LocalFacet.open(disk, entry["path"], saved["size"], state)
+            except (StateError, OSError) as error:
+                failures.append(error)
+                facet = _absent(entry, saved["size"], str(error))
+            if state is FacetState.NOT_SYNCHRONISED and not entry.get("fill"):
+                facet.kept_seq = entry.get("since")
+            facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
+            facets.append(facet)
+        if failures and not any(facet.in_service for facet in facets):
+            raise failures[0]
+        volumes.append(
+            Volume(index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets)
+        )
+    return volumes
+
+
+def _absent(entry: dict[str, Any], size: int, why: str) -> LocalFacet:
+    """A facet that cannot be opened. One that was trusted must be compared when it is back: it may
+    be another disk then."""
+    if entry["state"] != FacetState.NOT_SYNCHRONISED.value:
+        entry.update(
+            state=FacetState.NOT_SYNCHRONISED.value,
+            since=None,
+            tracking=True,
+            fill=True,
+            compare=True,
+            why=why,
+        )
+    return LocalFacet(None, entry["path"], size, FacetState.NOT_SYNCHRONISED)

@@ -138,6 +138,7 @@ class Checks:
         if not any(facet.pending for v in node.volumes for facet in v.facets):
             line = world.history.lines[-1]
             compare(world.a.images(), line.image(line.head), "the primary (V5)")
+            world.check_facets(world.a, node)
 
     def _progress(self, remote: dict[str, Any]) -> None:
         """Bytes done never fall within a pass; no more is sent than what is marked (I4)."""

@@ -25,8 +25,16 @@ NODE_FAULTS = (
     "die starting",
     "stop and power",
 )
-DISK_FAULTS = ("disk stall", "sync error a", "sync error b", "sync loss b", "write error b")
-ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump")
+DISK_FAULTS = (
+    "disk stall",
+    "sync error a",
+    "sync error b",
+    "sync loss b",
+    "write error b",
+    "facet error",
+    "facet error",
+)
+ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump", "facet offline", "facet replace")
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
@@ -84,7 +92,7 @@ def draw(seed: int) -> Options:
         region=region,
         # Many small extents: the active map has 61 slots at least and must be made to evict.
         extent=rng.choice([1, 2, 4, 16]) * KIB,
-        facets=2 if rng.random() < 0.2 else 1,
+        facets=rng.choice([1, 1, 1, 2, 2, 3]),
         remotes=2 if rng.random() < 0.15 else 1,
         log_size=log_size,
         remote_log_size=max(log_size, rng.choice([68, 260]) * KIB),
@@ -151,6 +159,9 @@ def _constants(rng: random.Random) -> dict[str, int | float]:
         "session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
         "resync.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
         "resync.COMPARE_BYTES": rng.choice([16 * KIB, 4 << 20]),
+        "facetcopy.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
+        "facetcopy.SYNC_BYTES": rng.choice([4 * KIB, 64 << 20]),
+        "rescue.READ_ERRORS_MAX": rng.choice([2, 32]),
         "housekeeper.INTERVAL_SECONDS": rng.choice([0.1, 1.0, 5.0]),
     }
 

@@ -140,6 +140,7 @@ async def _converge(
             if not working.done():
                 raise Violation("requests of clients hang though nothing is broken (I8)")
             await _in_sync(world)
+            await _facets_in_sync(world)
         except Gone:
             continue  # an error from before has only now been noticed
         break
@@ -164,6 +165,20 @@ async def _in_sync(world: World) -> None:
         raise Violation(f"not in sync after {HEAL_SECONDS} s: {states} ({error})") from None
 
 
+async def _facets_in_sync(world: World) -> None:
+    """Every local facet comes back by itself."""
+    node = world.a.node
+    end = world.loop.time() + HEAL_SECONDS
+    while node is not None and not all(f.in_service for v in node.volumes for f in v.facets):
+        if world.loop.time() > end:
+            raise Violation(f"facets do not come back: {node.facet_list()} (M8)")
+        await asyncio.sleep(0.1)
+        node = world.a.node
+    if node is None:
+        raise Gone
+    world.check_facets(world.a, node)
+
+
 async def _stop_and_compare(world: World, checks: Checks) -> None:
     """A clean stop of everything leaves equal disks, and nothing to redo."""
     for host in world.hosts.values():
@@ -175,6 +190,9 @@ async def _stop_and_compare(world: World, checks: Checks) -> None:
         compare(remote.images(), a, f"{remote.name} after a clean stop")
     for host in world.hosts.values():
         checks.crash_clone(host)
+    for index, volume in enumerate(world.a.config.volumes):
+        for path in volume.facets:
+            compare([world.a.disk.content(path)[: volume.size]], [a[index]], f"{path} at the end")
 
 
 class Faults:
@@ -209,6 +227,10 @@ class Faults:
             await self._end(name, self._targets(last))
         elif kind in ("die starting", "stop and power"):
             await self._odd_end(kind)
+        elif kind == "facet error":
+            self._facet_error()
+        elif kind in ("facet offline", "facet replace"):
+            await self._facet_out(kind)
         elif kind in ("pause", "resync", "full resync", "clock jump"):
             await self._admin(kind)
         elif name in ("sync error", "sync loss", "write error"):
@@ -340,7 +362,57 @@ class Faults:
         prefix = rng.choice(["/state", "/facets", "/"])
         host.disk.faults = _once(operation, prefix, Fault(kind))
 
+    def _facet_error(self) -> None:
+        """An operation on one of several facets of the primary fails."""
+        world, rng = self._world, self._random
+        node = world.a.node
+        if node is None:
+            return
+        volume = rng.choice(node.volumes)
+        if len(volume.in_service()) < 2:
+            return
+        operation, kind = rng.choice(
+            [
+                ("pwrite", Kind.ERROR),
+                ("pwrite", Kind.SHORT),
+                ("sync", Kind.ERROR),
+                ("sync", Kind.LOSE),
+                ("punch", Kind.ERROR),
+                ("read", Kind.ERROR),
+                ("try_pread", Kind.ERROR),
+                ("write", Kind.SHORT),
+            ]
+        )
+        path = rng.choice(volume.facets).path
+        world.a.disk.faults = _once(operation, path, Fault(kind))
+
     # -- people ----------------------------------------------------------------------------------
+
+    async def _facet_out(self, kind: str) -> None:
+        """A facet is taken out of service for a time, and brought back, or its disk replaced."""
+        world, rng = self._world, self._random
+        node = world.a.node
+        if node is None:
+            return
+        path = rng.choice([f.path for v in node.volumes for f in v.facets])
+        with contextlib.suppress(Gone, NbdmirrorError):
+            await world.in_life(world.a, node.facet("offline", path))
+            await asyncio.sleep(rng.choice([0.01, 0.3, 5.0]) * rng.random())
+            if kind == "facet replace":
+                await world.in_life(world.a, self._new_disk(world.a, path))
+                await world.in_life(world.a, node.facet("replace", path))
+            else:
+                await world.in_life(world.a, node.facet("online", path))
+
+    async def _new_disk(self, host: Host, path: str) -> None:
+        """What a person puts in may hold anything."""
+        size = host.disk.open(path).size()
+        host.disk.unlink(path)
+        if self._random.random() < 0.5:
+            file = host.disk.open(path, create=True)
+            file.pwrite(0, b"\xff" * size)
+            await file.sync()
+            await host.disk.sync_directory(path.rpartition("/")[0])
 
     async def _admin(self, kind: str) -> None:
         world, rng = self._world, self._random
@@ -382,6 +454,9 @@ class Faults:
             raise Violation(f"the primary does not start: {world.a.failed}")
         for remote in world.remotes:
             await world.in_life(world.a, node.resume(remote.name))
+        for volume in node.volumes:
+            for facet in volume.facets:
+                await world.in_life(world.a, node.facet("online", facet.path))
 
 
 def _once(operation: str, prefix: str, fault: Fault) -> Injector:

@@ -315,10 +315,11 @@ class World:
             raise Violation(f"a killed primary came back with {end} of {self.history.head} records")
         else:
             compare(images, self.history.lines[-1].image(end), "the primary after redo")
-        self._check_facets(host, node)
+        self.check_facets(host, node)
         self._observe(node)
 
-    def _check_facets(self, host: Host, node: Node) -> None:
+    def check_facets(self, host: Host, node: Node) -> None:
+        """Every facet in service holds the same."""
         for volume in node.volumes:
             facets = [host.disk.content(f.path)[: volume.size] for f in volume.in_service()]
             for other in facets[1:]:

@@ -129,6 +129,17 @@ class FakeNode:
         remotes: list[Json] = self.state["remotes"]
         return remotes
 
+    def facet_list(self) -> list[Json]:
+        return [
+            {"volume": volume["name"], **facet}
+            for volume in self.state["volumes"]
+            for facet in volume["facets"]
+        ]
+
+    async def facet(self, action: str, path: str, other: str | None = None) -> list[Json]:
+        self.calls.append((f"facet_{action}", path, other))
+        return self.facet_list()
+
     async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
         self.calls.append(("remote_add", name, address, mode))
         return None

@@ -1,0 +1,60 @@
+"""After a crash of the primary: what may differ goes into the maps of all who may lack it."""
+
+from __future__ import annotations
+
+from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.log import Cursor, Log
+from nbdmirror.engine.recovery import Recovered, doubtful_ranges, level
+from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.store import Store
+
+
+async def mark_doubtful(
+    store: Store,
+    remotes: list[Remote],
+    facets: Facets,
+    recovered: Recovered,
+    active: ActiveMapFile,
+) -> None:
+    """At start, before anything is served; nothing at all after a clean stop."""
+    group = facets.group
+    doubtful = doubtful_ranges(active, group.volumes) if recovered.power_loss else []
+    await level(group.volumes, doubtful)
+    lost = None
+    if recovered.lost:
+        lost = f"the log lost {recovered.lost} records: it was damaged"
+    elif store.damaged is not None:
+        lost = f"the superblock may be out of date: {store.damaged}"
+    if not recovered.clean:
+        await facets.after_crash(doubtful, lost)
+    pending = []
+    if any(remote.tracking for remote in remotes):
+        pending = await _pending(group.log)
+    for remote in remotes:
+        if not recovered.clean:
+            for dcm in remote.dcms:
+                dcm.rewrite()
+        if remote.tracking:
+            # Whether an overflow was finished or not: what the log holds is marked again.
+            for index, offset, length in pending:
+                remote.mark(index, offset, length)
+        for volume, offset, length in doubtful:
+            remote.mark(volume.index, offset, length)
+        if lost is not None:
+            await remote.fill(lost)
+        elif doubtful:
+            # Records past the end are not in the history: the remote may be set back to there.
+            base_seq = min(remote.facts["base_seq"], recovered.end_seq)
+            remote.facts.update(compare=True, consistent=False, base_seq=base_seq)
+            remote.facts["why"] = remote.facts["why"] or "the primary lost power"
+        remote.save_defaults()
+        await remote.sync_maps()
+
+
+async def _pending(log: Log) -> list[tuple[int, int, int]]:
+    cursor, found = Cursor(log.ring.tail_seq), []
+    while cursor.seq < log.next_seq:
+        for record in (await log.read(cursor)).parsed():
+            found.append((record.volume, record.offset, record.length))
+    return found
