@@ -83,7 +83,7 @@ def _await(client: AdminClient, path: str, timeout: float | None) -> list[Json]:
             raise NbdmirrorError(f"the facet {path} was removed meanwhile")
         if facet["state"] == "synchronised":
             return facets
-        if facet["state"] == "not-synchronised" and (facet["offline"] or facet["errors"]):
+        if facet["state"] == "not-synchronised" and facet["why"]:
             raise NbdmirrorError(facet_text(facet), hint=facet["next_action"])
         if end is not None and time.monotonic() > end:
             waited = seconds_text(timeout or 0.0)

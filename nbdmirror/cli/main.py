@@ -153,7 +153,8 @@ def _add_remote(commands: argparse._SubParsersAction[Parser]) -> None:
     add = _command(actions, "add", online.remote_add, talks=True)
     add.add_argument("name", metavar="NAME")
     add.add_argument("address", metavar="ADDRESS", help="tcp:HOST:PORT")
-    add.add_argument("--mode", default="async")
+    add.add_argument("--mode", default="async", help="async (the default) or sync")
+    add.add_argument("--on-link-loss", metavar="POLICY", help="continue, hold or fail (sync)")
     _command(actions, "remove", online.remote_remove, talks=True).add_argument(
         "name", metavar="NAME"
     )

@@ -20,14 +20,13 @@ async def mark_doubtful(
     """At start, before anything is served; nothing at all after a clean stop."""
     group = facets.group
     doubtful = doubtful_ranges(active, group.volumes) if recovered.power_loss else []
-    await level(group.volumes, doubtful)
+    await level(group.volumes, doubtful, recovered.healed)
     lost = None
     if recovered.lost:
         lost = f"the log lost {recovered.lost} records: it was damaged"
     elif store.damaged is not None:
         lost = f"the superblock may be out of date: {store.damaged}"
-    if not recovered.clean:
-        await facets.after_crash(doubtful, lost)
+    await facets.recover(recovered.clean, doubtful, lost)
     pending = []
     if any(remote.tracking for remote in remotes):
         pending = await _pending(group.log)

@@ -69,8 +69,7 @@ class FacetCopy:
             count = min(max(1, COPY_BYTES // region), -(-span // region))
         length = min(count * region, volume.size - offset)
         async with volume.locked(offset, length, exclusive=False):
-            if facet.failed is not None:
-                raise facet.failed
+            self._check()
             try:
                 if hole[2] and all(piece[2] for piece in volume.allocation(offset, length)):
                     if any(True for _ in facet.file.data_ranges(offset, length)):
@@ -92,11 +91,18 @@ class FacetCopy:
         for at in range(offset, end, COPY_BYTES):
             size = min(COPY_BYTES, end - at)
             data = await self._volume.read(at, size)
+            self._check()
             if self._compare and await facet.read(at, size) == data:
                 self.progress.skipped_bytes += size
                 continue
+            self._check()
             await facet.file.write(at, data)
             self.progress.sent_bytes += size
+
+    def _check(self) -> None:
+        """A write that came beside the copy may have seen the facet fail."""
+        if self._facet.failed is not None:
+            raise self._facet.failed
 
     async def _settle(self) -> None:
         """The copies so far are durable: their bits may go."""

@@ -119,6 +119,15 @@ class Member:
         if not self.facet.writable and self not in self._owner.group.trackers:
             self._owner.group.trackers.append(self)
 
+    async def distrust(self) -> None:
+        """Nothing is known of its content, durably, when this returns."""
+        async with self._mapping:
+            self.fill()
+            # Not sooner: taken for the old disk, a new one would only get what that lacked.
+            self.saved.update(compare=True, offline=False, why=None)
+            await self.sync_map()
+            await self._owner.store.save()
+
     def fill(self) -> None:
         """Nothing is known of its content; the caller makes that durable."""
         self.facet.kept_seq = None
@@ -182,6 +191,12 @@ class Member:
             except DiskFailed as error:
                 self._owner.group.fail(error)
                 raise
+
+    async def forget(self) -> None:
+        """Neither log nor map is kept for it any more."""
+        async with self._mapping:
+            self.facet.kept_seq = None
+            self.drop_map()
 
     def drop_map(self) -> None:
         """The map is not needed any more."""
@@ -250,19 +265,26 @@ class Facets:
         path = f"{self._directory}/dcm/@{member.saved['id']}.{volume.name}"
         return DcmFile(self._disk, path, volume.regions, volume.region_size)
 
-    async def after_crash(self, doubtful: list[tuple[Volume, int, int]], lost: str | None) -> None:
+    async def recover(
+        self, clean: bool, doubtful: list[tuple[Volume, int, int]], lost: str | None
+    ) -> None:
         """At start: what may differ after a power loss, or all if records were ``lost``, goes into
         the map of each facet that is not in service; the others were made equal."""
         for member in self.members:
-            if member.facet.in_service:
+            facet = member.facet
+            if facet.in_service:
                 continue
-            if lost is not None and (member.dcm is not None or member.facet.kept_seq is not None):
+            if lost is not None and (member.dcm is not None or facet.kept_seq is not None):
                 member.fill()
-            if member.facet.kept_seq is not None and doubtful:
+            if facet.kept_seq is not None and doubtful:
                 await member.to_map()
-            if member.dcm is not None:
+            if member.dcm is None:
+                continue
+            if not clean:
                 member.dcm.rewrite()
+            if not clean or member.saved["since"] is not None:
                 await self._mark_log(member)
+                member.saved["since"] = None  # saved with the rest, at the end of the start
             for volume, offset, length in doubtful:
                 member.mark(volume.index, offset, length)
             await member.sync_map()
@@ -379,8 +401,9 @@ class Facets:
         if member.facet.in_service or member.facet.writable:
             return
         await self._end(member)
-        member.saved["offline"] = False
         await self._attach(member)
+        member.saved.update(offline=False, why=None)
+        await self.store.save()
         self._serve(member, pause=0.0)
 
     async def add(self, volume_name: str, path: str) -> None:
@@ -395,7 +418,7 @@ class Facets:
         facet = LocalFacet(None, path, volume.size, FacetState.NOT_SYNCHRONISED)
         saved: dict[str, Any] = {"path": path, "state": facet.state.value}
         member = Member(self, volume, facet, saved)
-        saved.update(compare=True, why="added")
+        saved.update(compare=True)
         member.fill()
         await member.sync_map()
         await self._attach(member)
@@ -412,11 +435,10 @@ class Facets:
         member = self.member(path)
         member.volume.facets.remove(member.facet)
         self.members.remove(member)
-        member.facet.kept_seq = None
         entries: list[dict[str, Any]] = self.store.state["volumes"][member.volume.index]["facets"]
         entries[:] = [entry for entry in entries if entry["path"] != path]
         await self.store.save()
-        member.drop_map()
+        await member.forget()
         self.events.emit("facet-removed", volume=member.volume.name, facet=path)
 
     async def replace(self, path: str, new: str | None) -> None:
@@ -434,10 +456,7 @@ class Facets:
             return
         await self._end(member)
         await self._make_file(path, member.volume.size)
-        member.fill()
-        member.saved.update(compare=True, offline=False, why="replaced")
-        await member.sync_map()
-        await self.store.save()
+        await member.distrust()
         await self._attach(member)
         self._serve(member, pause=0.0)
 
@@ -486,6 +505,10 @@ class Facets:
             await work
         except DiskFailed as error:
             self.group.fail(error)  # of the state directory: a facet's own is handled below
+        except Exception as error:
+            # A defect costs this facet its return, not the clients theirs; it is told.
+            self.events.emit("defect", why=repr(error))
+            raise
 
     async def _bring_back(self, member: Member, pause: float) -> None:
         """Tries until the facet is in service, with longer and longer pauses."""
@@ -528,9 +551,11 @@ class Facets:
         if facet.failed is not None:
             raise facet.failed
         facet.state = FacetState.SYNCHRONISED
-        member.copy = None
+        copied, member.copy = member.copy.progress.sent_bytes, None
         member.drop_map()
-        self.events.emit("facet-synchronised", volume=volume.name, facet=facet.path)
+        self.events.emit(
+            "facet-synchronised", volume=volume.name, facet=facet.path, copied_bytes=copied
+        )
 
     def _join(self, member: Member) -> None:
         """From this step on the facet takes every write; its map says what it lacks from before."""

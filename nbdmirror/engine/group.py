@@ -5,7 +5,8 @@ goes through ``write`` in one step of the event loop: one append to the log, the
 that order (V5). Whatever has to wait, waits in a coroutine, and takes the same step afterwards.
 The order of records in the log is the order of the steps, over all volumes of the group (V4).
 
-Asynchronous remotes are never waited for (M2): they read the log at their own rate.
+Asynchronous remotes are never waited for (M2): they read the log at their own rate. Synchronous
+ones are: see ``engine.gate``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, VolumeFailed
 
 if TYPE_CHECKING:
+    from nbdmirror.engine.gate import SyncGate
     from nbdmirror.engine.log import Log
     from nbdmirror.ports import Buffer, Clock
 
@@ -51,6 +53,8 @@ class Group:
         self._clock = clock
         self.trackers: list[Tracker] = []
         """Remotes in DCM logging: marked with every change instead of reading it from the log."""
+        self.gates: list[SyncGate] = []
+        """Synchronous remotes: replies wait for them."""
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
         """Awaited when the log is full; returns when there may be room. Set by housekeeping."""
         self.facet_lost: Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]] = _nothing
@@ -80,8 +84,8 @@ class Group:
             after = self._commit(volume, changes)
         except DiskFailed as error:
             raise self._client_error(error) from error
-        if durable or after is not None:
-            return self._finish(after, self.log.next_seq - 1 if durable else 0)
+        if durable or after is not None or self.gates:
+            return self._finish(after, self.log.next_seq - 1, durable)
         return None
 
     async def clear(self, volume: Volume, change: Change, *, durable: bool = False) -> None:
@@ -90,8 +94,7 @@ class Group:
         try:
             for piece in self._clear_pieces(change):
                 await self._clear(volume, piece)
-            if durable:
-                await self.log.sync(self.log.next_seq - 1)
+            await self._reach(self.log.next_seq - 1, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
 
@@ -131,7 +134,7 @@ class Group:
             if not any(facet.in_service for facet in volume.facets):
                 volume.source()  # raises: the node is about to end
         try:
-            await self.log.sync(self.log.next_seq - 1)
+            await self._reach(self.log.next_seq - 1, True)
         except DiskFailed as error:
             raise self._client_error(error) from error
 
@@ -141,6 +144,8 @@ class Group:
         hot, extent_size = self.active.hot, self.active.extent_size
         base = key_of(volume.index, 0)
         held = volume.locks.held
+        if self.gates and any(gate.shut for gate in self.gates):
+            return True
         size = largest = 0
         for _, _, offset, length, _ in changes:
             first, last = offset // extent_size, (offset + length - 1) // extent_size
@@ -161,6 +166,10 @@ class Group:
         first = change.offset // self.active.extent_size
         last = (change.offset + change.length - 1) // self.active.extent_size
         while True:
+            if self.gates and any(gate.shut for gate in self.gates):
+                for gate in self.gates:
+                    await gate.admit()
+                continue
             if not locked:
                 end = change.offset + change.length
                 if volume.locks.conflict(change.offset, end, exclusive=True) is not None:
@@ -180,9 +189,10 @@ class Group:
             for change in changes:
                 for piece in self._pieces(change):
                     await self._admit(volume, piece)
-                    await self._finish(self._commit(volume, [piece]), 0)
-            if durable:
-                await self.log.sync(self.log.next_seq - 1)
+                    after = self._commit(volume, [piece])
+                    if after is not None:
+                        await after
+            await self._reach(self.log.next_seq - 1, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
 
@@ -280,12 +290,20 @@ class Group:
             self.fail(facets[-1].failed)
         volume.source()  # no facet left: the client's error
 
-    async def _finish(self, after: Coroutine[Any, Any, None] | None, sync_seq: int) -> None:
+    async def _reach(self, seq: int, durable: bool) -> None:
+        """Returns when record ``seq`` is wherever a reply promises it to be."""
+        if durable:
+            await self.log.sync(seq)
+        for gate in list(self.gates):
+            await gate.wait(seq, durable)
+
+    async def _finish(
+        self, after: Coroutine[Any, Any, None] | None, seq: int, durable: bool
+    ) -> None:
         try:
             if after is not None:
                 await after
-            if sync_seq:
-                await self.log.sync(sync_seq)
+            await self._reach(seq, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from nbdmirror.codec.admin import INVALID_PARAMS, Json, RpcError
 from nbdmirror.config import check_name, parse_address
 from nbdmirror.engine.events import EventLog, Page
+from nbdmirror.engine.gate import POLICIES
 from nbdmirror.errors import ConfigError
 
 TIMEOUT_SECONDS_MAX = 1e9
@@ -47,7 +48,9 @@ class NodeApi(Protocol):
     def remote_list(self) -> list[Json]:
         """The remotes, as in ``status``."""
 
-    async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
+    async def remote_add(
+        self, name: str, address: str, mode: str, on_link_loss: str
+    ) -> Json | None:
         """Adds a remote while volumes are in use (M17)."""
 
     async def apply(self, frozen: bool) -> Json | None:
@@ -122,7 +125,11 @@ async def _remote_list(call: Call) -> list[Json]:
 
 async def _remote_add(call: Call) -> Json:
     params = call.params
-    return await call.node.remote_add(params["name"], params["address"], params["mode"]) or {}
+    policy = params["on_link_loss"]
+    if policy != "continue" and params["mode"] != "sync":
+        raise RpcError(INVALID_PARAMS, "remote.add: on_link_loss is for a remote of mode sync")
+    result = await call.node.remote_add(params["name"], params["address"], params["mode"], policy)
+    return result or {}
 
 
 async def _remote_remove(call: Call) -> Json:
@@ -236,7 +243,8 @@ METHODS: dict[str, Method] = {
         {
             "name": _REMOTE_NAME,
             "address": Param(str, required=True, check=_valid(parse_address)),
-            "mode": Param(str, default="async", check=_one_of("async")),
+            "mode": Param(str, default="async", check=_one_of("async", "sync")),
+            "on_link_loss": Param(str, default="continue", check=_one_of(*POLICIES)),
         },
         changing=True,
     ),

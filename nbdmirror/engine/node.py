@@ -433,9 +433,9 @@ class Node:
         """The remotes, as in the status."""
         return self._need_primary().status()
 
-    async def remote_add(self, name: str, address: str, mode: str) -> None:
+    async def remote_add(self, name: str, address: str, mode: str, on_link_loss: str) -> None:
         """Adds a remote while the volumes are in use."""
-        await self._need_primary().add(name, address, mode)
+        await self._need_primary().add(name, address, mode, on_link_loss)
 
     async def apply(self, frozen: bool) -> dict[str, Any]:
         """Freezes or thaws the facets of a secondary (V8)."""

@@ -171,6 +171,7 @@ class Receiver:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
         if delay != self.secondary.applier.settings["delay"]:
             await self.secondary.applier.change(delay=float(delay))
+        self.secondary.eager = start.get("eager") is True
         await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
         self._started = True
         self._eager = start.get("eager") is True

@@ -204,11 +204,16 @@ def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[
     return ranges
 
 
-async def level(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
+async def level(
+    volumes: list[Volume], ranges: list[tuple[Volume, int, int]], healed: tuple[str, ...]
+) -> None:
     """Makes the facets of each volume equal in the ranges, durably: writes that the log lost may
-    have reached one facet and not another, and a read must not depend on which one serves it."""
+    have reached one facet and not another, and a read must not depend on which one serves it.
+
+    One that was healed is not what others are made equal to: a write that it failed in the middle
+    of may be in it in part, and not in the log."""
     for volume, offset, length in ranges:
-        facets = volume.in_service()
+        facets = sorted(volume.in_service(), key=lambda facet: facet.path in healed)
         if len(facets) < 2:
             continue
         for at in range(offset, offset + length, LEVEL_BYTES):
@@ -247,7 +252,7 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
             except (StateError, OSError) as error:
                 failures.append(error)
                 facet = _absent(entry, saved["size"], str(error))
-            if state is FacetState.NOT_SYNCHRONISED and not entry.get("fill"):
+            if state is FacetState.NOT_SYNCHRONISED and not entry.get("tracking"):
                 facet.kept_seq = entry.get("since")
             facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
             facets.append(facet)

@@ -3,7 +3,8 @@
 Decides nothing about the wire (``engine.session``) and nothing about when space is needed
 (``engine.housekeeper``); it is what both act upon. The facts are part of the superblock:
 
-    address, mode, compression, added   what the configuration, or ``remote add``, says
+    address, mode, compression, on_link_loss, added
+                  what the configuration, or ``remote add``, says
     initialised   a stream was agreed upon once
     tracking      in DCM logging: the log keeps nothing for it
     base_seq      the DCM and the log together hold every change after this seq
@@ -26,6 +27,7 @@ from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.meter import Meter
 from nbdmirror.core.remotestate import Facts, next_action, state_of
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile, dirty_runs
@@ -106,6 +108,8 @@ class Remote:
         self.starting = False
         """A stream is being agreed upon: the log is kept for it already."""
         self.link = "disconnected"
+        self.gate: SyncGate | None = None
+        """What replies wait for, if it is a synchronous remote."""
         self.refused: str | None = None
         self.failed: str | None = None
         self.stall: str | None = None
@@ -242,6 +246,8 @@ class Remote:
         self.received_seq = max(self.received_seq, received)
         self.durable_seq = max(self.durable_seq, durable)
         self.applied_seq = max(self.applied_seq, applied)
+        if self.gate is not None:
+            self.gate.moved(self.received_seq, self.durable_seq)
         self.on_moved()
         self.notify()
 
@@ -316,6 +322,7 @@ class Remote:
             "name": self.name,
             "address": self.facts["address"],
             "mode": self.facts["mode"],
+            "in_step": None if self.gate is None else self.gate.engaged,
             "link": self.link,
             "state": state,
             "received_seq": self.received_seq,

@@ -214,6 +214,8 @@ class Session:
         tuning = self.context.tuning
         self._shipped_seq = seq - 1
         self._streaming = True
+        if self.remote.gate is not None:
+            self.remote.gate.opened(seq, bool(self.remote.facts["consistent"]))
         ends = [
             asyncio.ensure_future(self._ship(Cursor(seq))),
             asyncio.ensure_future(
@@ -232,18 +234,23 @@ class Session:
             if self.link.cause is not None:
                 raise self.link.cause
         finally:
+            if self.remote.gate is not None:
+                self.remote.gate.lost()
             for task in ends:
                 task.cancel()
             await asyncio.wait(ends)
 
     async def _resync(self, resync: Resync) -> None:
         await resync.run()
+        if self.remote.gate is not None:
+            self.remote.gate.completed()
         self.context.events.emit("synchronised", remote=self.remote.name)
         await self.link.closed.wait()
 
     async def _ship(self, cursor: Cursor) -> None:
         """Sends the log from the cursor on, as it grows."""
         log, link, remote = self.remote.group.log, self.link, self.remote
+        linger = LINGER_SECONDS if remote.gate is None else 0.0
         while True:
             while cursor.seq >= log.next_seq:
                 log.appended.clear()
@@ -261,8 +268,8 @@ class Session:
             self._shipped_seq = cursor.seq - 1
             remote.bytes_sent += link.send(Type.RECORDS, parts, compress=self._compress)
             await link.drain()
-            if size < FRAME_BYTES:
-                await asyncio.sleep(LINGER_SECONDS)
+            if linger and size < FRAME_BYTES:
+                await asyncio.sleep(linger)
 
     async def _log_rotten(self, error: FormatError) -> None:
         """A pending record cannot be read back: the regions are copied from the facet instead."""

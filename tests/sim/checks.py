@@ -203,6 +203,26 @@ class Checks:
             )
             world.fired[f"cover {rule}"] += 1
 
+    def flushed(self) -> None:
+        """With synchronous remotes what a flush promised survives the loss of the primary (I3)."""
+        world = self._world
+        node = world.a.node
+        if node is None or node.primary is None or self._random.random() < 0.7:
+            return
+        for remote in node.primary.remotes:
+            host = world.hosts[remote.name]
+            gate = remote.gate
+            if gate is None or gate.excused or not (gate.engaged and gate.streaming):
+                continue
+            disk = host.disk.clone(f"{world.seed}:flushed:{world.loop.now_ns}")
+            disk.power_cut()
+            image = recover_alone(disk, host.config, f"{world.seed}:flushed")
+            if image.consistent and gate.consistent:
+                world.fired["flush is at a synchronous remote"] += 1
+                for volume, data in enumerate(image.volumes):
+                    what = f"{host.name} after a flush (I3)"
+                    world.content.check(volume, 0, data, since=0, crashed=True, what=what)
+
     def _check_secondary(self, host: Host, image: Image) -> None:
         world = self._world
         believed = self._believed(host)

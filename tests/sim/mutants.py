@@ -22,7 +22,7 @@ from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Type
 from nbdmirror.core import identity
 from nbdmirror.core.active import ActiveMap
-from nbdmirror.engine import node, recovery, session
+from nbdmirror.engine import doubt, node, recovery, session
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.facet import LocalFacet
@@ -131,12 +131,12 @@ def _(assign: Assign) -> None:
 
 @mutant("O1 after a power loss active extents are not compared")
 def _(assign: Assign) -> None:
-    assign(node, "doubtful_ranges", lambda active, volumes: [])
+    assign(doubt, "doubtful_ranges", lambda active, volumes: [])
 
 
 @mutant("M1 after a power loss local facets are not made equal")
 def _(assign: Assign) -> None:
-    assign(node, "level", _nothing)
+    assign(doubt, "level", _nothing)
 
 
 # -- the secondary -------------------------------------------------------------------------------
@@ -394,10 +394,10 @@ def _(assign: Assign) -> None:
 
 @mutant("O19 an unfinished overflow is not finished at the next start")
 def _(assign: Assign) -> None:
-    async def pending(self: Any) -> list[Any]:
+    async def pending(log: Log) -> list[Any]:
         return []
 
-    assign(node.Node, "_pending", pending)
+    assign(doubt, "_pending", pending)
 
 
 # -- overflow, DCM, resync -----------------------------------------------------------------------

@@ -69,6 +69,9 @@ class Options:
     clear: float
     faults: dict[str, float]
     fault_gap: float
+    mode: str = "async"
+    """Of the remotes."""
+    on_link_loss: str = "continue"
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
@@ -113,6 +116,8 @@ def draw(seed: int) -> Options:
         faults=_faults(rng),
         fault_gap=rng.choice([0.01, 0.05, 0.3, 3.0]),
         moments=rng.choice([0.0, 0.0, 0.0, 0.1, 0.3]),
+        mode=rng.choice(["async", "async", "async", "sync"]),
+        on_link_loss=rng.choice(["continue", "hold", "fail"]),
     )
     return _storm(options, rng) if rng.random() < 0.15 else options
 

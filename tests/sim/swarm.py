@@ -116,6 +116,7 @@ async def _phases(world: World) -> None:
             raise Violation(f"{host.name} does not start: {host.failed}")
     checks = Checks(world)
     clients = Clients(world)
+    world.on_flushed = checks.flushed
     faults = Faults(world)
     background = [world.spawn(checks.run()), world.spawn(faults.run())]
     working = asyncio.ensure_future(clients.run())
@@ -374,13 +375,12 @@ class Faults:
         operation, kind = rng.choice(
             [
                 ("pwrite", Kind.ERROR),
-                ("pwrite", Kind.SHORT),
                 ("sync", Kind.ERROR),
                 ("sync", Kind.LOSE),
                 ("punch", Kind.ERROR),
                 ("read", Kind.ERROR),
                 ("try_pread", Kind.ERROR),
-                ("write", Kind.SHORT),
+                ("write", Kind.ERROR),
             ]
         )
         path = rng.choice(volume.facets).path
@@ -394,13 +394,18 @@ class Faults:
         node = world.a.node
         if node is None:
             return
-        path = rng.choice([f.path for v in node.volumes for f in v.facets])
+        paths = [f.path for v in node.volumes for f in v.facets if f.path not in world.fresh]
+        if not paths:
+            return
+        path = rng.choice(paths)
         with contextlib.suppress(Gone, NbdmirrorError):
             await world.in_life(world.a, node.facet("offline", path))
             await asyncio.sleep(rng.choice([0.01, 0.3, 5.0]) * rng.random())
             if kind == "facet replace":
+                world.fresh[path] = None
                 await world.in_life(world.a, self._new_disk(world.a, path))
                 await world.in_life(world.a, node.facet("replace", path))
+                del world.fresh[path]
             else:
                 await world.in_life(world.a, node.facet("online", path))
 
@@ -456,7 +461,9 @@ class Faults:
             await world.in_life(world.a, node.resume(remote.name))
         for volume in node.volumes:
             for facet in volume.facets:
-                await world.in_life(world.a, node.facet("online", facet.path))
+                action = "replace" if facet.path in world.fresh else "online"
+                world.fresh.pop(facet.path, None)
+                await world.in_life(world.a, node.facet(action, facet.path))
 
 
 def _once(operation: str, prefix: str, fault: Fault) -> Injector:

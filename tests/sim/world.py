@@ -118,11 +118,14 @@ class World:
         self.history = History([bytes(size) for size in options.sizes])
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
+        self.fresh = {}
         self.on_moment: list[Callable[[Host, str], None]] = []
         """Called with each event of a node: the moments at which a fault is most telling."""
         self.on_failed: Callable[[Host], None] = lambda host: None
         """Called when a node has ended by itself: somebody has to look after it."""
         self.broken: asyncio.Event
+        self.on_flushed: Callable[[], None] = lambda: None
+        """Called when a client's FLUSH has succeeded."""
 
     @property
     def a(self) -> Host:
@@ -172,7 +175,13 @@ class World:
                 for index, size in enumerate(options.sizes)
             ),
             remotes=tuple(
-                RemoteConfig(remote, f"tcp:{remote}:7000", compression=options.compression)
+                RemoteConfig(
+                    remote,
+                    f"tcp:{remote}:7000",
+                    mode=options.mode,
+                    on_link_loss=options.on_link_loss,
+                    compression=options.compression,
+                )
                 for remote in remotes
             )
             if primary
@@ -389,6 +398,8 @@ class World:
             self.trace(host.name, f"stop: {error}")
         self._end_life(host, power=False)
 
+    fresh: dict[str, None]
+    """Facets of the primary on whose place a new disk lies, of which the node was not told yet."""
     requests = 0
     """Of clients, in flight."""
 

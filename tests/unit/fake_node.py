@@ -140,7 +140,9 @@ class FakeNode:
         self.calls.append((f"facet_{action}", path, other))
         return self.facet_list()
 
-    async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
+    async def remote_add(
+        self, name: str, address: str, mode: str, on_link_loss: str
+    ) -> Json | None:
         self.calls.append(("remote_add", name, address, mode))
         return None
 
