@@ -30,6 +30,8 @@ async def mark_doubtful(
     pending = []
     if any(remote.tracking for remote in remotes):
         pending = await _pending(group.log)
+    # Where no local facet is left, one remote is the truth that the others are compared with.
+    leader = next((remote for remote in remotes if remote.follows), None)
     for remote in remotes:
         if not recovered.clean:
             for dcm in remote.dcms:
@@ -38,11 +40,12 @@ async def mark_doubtful(
             # Whether an overflow was finished or not: what the log holds is marked again.
             for index, offset, length in pending:
                 remote.mark(index, offset, length)
-        for volume, offset, length in doubtful:
+        differing = [one for one in doubtful if one[0].in_service() or remote is not leader]
+        for volume, offset, length in differing:
             remote.mark(volume.index, offset, length)
         if lost is not None:
             await remote.fill(lost)
-        elif doubtful:
+        elif differing:
             # Records past the end are not in the history: the remote may be set back to there.
             base_seq = min(remote.facts["base_seq"], recovered.end_seq)
             remote.facts.update(compare=True, consistent=False, base_seq=base_seq)

@@ -350,7 +350,7 @@ class Facets:
         self._take_out(member, why)
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
-        if volume.in_service():
+        if volume.in_service() or self.group.goes_on(volume):
             facet.close()
             self._serve(member, pause=RETRY_SECONDS)
 

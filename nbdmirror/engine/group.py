@@ -59,6 +59,8 @@ class Group:
         """Awaited when the log is full; returns when there may be room. Set by housekeeping."""
         self.facet_lost: Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]] = _nothing
         """Awaited, before the reply, when a facet went out of service (M12)."""
+        self.goes_on: Callable[[Volume], bool] = lambda volume: False
+        """Whether a volume with no local facet in service is of use: a remote follows (M11)."""
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         """Called once, when no write is taken any more; the node then ends."""
         self.failed: NbdmirrorError | None = None
@@ -131,8 +133,7 @@ class Group:
         if self.failed is not None:
             raise self._client_error(self.failed)
         for volume in self.volumes:
-            if not any(facet.in_service for facet in volume.facets):
-                volume.source()  # raises: the node is about to end
+            self._check_served(volume)
         try:
             await self._reach(self.log.next_seq - 1, True)
         except DiskFailed as error:
@@ -241,8 +242,7 @@ class Group:
         """Encodes and appends; marks the maps of remotes in DCM logging."""
         if self.failed is not None:
             raise self._client_error(self.failed)
-        if not volume.in_service():
-            volume.source()  # raises
+        self._check_served(volume)
         log, active = self.log, self.active
         hot, extent_size, base = active.hot, active.extent_size, key_of(volume.index, 0)
         epoch, index = self.epoch, volume.index
@@ -282,13 +282,21 @@ class Group:
             self._written_since = 0
             self.on_pressure()
 
+    def _check_served(self, volume: Volume) -> None:
+        """VolumeFailed if there is no facet that a write could be on: the node is about to end."""
+        for facet in volume.facets:
+            if facet.in_service:
+                return
+        if not self.goes_on(volume):
+            raise volume.no_facet()
+
     async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Out of service, durably, before the write that saw it is acknowledged (M12)."""
         for facet in facets:
             await self.facet_lost(volume, facet)
-        if not volume.in_service() and facets[-1].failed is not None:
+        if facets[-1].failed is not None and not (volume.in_service() or self.goes_on(volume)):
             self.fail(facets[-1].failed)
-        volume.source()  # no facet left: the client's error
+        self._check_served(volume)  # no facet left: the client's error
 
     async def _reach(self, seq: int, durable: bool) -> None:
         """Returns when record ``seq`` is wherever a reply promises it to be."""

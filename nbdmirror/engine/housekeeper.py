@@ -17,6 +17,7 @@ from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError
@@ -80,6 +81,8 @@ class Housekeeper:
         """Awaited when a facet failed: makes that durable (O16)."""
         self.facets: Facets | None = None
         """On a primary: facets out of service hold the log too, and have maps."""
+        self.rescue: Rescue | None = None
+        """On a primary: whether remotes stand in for local facets."""
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
         self._releasing = asyncio.Lock()
@@ -167,15 +170,21 @@ class Housekeeper:
         for (volume, facet), result in zip(dirty, results, strict=True):
             if isinstance(result, DiskFailed):
                 await self.facet_lost(volume, facet)
-                if not volume.in_service():
+                if not volume.in_service() and not self._goes_on(volume):
                     raise result  # nobody else holds what was promised
             elif isinstance(result, BaseException):
                 raise result
+
+    def _goes_on(self, volume: Volume) -> bool:
+        return self.rescue is not None and self.rescue.goes_on(volume)
 
     def _floor(self) -> int:
         applied = self._applied_seq()
         floors = [facet.floor(applied) for v in self._volumes for facet in v.facets]
         floors += [remote.floor(applied) for remote in self.remotes]
+        if self.rescue is not None and self.rescue.leans():
+            # What their facets lack is laid over what is read from them.
+            floors += [r.applied_seq for r in self.remotes if not r.tracking]
         return min([applied, *floors])
 
     async def _release(self) -> None:
@@ -231,10 +240,11 @@ class Housekeeper:
         if not isinstance(behind, Remote):
             self._forcing = asyncio.ensure_future(self._force(behind))
             return
-        if self.on_full == "block":
+        needed = self.rescue is not None and self.rescue.needed(behind)
+        if self.on_full == "block" or needed:
             if self._waiting and not self._stalled:
                 self._stalled = True
-                self._events.emit("log-full", remote=behind.name, policy="block")
+                self._events.emit("log-full", remote=behind.name, policy="block", needed=needed)
             return
         if behind.tracking:
             behind.cancel_start()

@@ -174,7 +174,9 @@ class Node:
         group.need_space = self.housekeeper.need_space
         group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
         self.housekeeper.facets = self.facets
-        self.rescue = Rescue(self.volumes, self.events, self.facets.lost)
+        self.rescue = Rescue(self.volumes, self.primary.remotes, self.events, self.facets.lost)
+        group.goes_on = self.rescue.goes_on
+        self.housekeeper.rescue = self.rescue
         group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick
         self.housekeeper.on_full = config.log.on_full

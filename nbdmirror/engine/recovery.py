@@ -256,12 +256,21 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
                 facet.kept_seq = entry.get("since")
             facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
             facets.append(facet)
-        if failures and not any(facet.in_service for facet in facets):
+        served = any(facet.in_service for facet in facets) or _followed(store)
+        if failures and not served:
             raise failures[0]
         volumes.append(
             Volume(index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets)
         )
     return volumes
+
+
+def _followed(store: Store) -> bool:
+    """Whether a remote had all that was written, or gets it from the log: it can be read (M11)."""
+    return any(
+        facts["initialised"] and facts["consistent"] and not facts["tracking"]
+        for facts in store.state["remotes"].values()
+    )
 
 
 def _absent(entry: dict[str, Any], size: int, why: str) -> LocalFacet:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.meter import Meter
@@ -35,6 +35,9 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.remoteread import RemoteReads
 
 PENDING_SCAN_MAX = 64 << 20
 """Pending log bytes up to which a block status looks at each entry."""
@@ -108,6 +111,8 @@ class Remote:
         self.starting = False
         """A stream is being agreed upon: the log is kept for it already."""
         self.link = "disconnected"
+        self.reads: RemoteReads | None = None
+        """Reads through it, while there is a stream."""
         self.gate: SyncGate | None = None
         """What replies wait for, if it is a synchronous remote."""
         self.refused: str | None = None
@@ -157,6 +162,17 @@ class Remote:
     def tracking(self) -> bool:
         """Whether the remote is in DCM logging."""
         return bool(self.facts["tracking"])
+
+    @property
+    def follows(self) -> bool:
+        """Whether it has, or gets from the log in order, all that was ever written (M11)."""
+        facts = self.facts
+        return bool(
+            facts["initialised"]
+            and facts["consistent"]
+            and not self.tracking
+            and self.dirty_regions == 0
+        )
 
     @property
     def dirty_regions(self) -> int:

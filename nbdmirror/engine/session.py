@@ -28,6 +28,7 @@ from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.remote import Remote, volume_map
+from nbdmirror.engine.remoteread import RemoteReads
 from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.store import Store
 from nbdmirror.errors import FormatError, PeerError, Refused
@@ -61,6 +62,7 @@ class Session:
         self.link.session = context.env.random.getrandbits(63) or 1
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self.resync: Resync | None = None
+        self._reads = RemoteReads(self.link)
         self._streaming = False
         self._shipped_seq = 0
         self._compress = remote.facts.get("compression") == "lz4"
@@ -214,6 +216,7 @@ class Session:
         tuning = self.context.tuning
         self._shipped_seq = seq - 1
         self._streaming = True
+        self.remote.reads = self._reads
         if self.remote.gate is not None:
             self.remote.gate.opened(seq, bool(self.remote.facts["consistent"]))
         ends = [
@@ -234,6 +237,8 @@ class Session:
             if self.link.cause is not None:
                 raise self.link.cause
         finally:
+            self.remote.reads = None
+            self._reads.close()
             if self.remote.gate is not None:
                 self.remote.gate.lost()
             for task in ends:
@@ -294,6 +299,8 @@ class Session:
             if self.resync is None:
                 raise PeerError(f"{kind.name} outside a resync")
             self.resync.on_frame(frame)
+        elif kind is Type.DATA:
+            self._reads.on_frame(frame)
         elif kind is Type.REFUSE:
             raise Refused(str(frame.json().get("why")))
         elif kind is not Type.PING:

@@ -72,6 +72,8 @@ class Options:
     mode: str = "async"
     """Of the remotes."""
     on_link_loss: str = "continue"
+    last_facet: bool = False
+    """The last facet of a volume may fail too: a remote stands in for it (M11)."""
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
@@ -119,6 +121,10 @@ def draw(seed: int) -> Options:
         mode=rng.choice(["async", "async", "async", "sync"]),
         on_link_loss=rng.choice(["continue", "hold", "fail"]),
     )
+    if not options.moments and rng.random() < 0.5:
+        # After a power loss the model asks the primary's own disk what there is.
+        faults = {k: v for k, v in options.faults.items() if "power" not in k and "die" not in k}
+        options = replace(options, last_facet=True, faults=faults)
     return _storm(options, rng) if rng.random() < 0.15 else options
 
 
@@ -146,6 +152,7 @@ def _storm(options: Options, rng: random.Random) -> Options:
         fault_gap=rng.choice([0.1, 0.3]),
         moments=0.5,
         moments_of=("overflow",),
+        last_facet=False,
     )
 
 

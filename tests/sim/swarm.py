@@ -370,7 +370,7 @@ class Faults:
         if node is None:
             return
         volume = rng.choice(node.volumes)
-        if len(volume.in_service()) < 2:
+        if len(volume.in_service()) < 2 and not world.options.last_facet:
             return
         operation, kind = rng.choice(
             [
@@ -461,7 +461,8 @@ class Faults:
             await world.in_life(world.a, node.resume(remote.name))
         for volume in node.volumes:
             for facet in volume.facets:
-                action = "replace" if facet.path in world.fresh else "online"
+                swapped = facet.path in world.fresh and not facet.writable
+                action = "replace" if swapped else "online"
                 world.fresh.pop(facet.path, None)
                 await world.in_life(world.a, node.facet(action, facet.path))
 
