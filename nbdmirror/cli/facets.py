@@ -1,4 +1,4 @@
-"""The commands on local facets: list, offline, online, add, remove, replace. Called by ``main``."""
+"""The commands on local disks: those on facets, and ``log replace``. Called by ``main``."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ def replace(args: argparse.Namespace) -> int:
     new = None if args.new is None else os.path.abspath(args.new)
     params = {} if new is None else {"new": new}
     return _change(args, "replace", params, "replaced", new or args.path)
+
+
+def log_replace(args: argparse.Namespace) -> int:
+    """``log replace``: goes on with the log in a new file, also where its disk was lost."""
+    path = os.path.abspath(args.path)
+    with _client(args) as client:
+        result = client.call("log.replace", {"path": path})
+    if args.json:
+        print_json(result)
+    else:
+        print(f"the log is in {path}")
+    return 0
 
 
 def _client(args: argparse.Namespace) -> AdminClient:

@@ -137,6 +137,7 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
         _command(commands, name, run, talks=True).add_argument("remote", metavar="R")
     _add_remote(commands)
     _add_facet(commands)
+    _add_log(commands)
     _add_apply(commands)
     events = _command(commands, "events", online.events, talks=True)
     events.add_argument("--since", type=int, default=0, metavar="CURSOR", help="only newer events")
@@ -158,6 +159,16 @@ def _add_remote(commands: argparse._SubParsersAction[Parser]) -> None:
     _command(actions, "remove", online.remote_remove, talks=True).add_argument(
         "name", metavar="NAME"
     )
+
+
+def _add_log(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "moves the log"
+    parser = commands.add_parser("log", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    replace = _command(actions, "replace", facets.log_replace, talks=True)
+    replace.add_argument("path", metavar="PATH", help="a file that does not exist yet")
 
 
 def _add_facet(commands: argparse._SubParsersAction[Parser]) -> None:

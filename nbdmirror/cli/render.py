@@ -195,7 +195,10 @@ def _log(log: Json) -> list[str]:
         for word, key in (("first", "first_seq"), ("next", "next_seq"), ("durable", "durable_seq"))
         if key in log
     ]
-    lines = ["", _row("log", f"{usage}, mode {log.get('mode')}")]
+    mode = "in memory only" if log.get("in_memory") else f"mode {log.get('mode')}"
+    lines = ["", _row("log", f"{usage}, {mode}")]
+    if log.get("in_memory"):
+        lines.append(_inner("next", "on a good disk: nbdmirror log replace PATH"))
     return lines + ([_inner("seq", ", ".join(seqs))] if seqs else [])
 
 

@@ -80,7 +80,7 @@ class SyncGate:
     def lost(self) -> None:
         """The stream has ended."""
         self.streaming = False
-        if self.engaged and self.policy == "continue":
+        if self.engaged:
             self.engaged = False
             self.on_change(False)
         self._wake_all()

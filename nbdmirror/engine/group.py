@@ -33,6 +33,10 @@ CLEAR_EXTENTS_MAX = 32
 """Extents that one TRIM or WRITE_ZEROES record may touch."""
 
 
+class LogLost(Exception):
+    """Nothing was appended, nor done to a facet; there will be another log (M13)."""
+
+
 class Tracker(Protocol):
     """A remote in DCM logging, as the data path sees it."""
 
@@ -59,6 +63,8 @@ class Group:
         """Awaited when the log is full; returns when there may be room. Set by housekeeping."""
         self.facet_lost: Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]] = _nothing
         """Awaited, before the reply, when a facet went out of service (M12)."""
+        self.log_back: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """Awaited when the log has failed: returns when there is another (M13)."""
         self.goes_on: Callable[[Volume], bool] = lambda volume: False
         """Whether a volume with no local facet in service is of use: a remote follows (M11)."""
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
@@ -84,6 +90,8 @@ class Group:
             return self._write_later(volume, changes, durable)
         try:
             after = self._commit(volume, changes)
+        except LogLost:
+            return self._write_later(volume, changes, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
         if durable or after is not None or self.gates:
@@ -102,8 +110,13 @@ class Group:
 
     async def _clear(self, volume: Volume, change: Change) -> None:
         async with volume.locked(change.offset, change.length, exclusive=True):
-            await self._admit(volume, change, locked=True)
-            self._append(volume, [change])
+            while True:
+                await self._admit(volume, change, locked=True)
+                try:
+                    self._append(volume, [change])
+                    break
+                except LogLost:
+                    continue
             keep_space = change.kind == codec.ZERO and bool(change.flags & codec.NO_HOLE)
             seq = self.log.next_seq - 1
             facets = volume.writable()
@@ -167,6 +180,9 @@ class Group:
         first = change.offset // self.active.extent_size
         last = (change.offset + change.length - 1) // self.active.extent_size
         while True:
+            if self.log.failed is not None and self.log_back is not None:
+                await self.log_back()
+                continue
             if self.gates and any(gate.shut for gate in self.gates):
                 for gate in self.gates:
                     await gate.admit()
@@ -178,7 +194,11 @@ class Group:
                     continue
             keys = [key_of(volume.index, extent) for extent in range(first, last + 1)]
             if any(key not in self.active.hot for key in keys):
-                await self.active.activate(keys)
+                try:
+                    await self.active.activate(keys)
+                except DiskFailed:
+                    if self.log.failed is None or self.log_back is None:
+                        raise
                 continue
             if not self.log.fits(size, size):
                 await self.need_space()
@@ -189,13 +209,21 @@ class Group:
         try:
             for change in changes:
                 for piece in self._pieces(change):
-                    await self._admit(volume, piece)
-                    after = self._commit(volume, [piece])
-                    if after is not None:
-                        await after
+                    await self._write_piece(volume, piece)
             await self._reach(self.log.next_seq - 1, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
+
+    async def _write_piece(self, volume: Volume, piece: Change) -> None:
+        while True:
+            await self._admit(volume, piece)
+            try:
+                after = self._commit(volume, [piece])
+            except LogLost:
+                continue
+            if after is not None:
+                await after
+            return
 
     def _pieces(self, change: Change) -> list[Change]:
         """A change cut to records that a log of this size can hold."""
@@ -274,6 +302,8 @@ class Group:
         try:
             log.append(parts, total, len(changes), sizes)
         except DiskFailed as error:
+            if self.log_back is not None:
+                raise LogLost from error
             raise self._client_error(error) from error
         self.timeline.add(seq - len(changes), now)
         self.bytes_written += total
@@ -301,9 +331,19 @@ class Group:
     async def _reach(self, seq: int, durable: bool) -> None:
         """Returns when record ``seq`` is wherever a reply promises it to be."""
         if durable:
-            await self.log.sync(seq)
+            await self._sync_log(seq)
         for gate in list(self.gates):
             await gate.wait(seq, durable)
+
+    async def _sync_log(self, seq: int) -> None:
+        while True:
+            try:
+                await self.log.sync(seq)
+                return
+            except DiskFailed:
+                if self.log.failed is None or self.log_back is None:
+                    raise
+            await self.log_back()
 
     async def _finish(
         self, after: Coroutine[Any, Any, None] | None, seq: int, durable: bool

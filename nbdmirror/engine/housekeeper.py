@@ -85,7 +85,7 @@ class Housekeeper:
         """On a primary: whether remotes stand in for local facets."""
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
-        self._releasing = asyncio.Lock()
+        self.releasing = asyncio.Lock()
         self._waiting = 0
         self._synced_at = 0.0
         self._stalled = False
@@ -137,8 +137,9 @@ class Housekeeper:
             try:
                 await self.cycle()
             except NbdmirrorError as error:
-                self._fail(error)
-                return
+                if self._log.failed is None:
+                    self._fail(error)
+                    return
 
     def _fail(self, error: NbdmirrorError) -> None:
         self.failed = error
@@ -148,6 +149,8 @@ class Housekeeper:
     async def cycle(self) -> None:
         """Syncs what is dirty, releases what is not needed, and applies the policy if that does
         not leave room."""
+        if self._log.failed is not None or self._log.frozen:
+            return  # it is being replaced
         await self._release()
         now = asyncio.get_running_loop().time()
         pressed = self._waiting or self._log.ring.used > self._log.capacity * SYNC_AT
@@ -157,13 +160,25 @@ class Housekeeper:
             await self._release()
         self._police()
 
-    async def sync_facets(self) -> None:
+    def wake(self) -> None:
+        """The log was replaced: whoever waits for space looks again."""
+        self._released.set()
+        self._released.clear()
+        self._kick.set()
+
+    async def sync_log(self) -> int:
+        """For a log in memory: syncs the facets, and returns the seq up to which they have all."""
+        upto = self._log.next_seq - 1
+        await self.sync_facets()
+        return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
+
+    async def sync_facets(self, *, everything: bool = False) -> None:
         """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did."""
         dirty = [
             (volume, facet)
             for volume in self._volumes
             for facet in volume.writable()
-            if facet.written_seq > facet.synced_seq
+            if everything or facet.written_seq > facet.synced_seq or facet.pending
         ]
         syncs = (facet.sync() for _, facet in dirty)
         results = await asyncio.gather(*syncs, return_exceptions=True)
@@ -189,7 +204,7 @@ class Housekeeper:
 
     async def _release(self) -> None:
         # One at a time: what one has released the next must not look for records in.
-        async with self._releasing:
+        async with self.releasing:
             ring = self._log.ring
             seq = self._floor() + 1
             if seq > ring.tail_seq:
@@ -263,7 +278,8 @@ class Housekeeper:
         try:
             while not work.done():
                 await asyncio.wait([work], timeout=0.05)
-                await self._release()
+                if self._log.failed is None:
+                    await self._release()
             work.result()
             await self._release()
         except NbdmirrorError as error:

@@ -59,6 +59,9 @@ class NodeApi(Protocol):
     async def remote_remove(self, name: str) -> Json | None:
         """Forgets a remote; what was kept for it is freed (M17)."""
 
+    async def log_replace(self, path: str) -> Json:
+        """Goes on with the log in a new file at ``path`` (M13)."""
+
     def facet_list(self) -> list[Json]:
         """The local facets, as in ``status``, each with its volume."""
 
@@ -160,6 +163,10 @@ def _absolute(path: Any) -> str | None:
     return None if good else f"must be an absolute path of a file or device, not {path!r}"
 
 
+async def _log_replace(call: Call) -> Json:
+    return await call.node.log_replace(call.params["path"])
+
+
 async def _freeze(call: Call) -> Json:
     return await call.node.apply(True) or {}
 
@@ -249,6 +256,9 @@ METHODS: dict[str, Method] = {
         changing=True,
     ),
     "remote.remove": Method(_remote_remove, {"name": _REMOTE_NAME}, changing=True),
+    "log.replace": Method(
+        _log_replace, {"path": Param(str, required=True, check=_absolute)}, changing=True
+    ),
     "facet.list": Method(_facet_list, {}),
     "facet.offline": _facet("offline"),
     "facet.online": _facet("online"),

@@ -21,7 +21,7 @@ from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
-from nbdmirror.engine.log import Log
+from nbdmirror.engine.logloss import LogKeeper, open_log
 from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.recovery import (
@@ -80,8 +80,7 @@ class Node:
         self.store = Store.open(disk, directory)
         self._check_state()
         self.volumes = open_volumes(disk, self.store)
-        tail = self.store.state["tail"]
-        self.log = Log.open(disk, log_path(self.config), tail["position"], tail["seq"])
+        self.log = open_log(disk, self.config, self.store.state)
         try:
             recovered = await redo(self.store, self.log, self.volumes, self.env.clock.boot_id())
         except DiskFailed:
@@ -175,6 +174,11 @@ class Node:
         group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
         self.housekeeper.facets = self.facets
         self.rescue = Rescue(self.volumes, self.primary.remotes, self.events, self.facets.lost)
+        keeper = self.logkeeper = LogKeeper(
+            self.log, config.log.size, self.primary, self.facets, self.housekeeper, self.env.disk
+        )
+        keeper.on_failed = self._fail
+        self.log.on_failed, group.log_back = keeper.lost, keeper.back
         group.goes_on = self.rescue.goes_on
         self.housekeeper.rescue = self.rescue
         group.on_failed = self._fail
@@ -265,6 +269,7 @@ class Node:
         for remote in self.primary.remotes:
             await remote.sync_maps()
         assert self.facets is not None
+        await self.logkeeper.make_safe(upto)
         await self.facets.sync_maps()
         self.store.state["durable_seq"] = upto
         await self.store.save()
@@ -329,6 +334,8 @@ class Node:
         """Everything durable, the log released as far as remotes allow, marked clean."""
         await self.log.sync(self.log.next_seq - 1)
         await self.housekeeper.sync_facets()
+        if self.primary is not None:
+            await self.logkeeper.stop()
         await self.housekeeper.cycle()
         if self.primary is not None:
             await self._make_safe()
@@ -367,6 +374,7 @@ class Node:
             "volumes": [self._volume_status(volume) for volume in self.volumes],
             "log": {
                 "mode": config.log.mode,
+                "in_memory": bool(state.get("log_volatile")),
                 "on_full": config.log.on_full,
                 **self.housekeeper.status(),
             },
@@ -450,22 +458,8 @@ class Node:
         return self.secondary.applier.status()
 
     async def facet(self, action: str, path: str, other: str | None = None) -> list[dict[str, Any]]:
-        """One of the commands on local facets; ``other`` is the volume to add to, or the path of
-        the new facet. Returns all facets as in the status."""
-        facets = self._need_facets()
-        match action:
-            case "offline":
-                await facets.offline(path)
-            case "online":
-                await facets.online(path)
-            case "add":
-                await facets.add(other or "", path)
-            case "remove":
-                await facets.remove(path)
-            case "replace":
-                await facets.replace(path, other)
-            case _:
-                raise AssertionError(action)
+        """One of the commands on local facets; returns all facets as in the status."""
+        await self._need_facets().command(action, path, other)
         return self.facet_list()
 
     def facet_list(self) -> list[dict[str, Any]]:
@@ -476,6 +470,11 @@ class Node:
             for volume in self.volumes
             for entry in facets.status(volume)
         ]
+
+    async def log_replace(self, path: str) -> dict[str, Any]:
+        """Moves the log to a new file, or brings it back to a disk."""
+        self._need_primary()
+        return await self.logkeeper.replace(path)
 
     def _need_facets(self) -> Facets:
         if self.facets is None:

@@ -56,7 +56,10 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     state = store.state
     clean = bool(state["clean"])
     # A failed sync of the log may have cost as much of it as a power loss (O16).
-    power_loss = not clean and (state["boot_id"] != boot_id or bool(state.get("log_failed")))
+    volatile = bool(state.get("log_volatile"))  # what it held is gone with the process
+    power_loss = not clean and (
+        volatile or state["boot_id"] != boot_id or bool(state.get("log_failed"))
+    )
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     healing = _healing(store, volumes, log.ring.tail_seq)
     for volume in volumes:
@@ -86,7 +89,7 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     if behind:
         healing = []
     if not behind and (not clean or healing):
-        await _apply(log, until, volumes, healing, only_healing=clean)
+        await _apply(store, log, until, volumes, healing, only_healing=clean)
     for volume in volumes:
         for facet in volume.facets:
             if facet.failed is None:
@@ -96,10 +99,10 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
                 redone = records and (not clean or facet in healing)
                 facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
                 if facet in healing or (power_loss and facet.in_service):
-                    await _sync(volume, facet)
+                    await _sync(store, volume, facet)
     _trust_again(store, [facet for facet in healing if facet.failed is None])
     _note_failed(store, volumes)
-    known = max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
+    known = 0 if volatile else max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
     return Recovered(
         clean=clean,
         power_loss=power_loss,
@@ -112,7 +115,13 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
 
 
 async def _apply(
-    log: Log, until: int, volumes: list[Volume], healing: list[LocalFacet], *, only_healing: bool
+    store: Store,
+    log: Log,
+    until: int,
+    volumes: list[Volume],
+    healing: list[LocalFacet],
+    *,
+    only_healing: bool,
 ) -> None:
     """Carries the log's records up to ``until`` into the facets."""
     cursor = Cursor(log.ring.tail_seq)
@@ -127,16 +136,16 @@ async def _apply(
                     await facet.apply(record)
                 except OSError as error:
                     failure = facet.fail("redo", error)
-                    if not volume.in_service():
+                    if not volume.in_service() and not _followed(store):
                         raise failure from error
 
 
-async def _sync(volume: Volume, facet: LocalFacet) -> None:
-    """Raises DiskFailed if the volume has no other facet."""
+async def _sync(store: Store, volume: Volume, facet: LocalFacet) -> None:
+    """Raises DiskFailed if the volume has no other facet, and no remote to stand in."""
     try:
         await facet.sync()
     except DiskFailed:
-        if not volume.in_service():
+        if not volume.in_service() and not _followed(store):
             raise
 
 

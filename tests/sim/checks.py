@@ -169,9 +169,8 @@ class Checks:
     def crash_clone(self, host: Host, rng: random.Random | None = None) -> None:
         """What if this host lost its power now? ``rng`` draws what is lost."""
         world = self._world
-        node = host.node
-        if host.role == "primary" and node is not None and node.rescue.leans():
-            return  # what it holds is not all there is
+        if host.role == "primary" and world.options.last_facet:
+            return  # what it holds may not be all there is
         world.fired[f"clone of {host.role}"] += 1
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
         disk.power_cut(rng)

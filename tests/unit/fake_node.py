@@ -129,6 +129,10 @@ class FakeNode:
         remotes: list[Json] = self.state["remotes"]
         return remotes
 
+    async def log_replace(self, path: str) -> Json:
+        self.calls.append(("log_replace", path))
+        return {"log": path}
+
     def facet_list(self) -> list[Json]:
         return [
             {"volume": volume["name"], **facet}
