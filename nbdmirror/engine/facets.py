@@ -327,7 +327,7 @@ class Facets:
             except (NbdmirrorError, OSError) as error:
                 member.copy = None
                 if self.group.failed is not None:
-                    raise
+                    return  # the node ends
                 if isinstance(error, DiskFailed) and facet.failed is None:
                     raise
                 why = error.message if isinstance(error, NbdmirrorError) else str(error)

@@ -323,7 +323,8 @@ class Faults:
         host.disk.faults = None
         if host.failed is not None:
             host.failed = None
-            if host.role == "secondary" and self._random.random() < 0.3:
+            spare = host.role == "secondary" and not world.options.last_facet
+            if spare and self._random.random() < 0.3:
                 await world.replace(host)
         await world.start(host)
 
