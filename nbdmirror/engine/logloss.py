@@ -32,6 +32,7 @@ from nbdmirror.ports import Disk
 
 MEMORY_BYTES_MAX = 64 << 20
 """Of a log in memory (I6), or less where the log on disk is smaller."""
+PENDING_POLL_SECONDS = 0.01
 CATCH_UP_SECONDS = 2.0
 """Before entries are marked, a remote gets so long to confirm them."""
 
@@ -132,6 +133,9 @@ class LogKeeper:
                 await remote.overflow(why)
         for member in self._facets.holding():
             await member.to_map()
+        # A TRIM that is in the log, and perhaps at a remote, must be in the facets too.
+        while any(facet.pending for v in self._primary.group.volumes for facet in v.writable()):
+            await asyncio.sleep(PENDING_POLL_SECONDS)
         await self._housekeeper.sync_facets(everything=True)
 
     async def _note(self, *, volatile: bool, path: str | None) -> None:

@@ -34,7 +34,15 @@ DISK_FAULTS = (
     "facet error",
     "facet error",
 )
-ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump", "facet offline", "facet replace")
+ADMIN_FAULTS = (
+    "pause",
+    "resync",
+    "full resync",
+    "clock jump",
+    "facet offline",
+    "facet replace",
+    "log replace",
+)
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")

@@ -230,6 +230,8 @@ class Faults:
             await self._odd_end(kind)
         elif kind == "facet error":
             self._facet_error()
+        elif kind == "log replace":
+            await self._replace_log()
         elif kind in ("facet offline", "facet replace"):
             await self._facet_out(kind)
         elif kind in ("pause", "resync", "full resync", "clock jump"):
@@ -410,6 +412,15 @@ class Faults:
             else:
                 await world.in_life(world.a, node.facet("online", path))
 
+    async def _replace_log(self) -> None:
+        """The log is moved, or brought back from memory."""
+        world = self._world
+        node = world.a.node
+        if node is not None:
+            world.logs += 1
+            with contextlib.suppress(Gone, NbdmirrorError):
+                await world.in_life(world.a, node.log_replace(f"/logs/{world.logs}"))
+
     async def _new_disk(self, host: Host, path: str) -> None:
         """What a person puts in may hold anything."""
         size = host.disk.open(path).size()
@@ -460,6 +471,8 @@ class Faults:
             raise Violation(f"the primary does not start: {world.a.failed}")
         for remote in world.remotes:
             await world.in_life(world.a, node.resume(remote.name))
+        if node.status()["log"]["in_memory"] and self._random.random() < 0.5:
+            await self._replace_log()
         for volume in node.volumes:
             for facet in volume.facets:
                 swapped = facet.path in world.fresh and not facet.writable

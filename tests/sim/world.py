@@ -61,6 +61,8 @@ class Host:
         """The node while it serves."""
         self.created = False
         self.lost_power = False
+        self.forked = False
+        """The last start began a new line of history: the log, or its end, was lost."""
         self.starting = False
         self.stopping = False
         self.failed: str | None = None
@@ -124,6 +126,8 @@ class World:
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
         self.fresh = {}
+        self.logs = 0
+        """How often the log was moved."""
         self.on_moment: list[Callable[[Host, str], None]] = []
         """Called with each event of a node: the moments at which a fault is most telling."""
         self.on_failed: Callable[[Host], None] = lambda host: None
@@ -302,6 +306,8 @@ class World:
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+        if event["kind"] == "started":
+            host.forked = event["power_loss"]
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -323,7 +329,7 @@ class World:
         self.history.found(end)
         images = host.images()
         self.content.recovered(images, power=power)
-        if power:
+        if power or host.forked:
             self.history.fork(node.primary.group.epoch, end, images)
         elif end != self.history.head:
             raise Violation(f"a killed primary came back with {end} of {self.history.head} records")
