@@ -10,6 +10,7 @@ What is durable of a facet stands in its entry of the superblock:
     compare       the marked regions may be equal: what is, is not written again
     offline       by a person: it does not return by itself
     id            names the map's file
+    identity      of the file (``ports.File.identity``) that all this is said of
     why           the cause, for people
 """
 
@@ -98,12 +99,19 @@ class Member:
         if not self.facet.writable and self not in self._owner.group.trackers:
             self._owner.group.trackers.append(self)
 
+    def is_same(self) -> bool:
+        """Whether the open file is the one that the entry speaks of: asked once of each, and what
+        cannot be told is doubted (I5). The caller has it compared if not."""
+        known, found = self.saved.get("identity"), self.facet.file.identity()
+        self.saved["identity"] = found
+        return bool(found) and known == found
+
     async def distrust(self) -> None:
         """Nothing is known of its content, durably, when this returns."""
         async with self._mapping:
             self.fill()
             # Not sooner: taken for the old disk, a new one would only get what that lacked.
-            self.saved.update(compare=True, offline=False, why=None)
+            self.saved.update(compare=True, why=None)
             await self.sync_map()
             await self._owner.store.save()
 

@@ -76,7 +76,11 @@ class Facets:
         for member in self.members:
             facet = member.facet
             if facet.in_service:
+                member.saved["identity"] = facet.file.identity()
                 continue
+            if facet.is_open and not member.is_same():
+                member.fill()
+                member.saved["compare"] = True
             if lost is not None and (member.dcm is not None or facet.kept_seq is not None):
                 member.fill()
             if facet.kept_seq is not None and doubtful:
@@ -261,6 +265,8 @@ class Facets:
         await self._make_file(path, member.volume.size)
         await member.distrust()
         await self._attach(member)
+        member.saved["offline"] = False
+        await self.store.save()
         self._serve(member, pause=0.0)
 
     async def _make_file(self, path: str, size: int) -> None:
@@ -289,6 +295,8 @@ class Facets:
         while True:
             try:
                 facet.attach(open_facet(self._disk, facet.path, facet.size))
+                if not member.is_same():
+                    await member.distrust()
                 return
             except BlockingIOError as error:
                 if asyncio.get_running_loop().time() > end:

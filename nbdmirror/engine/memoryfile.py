@@ -24,6 +24,10 @@ class MemoryFile:
         """The length in bytes."""
         return len(self._data)
 
+    def identity(self) -> str:
+        """None: it is gone with the process."""
+        return ""
+
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes; zeros past the end."""
         return bytes(self._view[offset : offset + length]).ljust(length, b"\0")

@@ -167,15 +167,19 @@ def _entries(store: Store) -> Iterator[dict[str, Any]]:
 
 def _healing(store: Store, volumes: list[Volume], tail_seq: int) -> list[LocalFacet]:
     """The failed facets for which the log holds everything since their last sync."""
-    since = {
-        entry["path"]: entry.get("since")
+    entries = {
+        entry["path"]: entry
         for entry in _entries(store)
         if not entry.get("tracking") and not entry.get("offline")
     }
 
     def held(facet: LocalFacet) -> bool:
-        synced = since.get(facet.path)
-        return synced is not None and synced + 1 >= tail_seq
+        entry = entries.get(facet.path, {})
+        synced = entry.get("since")
+        if synced is None or synced + 1 < tail_seq:
+            return False
+        # Another file in its place has not what the log is added to.
+        return entry.get("identity") in (None, facet.file.identity())
 
     facets = (facet for volume in volumes for facet in volume.facets)
     return [facet for facet in facets if facet.is_open and not facet.writable and held(facet)]

@@ -387,7 +387,14 @@ class Faults:
             ]
         )
         path = rng.choice(volume.facets).path
-        world.a.disk.faults = _once(operation, path, Fault(kind))
+        once = _once(operation, path, Fault(kind))
+
+        def inject(name: str, where: str, nth: int) -> Fault | None:
+            # By the time that it strikes, another may have gone.
+            alone = len(volume.in_service()) < 2 and not world.options.last_facet
+            return None if alone else once(name, where, nth)
+
+        world.a.disk.faults = inject
 
     # -- people ----------------------------------------------------------------------------------
 
