@@ -176,6 +176,9 @@ class LogKeeper:
                     await self._settle("the log was moved")
                     await self._note(volatile=False, path=path)
                     self._log.go_on(file, capacity, None)
+                except DiskFailed as error:
+                    self.on_failed(error)  # of the state directory, or of the last facet
+                    raise
                 finally:
                     self._resume()
         self._events.emit("log-moved", log=path)

@@ -40,10 +40,14 @@ def lose_the_log(
 
 
 @requires_programs("strace")
-@pytest.mark.parametrize(("call", "when"), [("pwritev2", "30+"), ("fdatasync", "1+")])
+@pytest.mark.parametrize(
+    ("call", "when"),
+    [("pwritev2", "30+"), ("pwritev2", "30"), ("fdatasync", "1+"), ("fdatasync", "2")],
+)
 def test_the_log_is_lost_and_replaced(make_cluster: MakeCluster, call: str, when: str) -> None:
-    """M13: a failed write or sync of the log: neither an error nor wrong data; the remote catches
-    up; `log replace` goes back to a disk under load; then all is as ever, over a kill too."""
+    """M13, O16: a failed write or sync of the log, and be it one only: neither an error nor wrong
+    data; the remote catches up; `log replace` goes back to a disk under load; then all is as ever,
+    over a kill too."""
     cluster = small_group(make_cluster).start()
     journal = Journal(SIZE)
     node = cluster.primary
