@@ -22,6 +22,7 @@ from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.engine.create import log_path
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import RING_AT, Log
@@ -131,12 +132,18 @@ class LogKeeper:
                 await remote.changed.wait()
             if not remote.tracking and remote.durable_seq < self._log.next_seq - 1:
                 await remote.overflow(why)
-        for member in self._facets.holding():
-            await member.to_map()
+            await remote.sync_maps()  # also what an overflow has marked just now (O12)
         # A TRIM that is in the log, and perhaps at a remote, must be in the facets too.
-        while any(facet.pending for v in self._primary.group.volumes for facet in v.writable()):
+        while any(facet.pending for facet in self._writable()):
             await asyncio.sleep(PENDING_POLL_SECONDS)
         await self._housekeeper.sync_facets(everything=True)
+        for facet in self._writable():
+            facet.synced_seq = self._log.next_seq - 1  # one that fails now lacks nothing of it
+        for member in self._facets.holding():
+            await member.to_map()
+
+    def _writable(self) -> list[LocalFacet]:
+        return [facet for volume in self._primary.group.volumes for facet in volume.writable()]
 
     async def _note(self, *, volatile: bool, path: str | None) -> None:
         """Step 4, in one save."""

@@ -266,10 +266,10 @@ class Node:
         assert self.primary is not None
         upto = self.log.next_seq - 1
         await self.log.sync(upto)
+        await self.logkeeper.make_safe(upto)
         for remote in self.primary.remotes:
             await remote.sync_maps()
         assert self.facets is not None
-        await self.logkeeper.make_safe(upto)
         await self.facets.sync_maps()
         self.store.state["durable_seq"] = upto
         await self.store.save()
