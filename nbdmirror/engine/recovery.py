@@ -85,7 +85,10 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     until = end_seq if limit is None else min(limit, end_seq)
     # Within one boot the page cache holds all that was written, so what is behind the damage is in
     # the facets; redoing what lies before it would only bring back what it had replaced.
-    behind = 0 if power_loss else log.seq_behind(forks)
+    behind = 0 if power_loss or end_seq == state.get("cut_seq") else log.seq_behind(forks)
+    if power_loss:
+        # What lies behind is left from before, and proves nothing until more is appended.
+        state["cut_seq"] = end_seq
     if behind:
         healing = []
     if not behind and (not clean or healing):
