@@ -78,7 +78,10 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         consistent=bool(upstream and upstream["consistent"]),
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
-        volumes=[disk.content(volume.source().path)[: volume.size] for volume in node.volumes],
+        volumes=[
+            disk.content(volume.source().path)[: volume.size] if volume.in_service() else b""
+            for volume in node.volumes
+        ],
         pending=await cover.records(node),
         node=node,
     )
@@ -175,7 +178,9 @@ class Checks:
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
         disk.power_cut(rng)
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
-        if host.role == "primary":
+        if host.role == "primary" and image.node.rescue.leans():
+            world.fired["clone without a facet"] += 1  # a remote would stand in
+        elif host.role == "primary":
             for volume, data in enumerate(image.volumes):
                 world.content.check(
                     volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
