@@ -145,7 +145,9 @@ class VolumeConfig:
 
 @dataclass(frozen=True, slots=True)
 class RemoteConfig:
-    """One ``[[remote]]``: who gets the data while this node is primary."""
+    """One ``[[remote]]``: who gets the data while this node is primary.
+
+    ``on_link_loss`` is what a ``sync`` remote's clients get while it cannot be reached."""
 
     name: str
     address: str
@@ -153,6 +155,7 @@ class RemoteConfig:
     compression: str = "off"
     max_rate: int | None = None
     apply_delay: float = 0.0
+    on_link_loss: str = "continue"
 
 
 @dataclass(frozen=True, slots=True)

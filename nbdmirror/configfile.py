@@ -53,9 +53,8 @@ _REMOTE_TLS_HINT = "leave it out: [replication] tls or secret_file secures these
 _NOT_YET: tuple[tuple[str, str, Callable[[object], bool], str], ...] = (
     ("log", "mode", lambda value: value == "spill", 'use "disk"'),
     ("log", "spill_threshold", _always, "leave it out"),
-    ("remote", "mode", lambda value: value in ("sync", "checkpoint"), 'use "async"'),
+    ("remote", "mode", lambda value: value == "checkpoint", 'use "async" or "sync"'),
     ("remote", "max_rate", _always, "leave it out"),
-    ("remote", "on_link_loss", _always, "leave it out: an async remote never holds a client"),
     ("remote", "tls", _always, _REMOTE_TLS_HINT),
 )
 
@@ -265,10 +264,15 @@ def _remote(table: Table) -> RemoteConfig:
     result = RemoteConfig(
         name=_name(table, "name"),
         address=str(_address(table, "address", table.text("address"))),
-        mode=table.choice("mode", ("async",), default.mode),
+        mode=table.choice("mode", ("async", "sync"), default.mode),
+        on_link_loss=table.choice(
+            "on_link_loss", ("continue", "hold", "fail"), default.on_link_loss
+        ),
         compression=table.choice("compression", ("off", "lz4"), default.compression),
         apply_delay=table.seconds("apply_delay", default.apply_delay, 0.0, _SECONDS_MAX),
     )
+    if result.mode == "async" and "on_link_loss" in table:
+        table.fail("on_link_loss", "is for a sync remote: an async one never holds a client")
     table.finish()
     return result
 

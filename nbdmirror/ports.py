@@ -34,6 +34,10 @@ class File(Protocol):
     def size(self) -> int:
         """The length in bytes (of a block device: its capacity)."""
 
+    def identity(self) -> str:
+        """The same for the same file, over restarts and boots, and another for another file, under
+        whatever name it is; empty if that cannot be told."""
+
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes; bytes past the end of the file read as zeros.
 

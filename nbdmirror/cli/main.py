@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nbdmirror import __version__
-from nbdmirror.cli import local, online
+from nbdmirror.cli import facets, local, online
 from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError
 from nbdmirror.tomltable import parse_duration
 
@@ -136,6 +136,8 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     for name, run in (("pause", online.pause), ("resume", online.resume)):
         _command(commands, name, run, talks=True).add_argument("remote", metavar="R")
     _add_remote(commands)
+    _add_facet(commands)
+    _add_log(commands)
     _add_apply(commands)
     events = _command(commands, "events", online.events, talks=True)
     events.add_argument("--since", type=int, default=0, metavar="CURSOR", help="only newer events")
@@ -152,10 +154,43 @@ def _add_remote(commands: argparse._SubParsersAction[Parser]) -> None:
     add = _command(actions, "add", online.remote_add, talks=True)
     add.add_argument("name", metavar="NAME")
     add.add_argument("address", metavar="ADDRESS", help="tcp:HOST:PORT")
-    add.add_argument("--mode", default="async")
+    add.add_argument("--mode", default="async", help="async (the default) or sync")
+    add.add_argument("--on-link-loss", metavar="POLICY", help="continue, hold or fail (sync)")
     _command(actions, "remove", online.remote_remove, talks=True).add_argument(
         "name", metavar="NAME"
     )
+
+
+def _add_log(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "moves the log"
+    parser = commands.add_parser("log", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    replace = _command(actions, "replace", facets.log_replace, talks=True)
+    replace.add_argument("path", metavar="PATH", help="a file that does not exist yet")
+
+
+def _add_facet(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "lists and changes the local facets"
+    parser = commands.add_parser("facet", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    _command(actions, "list", facets.listing, talks=True)
+    _command(actions, "offline", facets.offline, talks=True).add_argument("path", metavar="PATH")
+    _command(actions, "remove", facets.remove, talks=True).add_argument("path", metavar="PATH")
+    online = _command(actions, "online", facets.online, talks=True)
+    online.add_argument("path", metavar="PATH")
+    add = _command(actions, "add", facets.add, talks=True)
+    add.add_argument("volume", metavar="VOLUME")
+    add.add_argument("path", metavar="PATH")
+    replace = _command(actions, "replace", facets.replace, talks=True)
+    replace.add_argument("path", metavar="PATH")
+    replace.add_argument("new", metavar="NEW", nargs="?", help="default: a new disk at PATH")
+    for one in (online, add, replace):
+        one.add_argument("--wait", action="store_true", help="until the facet is synchronised")
+        _timeout_option(one)
 
 
 def _add_apply(commands: argparse._SubParsersAction[Parser]) -> None:

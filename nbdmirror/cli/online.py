@@ -96,6 +96,8 @@ def remote_list(args: argparse.Namespace) -> int:
 def remote_add(args: argparse.Namespace) -> int:
     """``remote add``: a new remote starts with a full synchronisation."""
     params = {"name": args.name, "address": args.address, "mode": args.mode}
+    if args.on_link_loss is not None:
+        params["on_link_loss"] = args.on_link_loss
     return _change(args, "remote.add", params, f"{args.name}: added")
 
 

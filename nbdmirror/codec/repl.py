@@ -16,8 +16,9 @@ Every frame is checked before it is used and bounded before it is stored. Little
 
 A session: HELLO (primary) - WELCOME or REFUSE (secondary) - START (primary) - READY or REFUSE
 (secondary, after what it decided is durable); then RECORDS, REGION, HASHES, RESYNC_END one way and
-ACK, WANT, DONE, CONSISTENT the other, PING both ways. The JSON payloads are described where they
-are made, in ``engine.session`` and ``engine.receiver``; the binary ones here.
+ACK, WANT, DONE, CONSISTENT the other, PING both ways; and READ, answered by DATA. The JSON
+payloads are described where they are made, in ``engine.session`` and ``engine.receiver``; the
+binary ones here.
 
     RECORDS      whole records, seqs ascending without a gap
     ACK          received, durable, applied seq (8 bytes each)
@@ -30,6 +31,8 @@ are made, in ``engine.session`` and ``engine.receiver``; the binary ones here.
     RESYNC_END   seq 8: durable past it, the secondary is consistent again
     CONSISTENT   seq 8: and it says so, durably
     PING         nothing
+    READ         token 8, volume 4, reserved 4, offset 8, length 8: what the facets hold is wanted
+    DATA         token 8, seq 8, errno 8, data: every record up to seq is in it; no data if errno
 """
 
 from __future__ import annotations
@@ -67,6 +70,8 @@ REGION = struct.Struct("<QIIQQ")
 HASHES = struct.Struct("<QIIQQ")
 TOKEN = struct.Struct("<Q")
 SEQ = struct.Struct("<Q")
+READ = struct.Struct("<QIIQQ")
+DATA = struct.Struct("<QQQ")
 
 
 class Type(IntEnum):
@@ -86,6 +91,8 @@ class Type(IntEnum):
     RESYNC_END = 12
     CONSISTENT = 13
     PING = 14
+    READ = 15
+    DATA = 16
 
 
 class Frame:

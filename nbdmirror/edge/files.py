@@ -35,6 +35,7 @@ IOV_MAX = 1024  # parts that Linux takes in one vectored call
 NOWAIT = os.RWF_NOWAIT
 CLOSED_FD = (1 << 31) - 1  # no descriptor: every system call answers EBADF
 BLKGETSIZE64 = 0x80081272
+FS_IOC_GETVERSION = 0x80087601
 KEEP_SIZE = 0x01
 PUNCH_HOLE = 0x02
 ZERO_RANGE = 0x10
@@ -148,6 +149,17 @@ class LinuxFile:
     def size(self) -> int:
         """The length in bytes; of a block device its capacity."""
         return _size(self._fd, self.block_device)
+
+    def identity(self) -> str:
+        """Of a file: its file system, inode and the inode's generation; a device has none, nor a
+        file on a file system that keeps no generation."""
+        if self.block_device:
+            return ""
+        try:
+            (generation,) = struct.unpack("=Q", fcntl.ioctl(self._fd, FS_IOC_GETVERSION, bytes(8)))
+        except OSError:
+            return ""
+        return f"{os.fstatvfs(self._fd).f_fsid:x}:{os.fstat(self._fd).st_ino}:{generation:x}"
 
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes, zeros past the end; may block."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.remote import NEW_FACTS, Remote
@@ -65,6 +66,7 @@ class Primary:
                 mode=remote.mode,
                 compression=remote.compression,
                 apply_delay=remote.apply_delay,
+                on_link_loss=remote.on_link_loss,
                 added=False,
             )
             wanted[remote.name] = facts
@@ -86,8 +88,21 @@ class Primary:
         )
         remote.open()
         remote.on_moved = self._housekeeper.remote_moved
+        if facts["mode"] == "sync":
+            self._make_gate(remote)
         self.remotes.append(remote)
         return remote
+
+    def _make_gate(self, remote: Remote) -> None:
+        def changed(engaged: bool) -> None:
+            self._events.emit("in-step" if engaged else "out-of-step", remote=remote.name)
+
+        policy = remote.facts.get("on_link_loss", "continue")
+        gate = SyncGate(remote.name, policy, self.group.log.bytes_between)
+        gate.excuse(bool(remote.facts["paused"]))
+        gate.on_change = changed
+        remote.gate = gate
+        self.group.gates.append(gate)
 
     def start(self) -> None:
         """Starts connecting."""
@@ -185,10 +200,20 @@ class Primary:
                 f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
             )
         if full:
+            self._check_needed(remote)
             remote.drop.set()  # before the log may be released that the session reads
             await remote.fill("asked for by a person")
         remote.kick.set()
         return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
+
+    def _check_needed(self, remote: Remote) -> None:
+        """Refused if it is what a volume without a local facet is read from (M11)."""
+        rescue = self._housekeeper.rescue
+        if rescue is not None and rescue.needed(remote):
+            raise Refused(
+                f"remote {remote.name} holds the only copy of a volume that may be trusted",
+                hint="bring a local facet back first: see nbdmirror facet list",
+            )
 
     async def pause(self, name: str) -> None:
         """Ends the connection until ``resume``; changes stay in the log, past it in the DCM."""
@@ -196,6 +221,8 @@ class Primary:
         remote.facts["paused"] = True
         await self._store.save()
         remote.drop.set()
+        if remote.gate is not None:
+            remote.gate.excuse(True)
         self._events.emit("paused", remote=name)
 
     async def resume(self, name: str) -> None:
@@ -203,10 +230,12 @@ class Primary:
         remote = self.remote(name)
         remote.facts["paused"] = False
         await self._store.save()
+        if remote.gate is not None:
+            remote.gate.excuse(False)
         remote.kick.set()
         self._events.emit("resumed", remote=name)
 
-    async def add(self, name: str, address: str, mode: str) -> None:
+    async def add(self, name: str, address: str, mode: str, on_link_loss: str = "continue") -> None:
         """A new remote, while the volumes are in use (M17): first synchronisation follows."""
         if any(remote.name == name for remote in self.remotes):
             raise UsageError(f"there is a remote {name!r} already")
@@ -215,6 +244,7 @@ class Primary:
             "defaults": {},
             "address": address,
             "mode": mode,
+            "on_link_loss": on_link_loss,
             "compression": "off",
             "added": True,
         }
@@ -228,10 +258,14 @@ class Primary:
     async def remove(self, name: str) -> None:
         """Forgets a remote and its map (M17)."""
         remote = self.remote(name)
+        self._check_needed(remote)
         task = self._tasks.pop(name)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         self.remotes.remove(remote)
+        if remote.gate is not None:
+            self.group.gates.remove(remote.gate)
+            remote.gate.excuse(True)
         if remote in self.group.trackers:
             self.group.trackers.remove(remote)
         del self._store.state["remotes"][name]

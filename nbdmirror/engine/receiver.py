@@ -22,6 +22,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.engine.link import Link
+from nbdmirror.engine.readserver import ReadServer
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
 
@@ -55,6 +56,7 @@ class Receiver:
         self._synced_tokens: list[int] = []
         self._sync_task: asyncio.Task[None] | None = None
         self._end_seq: int | None = None
+        self._reads = ReadServer(secondary, self.link)
 
     async def run(self) -> None:
         """Handles frames until the link is gone; returns its cause."""
@@ -73,6 +75,7 @@ class Receiver:
         finally:
             if self._sync_task is not None:
                 tasks.append(self._sync_task)
+            tasks += self._reads.tasks
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -113,6 +116,8 @@ class Receiver:
                         await self._on_region(frame)
                     elif frame.type is Type.HASHES:
                         await self._on_hashes(frame)
+                    elif frame.type is Type.READ:
+                        await self._reads.on_frame(frame)
                     elif frame.type is Type.RESYNC_END:
                         (self._end_seq,) = frame.unpack(repl.SEQ)
                         await self._check_end()
@@ -185,6 +190,7 @@ class Receiver:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
         if delay != self.secondary.applier.settings["delay"]:
             await self.secondary.applier.change(delay=float(delay))
+        self.secondary.eager = start.get("eager") is True
         await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
         self._started = True
         self._eager = start.get("eager") is True

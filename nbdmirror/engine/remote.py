@@ -3,7 +3,8 @@
 Decides nothing about the wire (``engine.session``) and nothing about when space is needed
 (``engine.housekeeper``); it is what both act upon. The facts are part of the superblock:
 
-    address, mode, compression, added   what the configuration, or ``remote add``, says
+    address, mode, compression, on_link_loss, added
+                  what the configuration, or ``remote add``, says
     initialised   a stream was agreed upon once
     tracking      in DCM logging: the log keeps nothing for it
     base_seq      the DCM and the log together hold every change after this seq
@@ -20,12 +21,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.meter import Meter
 from nbdmirror.core.remotestate import Facts, next_action, state_of
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile, dirty_runs
@@ -33,6 +35,9 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.remoteread import RemoteReads
 
 PENDING_SCAN_MAX = 64 << 20
 """Pending log bytes up to which a block status looks at each entry."""
@@ -106,6 +111,10 @@ class Remote:
         self.starting = False
         """A stream is being agreed upon: the log is kept for it already."""
         self.link = "disconnected"
+        self.reads: RemoteReads | None = None
+        """Reads through it, while there is a stream."""
+        self.gate: SyncGate | None = None
+        """What replies wait for, if it is a synchronous remote."""
         self.refused: str | None = None
         self.failed: str | None = None
         self.stall: str | None = None
@@ -153,6 +162,17 @@ class Remote:
     def tracking(self) -> bool:
         """Whether the remote is in DCM logging."""
         return bool(self.facts["tracking"])
+
+    @property
+    def follows(self) -> bool:
+        """Whether it has, or gets from the log in order, all that was ever written (M11)."""
+        facts = self.facts
+        return bool(
+            facts["initialised"]
+            and facts["consistent"]
+            and not self.tracking
+            and self.dirty_regions == 0
+        )
 
     @property
     def dirty_regions(self) -> int:
@@ -242,6 +262,8 @@ class Remote:
         self.received_seq = max(self.received_seq, received)
         self.durable_seq = max(self.durable_seq, durable)
         self.applied_seq = max(self.applied_seq, applied)
+        if self.gate is not None:
+            self.gate.moved(self.received_seq, self.durable_seq)
         self.on_moved()
         self.notify()
 
@@ -316,6 +338,7 @@ class Remote:
             "name": self.name,
             "address": self.facts["address"],
             "mode": self.facts["mode"],
+            "in_step": None if self.gate is None else self.gate.engaged,
             "link": self.link,
             "state": state,
             "received_seq": self.received_seq,

@@ -55,6 +55,8 @@ class Secondary:
         self.applier = Applier(volumes, log, store, events)
         self.applier.caught_up = self._tell
         self.current: Receiver | None = None
+        self.eager = False
+        """The primary's clients wait for what is durable here."""
         self.failed: NbdmirrorError | None = None
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
@@ -110,8 +112,9 @@ class Secondary:
             await log.sync(log.next_seq - 1)
             self.applier.wake()
             await self._tell()
-            # Nobody waits for an asynchronous secondary: larger commits cost its host less.
-            await asyncio.sleep(COMMIT_PAUSE_SECONDS)
+            if not self.eager:
+                # Nobody waits for an asynchronous secondary: larger commits cost its host less.
+                await asyncio.sleep(COMMIT_PAUSE_SECONDS)
 
     async def _tell(self) -> None:
         if self.current is not None:

@@ -29,6 +29,7 @@ from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.peers import peers_of
 from nbdmirror.engine.remote import Remote, volume_map
+from nbdmirror.engine.remoteread import RemoteReads
 from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.store import Store
 from nbdmirror.errors import FormatError, PeerError, Refused
@@ -62,6 +63,7 @@ class Session:
         self.link.session = context.env.random.getrandbits(63) or 1
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self.resync: Resync | None = None
+        self._reads = RemoteReads(self.link)
         self._streaming = False
         self._shipped_seq = 0
         self._compress = remote.facts.get("compression") == "lz4"
@@ -216,6 +218,9 @@ class Session:
         tuning = self.context.tuning
         self._shipped_seq = seq - 1
         self._streaming = True
+        self.remote.reads = self._reads
+        if self.remote.gate is not None:
+            self.remote.gate.opened(seq, bool(self.remote.facts["consistent"]))
         ends = [
             asyncio.ensure_future(self._ship(Cursor(seq))),
             asyncio.ensure_future(
@@ -234,18 +239,25 @@ class Session:
             if self.link.cause is not None:
                 raise self.link.cause
         finally:
+            self.remote.reads = None
+            self._reads.close()
+            if self.remote.gate is not None:
+                self.remote.gate.lost()
             for task in ends:
                 task.cancel()
             await asyncio.wait(ends)
 
     async def _resync(self, resync: Resync) -> None:
         await resync.run()
+        if self.remote.gate is not None:
+            self.remote.gate.completed()
         self.context.events.emit("synchronised", remote=self.remote.name)
         await self.link.closed.wait()
 
     async def _ship(self, cursor: Cursor) -> None:
         """Sends the log from the cursor on, as it grows."""
         log, link, remote = self.remote.group.log, self.link, self.remote
+        linger = LINGER_SECONDS if remote.gate is None else 0.0
         while True:
             while cursor.seq >= log.next_seq:
                 log.appended.clear()
@@ -263,8 +275,8 @@ class Session:
             self._shipped_seq = cursor.seq - 1
             remote.bytes_sent += link.send(Type.RECORDS, parts, compress=self._compress)
             await link.drain()
-            if size < FRAME_BYTES:
-                await asyncio.sleep(LINGER_SECONDS)
+            if linger and size < FRAME_BYTES:
+                await asyncio.sleep(linger)
 
     async def _log_rotten(self, error: FormatError) -> None:
         """A pending record cannot be read back: the regions are copied from the facet instead."""
@@ -289,6 +301,8 @@ class Session:
             if self.resync is None:
                 raise PeerError(f"{kind.name} outside a resync")
             self.resync.on_frame(frame)
+        elif kind is Type.DATA:
+            self._reads.on_frame(frame)
         elif kind is Type.REFUSE:
             raise Refused(str(frame.json().get("why")))
         elif kind is not Type.PING:

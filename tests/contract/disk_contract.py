@@ -63,6 +63,23 @@ class FileContract:
             assert world.run(settled(file, offset, length)) == expected
         file.close()
 
+    def test_identity_is_of_the_file_not_of_its_name(self, world: DiskWorld) -> None:
+        """Empty where it cannot be told; the name of a removed file may come back with another."""
+        path = f"{world.directory}/named"
+        file = world.disk.open(path, create=True)
+        first = file.identity()
+        file.pwrite(0, b"content")
+        world.run(file.sync())
+        file.close()
+        world.disk.rename(path, f"{world.directory}/moved")
+        file = world.disk.open(f"{world.directory}/moved")
+        assert file.identity() == first
+        file.close()
+        world.disk.unlink(f"{world.directory}/moved")
+        file = world.disk.open(path, create=True)
+        assert file.identity() != first or not first
+        file.close()
+
     def test_bytes_past_the_end_read_as_zeros(self, world: DiskWorld) -> None:
         file = new_file(world, b"abc")
         assert file.pread(1, 5) == b"bc\0\0\0"

@@ -62,6 +62,8 @@ def layouts() -> dict[str, bytes]:
         "frame-resync-end": frame(Type.RESYNC_END, repl.SEQ.pack(99)),
         "frame-consistent": frame(Type.CONSISTENT, repl.SEQ.pack(99)),
         "frame-ping": frame(Type.PING),
+        "frame-read": frame(Type.READ, repl.READ.pack(9, 1, 0, 65536, 4096)),
+        "frame-data": frame(Type.DATA, repl.DATA.pack(9, 41, 0), b"data"),
     }
 
 

@@ -78,7 +78,10 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         consistent=bool(upstream and upstream["consistent"]),
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
-        volumes=[disk.content(volume.source().path)[: volume.size] for volume in node.volumes],
+        volumes=[
+            disk.content(volume.source().path)[: volume.size] if volume.in_service() else b""
+            for volume in node.volumes
+        ],
         pending=await cover.records(node),
         node=node,
     )
@@ -138,6 +141,7 @@ class Checks:
         if not any(facet.pending for v in node.volumes for facet in v.facets):
             line = world.history.lines[-1]
             compare(world.a.images(), line.image(line.head), "the primary (V5)")
+            world.check_facets(world.a, node)
 
     def _progress(self, remote: dict[str, Any]) -> None:
         """Bytes done never fall within a pass; no more is sent than what is marked (I4)."""
@@ -168,11 +172,15 @@ class Checks:
     def crash_clone(self, host: Host, rng: random.Random | None = None) -> None:
         """What if this host lost its power now? ``rng`` draws what is lost."""
         world = self._world
+        if host.role == "primary" and world.options.last_facet:
+            return  # what it holds may not be all there is
         world.fired[f"clone of {host.role}"] += 1
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
         disk.power_cut(rng)
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
-        if host.role == "primary":
+        if host.role == "primary" and image.node.rescue.leans():
+            world.fired["clone without a facet"] += 1  # a remote would stand in
+        elif host.role == "primary":
             for volume, data in enumerate(image.volumes):
                 world.content.check(
                     volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
@@ -201,6 +209,26 @@ class Checks:
                 world.options.cell,
             )
             world.fired[f"cover {rule}"] += 1
+
+    def flushed(self) -> None:
+        """With synchronous remotes what a flush promised survives the loss of the primary (I3)."""
+        world = self._world
+        node = world.a.node
+        if node is None or node.primary is None or self._random.random() < 0.7:
+            return
+        for remote in node.primary.remotes:
+            host = world.hosts[remote.name]
+            gate = remote.gate
+            if gate is None or gate.excused or not (gate.engaged and gate.streaming):
+                continue
+            disk = host.disk.clone(f"{world.seed}:flushed:{world.loop.now_ns}")
+            disk.power_cut()
+            image = recover_alone(disk, host.config, f"{world.seed}:flushed")
+            if image.consistent and gate.consistent:
+                world.fired["flush is at a synchronous remote"] += 1
+                for volume, data in enumerate(image.volumes):
+                    what = f"{host.name} after a flush (I3)"
+                    world.content.check(volume, 0, data, since=0, crashed=True, what=what)
 
     def _check_secondary(self, host: Host, image: Image) -> None:
         world = self._world

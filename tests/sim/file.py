@@ -36,6 +36,10 @@ class SimFile:
         self._check()
         return self._inode.cache.size
 
+    def identity(self) -> str:
+        self._check()
+        return str(self._inode.serial)
+
     def pread(self, offset: int, length: int) -> bytes:
         return self._read_now(self._admit("pread"), offset, length)
 

@@ -25,8 +25,24 @@ NODE_FAULTS = (
     "die starting",
     "stop and power",
 )
-DISK_FAULTS = ("disk stall", "sync error a", "sync error b", "sync loss b", "write error b")
-ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump")
+DISK_FAULTS = (
+    "disk stall",
+    "sync error a",
+    "sync error b",
+    "sync loss b",
+    "write error b",
+    "facet error",
+    "facet error",
+)
+ADMIN_FAULTS = (
+    "pause",
+    "resync",
+    "full resync",
+    "clock jump",
+    "facet offline",
+    "facet replace",
+    "log replace",
+)
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
@@ -61,6 +77,11 @@ class Options:
     clear: float
     faults: dict[str, float]
     fault_gap: float
+    mode: str = "async"
+    """Of the remotes."""
+    on_link_loss: str = "continue"
+    last_facet: bool = False
+    """The last facet of a volume may fail too: a remote stands in for it (M11)."""
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
@@ -84,7 +105,7 @@ def draw(seed: int) -> Options:
         region=region,
         # Many small extents: the active map has 61 slots at least and must be made to evict.
         extent=rng.choice([1, 2, 4, 16]) * KIB,
-        facets=2 if rng.random() < 0.2 else 1,
+        facets=rng.choice([1, 1, 1, 2, 2, 3]),
         remotes=2 if rng.random() < 0.15 else 1,
         log_size=log_size,
         remote_log_size=max(log_size, rng.choice([68, 260]) * KIB),
@@ -105,7 +126,13 @@ def draw(seed: int) -> Options:
         faults=_faults(rng),
         fault_gap=rng.choice([0.01, 0.05, 0.3, 3.0]),
         moments=rng.choice([0.0, 0.0, 0.0, 0.1, 0.3]),
+        mode=rng.choice(["async", "async", "async", "sync"]),
+        on_link_loss=rng.choice(["continue", "hold", "fail"]),
     )
+    if not options.moments and rng.random() < 0.5:
+        # After a power loss the model asks the primary's own disk what there is.
+        faults = {k: v for k, v in options.faults.items() if "power" not in k and "die" not in k}
+        options = replace(options, last_facet=True, faults=faults)
     return _storm(options, rng) if rng.random() < 0.15 else options
 
 
@@ -133,6 +160,7 @@ def _storm(options: Options, rng: random.Random) -> Options:
         fault_gap=rng.choice([0.1, 0.3]),
         moments=0.5,
         moments_of=("overflow",),
+        last_facet=False,
     )
 
 
@@ -151,6 +179,9 @@ def _constants(rng: random.Random) -> dict[str, int | float]:
         "session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
         "resync.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
         "resync.COMPARE_BYTES": rng.choice([16 * KIB, 4 << 20]),
+        "facetcopy.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
+        "facetcopy.SYNC_BYTES": rng.choice([4 * KIB, 64 << 20]),
+        "rescue.READ_ERRORS_MAX": rng.choice([2, 32]),
         "housekeeper.INTERVAL_SECONDS": rng.choice([0.1, 1.0, 5.0]),
     }
 

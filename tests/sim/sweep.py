@@ -257,6 +257,7 @@ class Run:
         for host in world.hosts.values():
             await world.script.up(host)
         await asyncio.sleep(2 * RESTART_SECONDS)
+        await self._facets_back()
         for host in world.hosts.values():
             await world.script.up(host)
             assert host.node is not None
@@ -273,6 +274,16 @@ class Run:
         if script.succeeded != before + 3:
             raise Violation("the mended primary does not serve")
         await self._converge()
+
+    async def _facets_back(self) -> None:
+        """A person brings back, at once, what a remote has stood in for (M11)."""
+        node = await self.world.script.primary()
+        facets = [facet for volume in node.volumes for facet in volume.facets]
+        for facet in facets:
+            await self.world.in_life(self.world.a, node.facet("online", facet.path))
+        end = self.world.loop.time() + HEAL_SECONDS
+        while not all(facet.in_service for facet in facets) and self.world.loop.time() < end:
+            await asyncio.sleep(0.1)
 
     async def _converge(self) -> None:
         """In sync, equal, and that durably; and so after a clean stop (I2, I3)."""

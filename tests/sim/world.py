@@ -61,6 +61,8 @@ class Host:
         """The node while it serves."""
         self.created = False
         self.lost_power = False
+        self.forked = False
+        """The last start began a new line of history: the log, or its end, was lost."""
         self.starting = False
         self.stopping = False
         self.failed: str | None = None
@@ -95,6 +97,11 @@ class Host:
             path = self.sources[index]
             if volumes and volumes[index].in_service():
                 path = volumes[index].source().path
+            elif volumes and self.role == "primary" and disk is None:
+                # No local facet: the log and a remote hold it, which reads and the end will show.
+                line = self.world.history.lines[-1]
+                images.append(bytes(line.image(line.head)[index]))
+                continue
             images.append((disk or self.disk).content(path)[: volume.size])
         return images
 
@@ -118,11 +125,16 @@ class World:
         self.history = History([bytes(size) for size in options.sizes])
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
+        self.fresh = {}
+        self.logs = 0
+        """How often the log was moved."""
         self.on_moment: list[Callable[[Host, str], None]] = []
         """Called with each event of a node: the moments at which a fault is most telling."""
         self.on_failed: Callable[[Host], None] = lambda host: None
         """Called when a node has ended by itself: somebody has to look after it."""
         self.broken: asyncio.Event
+        self.on_flushed: Callable[[], None] = lambda: None
+        """Called when a client's FLUSH has succeeded."""
 
     @property
     def a(self) -> Host:
@@ -172,7 +184,13 @@ class World:
                 for index, size in enumerate(options.sizes)
             ),
             remotes=tuple(
-                RemoteConfig(remote, f"tcp:{remote}:7000", compression=options.compression)
+                RemoteConfig(
+                    remote,
+                    f"tcp:{remote}:7000",
+                    mode=options.mode,
+                    on_link_loss=options.on_link_loss,
+                    compression=options.compression,
+                )
                 for remote in remotes
             )
             if primary
@@ -288,6 +306,8 @@ class World:
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+        if event["kind"] == "started":
+            host.forked = event["power_loss"]
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -309,16 +329,17 @@ class World:
         self.history.found(end)
         images = host.images()
         self.content.recovered(images, power=power)
-        if power:
+        if power or host.forked:
             self.history.fork(node.primary.group.epoch, end, images)
         elif end != self.history.head:
             raise Violation(f"a killed primary came back with {end} of {self.history.head} records")
         else:
             compare(images, self.history.lines[-1].image(end), "the primary after redo")
-        self._check_facets(host, node)
+        self.check_facets(host, node)
         self._observe(node)
 
-    def _check_facets(self, host: Host, node: Node) -> None:
+    def check_facets(self, host: Host, node: Node) -> None:
+        """Every facet in service holds the same."""
         for volume in node.volumes:
             facets = [host.disk.content(f.path)[: volume.size] for f in volume.in_service()]
             for other in facets[1:]:
@@ -388,6 +409,8 @@ class World:
             self.trace(host.name, f"stop: {error}")
         self._end_life(host, power=False)
 
+    fresh: dict[str, None]
+    """Facets of the primary on whose place a new disk lies, of which the node was not told yet."""
     requests = 0
     """Of clients, in flight."""
 

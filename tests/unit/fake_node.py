@@ -129,7 +129,24 @@ class FakeNode:
         remotes: list[Json] = self.state["remotes"]
         return remotes
 
-    async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
+    async def log_replace(self, path: str) -> Json:
+        self.calls.append(("log_replace", path))
+        return {"log": path}
+
+    def facet_list(self) -> list[Json]:
+        return [
+            {"volume": volume["name"], **facet}
+            for volume in self.state["volumes"]
+            for facet in volume["facets"]
+        ]
+
+    async def facet(self, action: str, path: str, other: str | None = None) -> list[Json]:
+        self.calls.append((f"facet_{action}", path, other))
+        return self.facet_list()
+
+    async def remote_add(
+        self, name: str, address: str, mode: str, on_link_loss: str
+    ) -> Json | None:
         self.calls.append(("remote_add", name, address, mode))
         return None
 
