@@ -63,6 +63,8 @@ class Host:
         self.lost_power = False
         self.forked = False
         """The last start began a new line of history: the log, or its end, was lost."""
+        self.doubted = False
+        """A slot of the superblock was damaged: the other one may be an old copy."""
         self.starting = False
         self.stopping = False
         self.failed: str | None = None
@@ -308,6 +310,8 @@ class World:
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
         if event["kind"] == "started":
             host.forked = event["power_loss"]
+        if event["kind"] == "superblock-damaged":
+            host.doubted = True
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -317,7 +321,8 @@ class World:
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
-        if event["rule"] in ("T5", "T6", "T9", "T12"):
+        doubted = host.doubted or self.hosts[event["remote"]].doubted
+        if event["rule"] in ("T6", "T9", "T12") or (event["rule"] == "T5" and not doubted):
             self.fail(
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
             )

@@ -186,8 +186,8 @@ def test_only_owners_change_anything(path: Path) -> None:
             if not method.changing:
                 continue
             params = {key: "x" for key, param in method.params.items() if param.required}
-            if "address" in params:
-                params["address"] = "tcp:b:1"
+            params |= {"address": "tcp:b:1"} if "address" in params else {}
+            params |= {"path": "/x"} if "path" in params else {}
             answer = await ask(reader, writer, name, **params)
             assert "may look, not change" in answer["error"]["message"], name
         told = [event for event in node.events.since(0).events if event["kind"] == "admin"]
