@@ -61,6 +61,8 @@ class Host:
         """The node while it serves."""
         self.created = False
         self.lost_power = False
+        self.torn = False
+        """A slot of its superblock was found torn: it cannot prove what it had."""
         self.forked = False
         """The last start began a new line of history: the log, or its end, was lost."""
         self.starting = False
@@ -306,6 +308,7 @@ class World:
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+        host.torn = host.torn or event["kind"] == "superblock-damaged"
         if event["kind"] == "started":
             host.forked = event["power_loss"]
         if event["kind"] == "handshake":
@@ -317,6 +320,8 @@ class World:
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
+        if event["rule"] == "T5" and self.hosts[event["remote"]].torn:
+            return  # a save that was torn may have been of what it had confirmed
         if event["rule"] in ("T5", "T6", "T9", "T12"):
             self.fail(
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
