@@ -131,8 +131,14 @@ class Facets:
             await member.sync_map()
 
     def holding(self) -> list[Member]:
-        """The facets for which the log is kept."""
-        return [member for member in self.members if not member.tracking]
+        """The facets for which the log is kept, and that could do with a map: with nobody to copy
+        from, what a volume's last facet lacks comes back from the log or not at all."""
+        return [
+            member
+            for member in self.members
+            if not member.tracking
+            and (member.volume.in_service() or self.group.goes_on(member.volume))
+        ]
 
     def member(self, path: str) -> Member:
         """The facet of that path; UsageError lists the paths if there is none."""

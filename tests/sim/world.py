@@ -61,10 +61,10 @@ class Host:
         """The node while it serves."""
         self.created = False
         self.lost_power = False
+        self.torn = False
+        """A slot of its superblock was found torn: it cannot prove what it had."""
         self.forked = False
         """The last start began a new line of history: the log, or its end, was lost."""
-        self.doubted = False
-        """A slot of the superblock was damaged: the other one may be an old copy."""
         self.starting = False
         self.stopping = False
         self.failed: str | None = None
@@ -308,10 +308,9 @@ class World:
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+        host.torn = host.torn or event["kind"] == "superblock-damaged"
         if event["kind"] == "started":
             host.forked = event["power_loss"]
-        if event["kind"] == "superblock-damaged":
-            host.doubted = True
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -321,8 +320,9 @@ class World:
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
-        doubted = host.doubted or self.hosts[event["remote"]].doubted
-        if event["rule"] in ("T6", "T9", "T12") or (event["rule"] == "T5" and not doubted):
+        if event["rule"] == "T5" and self.hosts[event["remote"]].torn:
+            return  # a save that was torn may have been of what it had confirmed
+        if event["rule"] in ("T5", "T6", "T9", "T12"):
             self.fail(
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
             )
