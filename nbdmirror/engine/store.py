@@ -98,7 +98,7 @@ class Store:
             file.close()
             raise StateError(f"{path} has format {state.get('format')}, this program has {FORMAT}")
         store = cls(file, counter, slot, state)
-        store._doubtful = images[slot]
+        store._doubtful = slots.trimmed(images[slot])
         damage = slots.damage(images)
         store.damaged = damage and f"{path}, {damage}"
         return store

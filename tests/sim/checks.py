@@ -94,6 +94,10 @@ class Checks:
         self._world = world
         self._random = random.Random(f"{world.seed}:checks")
         self._done: dict[str, tuple[object, int]] = {}
+        self._cloned: dict[str, list[tuple[int, int]]] = {}
+        """What the disks that the last clone of a host was made of had done by then."""
+        self._looked = (-1, -1)
+        """What the primary's disk and history had come to when they were last compared."""
         world.on_moment.append(self._moment)
 
     async def run(self) -> None:
@@ -102,11 +106,19 @@ class Checks:
         while True:
             await asyncio.sleep(gap * self._random.random() * 2)
             self.look()
-            if self._random.random() < 0.3:
+            if self._random.random() < 0.2:
                 host = self._random.choice(list(self._world.hosts.values()))
-                if host.created:
+                if host.created and self._has_changed(host):
                     self.crash_clone(host)
                 gap = min(gap * 1.1, 2.0)
+
+    def _has_changed(self, host: Host) -> bool:
+        """Whether a clone can show something new: since the last one a disk was written to."""
+        hosts = self._world.hosts.values() if host.role == "primary" else [host]
+        state = [(other.disk.operations, other.disk.boots) for other in hosts]
+        former = self._cloned.get(host.name)
+        self._cloned[host.name] = state
+        return state != former
 
     def _moment(self, host: Host, kind: str) -> None:
         """After a handshake the primary relies on what it was told: is it true? And what a remote
@@ -138,7 +150,9 @@ class Checks:
             self._progress(remote)
             if remote["state"] == "synchronised" and remote["dirty"]["regions"]:
                 raise Violation(f"{remote['name']} is synchronised with marked regions (I5)")
-        if not any(facet.pending for v in node.volumes for facet in v.facets):
+        state = (world.a.disk.operations, world.history.head)
+        if state != self._looked and not any(f.pending for v in node.volumes for f in v.facets):
+            self._looked = state
             line = world.history.lines[-1]
             compare(world.a.images(), line.image(line.head), "the primary (V5)")
             world.check_facets(world.a, node)
@@ -168,6 +182,10 @@ class Checks:
                 raise Violation(f"{host.name} queues {receiver._queued} bytes")
 
     # -- crash clones ----------------------------------------------------------------------------
+
+    def crash_clone_of_one(self) -> None:
+        """Of a host that is drawn."""
+        self.crash_clone(self._random.choice(list(self._world.hosts.values())))
 
     def crash_clone(self, host: Host, rng: random.Random | None = None) -> None:
         """What if this host lost its power now? ``rng`` draws what is lost."""

@@ -533,15 +533,19 @@ def _(assign: Assign) -> None:
 
 @mutant("O15 whoever asks joins the commit that is running")
 def _(assign: Assign) -> None:
-    original = GroupCommit.__call__
+    async def run(self: GroupCommit) -> None:
+        while self._asking:
+            failure: Exception | None = None
+            try:
+                await self._commit()
+            except Exception as error:
+                failure = error
+            waiters, self._asking = self._asking, []
+            for waiter in (waiter for waiter in waiters if not waiter.done()):
+                waiter.set_exception(failure) if failure else waiter.set_result(None)
+        self._task = None
 
-    async def call(self: GroupCommit) -> None:
-        if self._running is not None and not self._running.done():
-            await asyncio.shield(self._running)
-        else:
-            await original(self)
-
-    assign(GroupCommit, "__call__", call)
+    assign(GroupCommit, "_run", run)
 
 
 @mutant("O16 a sync of the log that failed is passed over")

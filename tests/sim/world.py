@@ -57,6 +57,8 @@ class Host:
         self.role = role
         self.life = Incarnation(name)
         self.gone: asyncio.Future[None] = world.loop.create_future()
+        self.waiting: dict[asyncio.Future[None], None] = {}
+        """Those of the world who wait for work in this life: they hear of its end."""
         self.node: Node | None = None
         """The node while it serves."""
         self.created = False
@@ -236,9 +238,13 @@ class World:
             work.close()
             raise Gone
         task = self.loop.spawn(host.life, work)
-        gone = host.gone
-        waited: list[asyncio.Future[Any]] = [task, gone]
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        end = self.loop.create_future()
+        host.waiting[end] = None
+        task.add_done_callback(lambda _: _settle(end))
+        try:
+            await end
+        finally:
+            del host.waiting[end]
         if not task.done():
             raise Gone
         try:
@@ -261,8 +267,8 @@ class World:
         self.net.kill(host.life, power=power)
         host.node = None
         host.starting = host.stopping = False
-        if not host.gone.done():
-            host.gone.set_result(None)
+        for waiter in (host.gone, *host.waiting):
+            _settle(waiter)
 
     def env(self, host: Host) -> Env:
         """The world as a node of that host sees it."""
@@ -447,13 +453,18 @@ class World:
         await self.create(host)
 
 
+def _settle(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
 @contextmanager
 def constants(values: dict[str, int | float]) -> Iterator[None]:
-    """Sets constants of engine modules (``module.NAME``) for one run."""
+    """Sets constants of the product (``layer.module.NAME``) for one run."""
     saved = []
     for name, value in values.items():
-        module_name, _, attribute = name.partition(".")
-        module = importlib.import_module(f"nbdmirror.engine.{module_name}")
+        module_name, _, attribute = name.rpartition(".")
+        module = importlib.import_module(f"nbdmirror.{module_name}")
         saved.append((module, attribute, getattr(module, attribute)))
         setattr(module, attribute, value)
     try:
