@@ -27,6 +27,8 @@ LOG_SIZE_MAX = 16 * TIB
 LOG_SIZE_STEP = 4 * KIB
 EXTENT_SIZE_MIN = 64 * KIB
 EXTENT_SIZE_MAX = 1 * GIB
+RATE_MIN = 16 * KIB
+RATE_MAX = 1 * TIB
 WINDOW_BYTES_MIN = 64 * KIB
 WINDOW_BYTES_MAX = 1 * GIB
 
@@ -145,7 +147,9 @@ class VolumeConfig:
 
 @dataclass(frozen=True, slots=True)
 class RemoteConfig:
-    """One ``[[remote]]``: who gets the data while this node is primary."""
+    """One ``[[remote]]``: who gets the data while this node is primary.
+
+    ``max_rate`` caps what is sent to it, in bytes a second: records and resync together."""
 
     name: str
     address: str

@@ -83,7 +83,7 @@ class Node:
                 hint="run nbdmirror create CONFIG --force",
             )
         self.store = Store.open(disk, directory)
-        self._check_state()
+        self.store.check(self.config)
         self.volumes = self._open_volumes()
         tail = self.store.state["tail"]
         self.log = Log.open(disk, log_path(self.config), tail["position"], tail["seq"])
@@ -130,30 +130,6 @@ class Node:
             self.events.emit("superblock-damaged", why=self.store.damaged)
         if self.primary is not None and self.primary.group.active.damaged is not None:
             self.events.emit("active-map-damaged", why=self.primary.group.active.damaged)
-
-    def _check_state(self) -> None:
-        """The state must be that of the configuration; StateError names both values."""
-        state, config = self.store.state, self.config
-        fixed: tuple[tuple[str, str | int], ...] = (
-            ("group", config.group),
-            ("node", config.node),
-            ("extent_size", config.log.extent_size),
-        )
-        for key, wanted in fixed:
-            if state[key] != wanted:
-                raise StateError(
-                    f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
-                    f"{wanted!r}",
-                    hint="point state_dir to the right directory, or restore the value",
-                )
-        kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
-        wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
-        if kept != wanted_volumes:
-            raise StateError(
-                f"{config.state_dir} holds volumes {kept}, the configuration says "
-                f"{wanted_volumes} (name, size, region_size)",
-                hint="volumes cannot be changed in the configuration of an existing node",
-            )
 
     def _open_volumes(self) -> list[Volume]:
         volumes = []

@@ -11,6 +11,8 @@ from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.export import ExportServer
+from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.remote import NEW_FACTS, Remote
@@ -48,9 +50,30 @@ class Primary:
         self.remotes: list[Remote] = []
         housekeeper.remotes = self.remotes
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._context = Context(env, store, events, config.replication, config.group, config.node)
+        self._exports: ExportServer | None = None
+        self.governor = Governor(env.clock, self._activity)
+        self._context = Context(
+            env,
+            store,
+            events,
+            config.replication,
+            config.group,
+            config.node,
+            self.governor,
+            config.log.on_full,
+        )
         for name, facts in self._merged_facts().items():
             self._make(name, facts)
+
+    def serve_beside(self, exports: ExportServer) -> None:
+        """What clients ask of the exports is what resyncs yield to."""
+        self._exports = exports
+        exports.governor = self.governor
+
+    def _activity(self) -> int:
+        """Grows with what clients ask for."""
+        batches = self._exports.batches if self._exports is not None else 0
+        return self.group.bytes_written + batches
 
     # -- making remotes ----------------------------------------------------------------------
 
@@ -65,6 +88,7 @@ class Primary:
                 mode=remote.mode,
                 compression=remote.compression,
                 apply_delay=remote.apply_delay,
+                max_rate=remote.max_rate,
                 added=False,
             )
             wanted[remote.name] = facts

@@ -13,6 +13,7 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     met_epoch     the epoch in which it last agreed to a stream
     paused        by a person
     why           the cause of the last resync or refusal, for people
+    behind_ns     wall clock: since when the remote lacks something that the log does not hold
     defaults      {volume name: default bit of its DCM}
 """
 
@@ -22,8 +23,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.core.meter import Meter
+from nbdmirror.core.progress import Progress
 from nbdmirror.core.remotestate import Facts, next_action, state_of
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.group import Group
@@ -47,34 +49,9 @@ NEW_FACTS: dict[str, Any] = {
     "met_epoch": 0,
     "paused": False,
     "why": None,
+    "behind_ns": None,
     "defaults": {},
 }
-
-
-class ResyncProgress:
-    """What a running resync has done; bytes never fall within a pass (X4)."""
-
-    def __init__(self, kind: str, total_bytes: int) -> None:
-        self.kind = kind
-        self.total_bytes = total_bytes
-        self.done_bytes = 0
-        self.sent_bytes = 0
-        self.skipped_bytes = 0
-        self.meter = Meter()
-
-    def status(self, now: float) -> dict[str, Any]:
-        """The ``resync`` object of the status."""
-        rate = self.meter.rate(now)
-        eta = self.meter.eta(now, self.total_bytes - self.done_bytes)
-        return {
-            "kind": self.kind,
-            "done_bytes": min(self.done_bytes, self.total_bytes),
-            "total_bytes": self.total_bytes,
-            "sent_bytes": self.sent_bytes,
-            "skipped_bytes": self.skipped_bytes,
-            "rate": round(rate),
-            "eta_s": None if eta is None else round(eta, 1),
-        }
 
 
 class Remote:
@@ -109,8 +86,11 @@ class Remote:
         self.refused: str | None = None
         self.failed: str | None = None
         self.stall: str | None = None
-        self.progress: ResyncProgress | None = None
+        self.progress: Progress | None = None
         self.bytes_sent = 0
+        self.bucket = Bucket(facts.get("max_rate"))
+        self.order_failures = 0
+        """How often the log overflowed since the remote was last consistent."""
         self.on_moved: Callable[[], None] = lambda: None
         """Called when the remote acknowledged more; housekeeping sets it."""
         self.changed = asyncio.Event()
@@ -201,11 +181,14 @@ class Remote:
         """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
         what is pending is marked piece by piece, and its space released as that is durable."""
         assert not self.tracking
-        log = self.group.log
+        group, log, facts = self.group, self.group.log, self.facts
         upto = log.next_seq
-        facts = self.facts
         self.marked_seq = self.durable_seq
+        if self.progress is not None:
+            self.order_failures += 1
+        behind_ns = facts.get("behind_ns") or group.timeline.time_of(self.durable_seq + 1)
         facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, why=why)
+        facts["behind_ns"] = behind_ns
         self.group.trackers.append(self)
         self.cancel_start()
         self._events.emit(
@@ -247,6 +230,8 @@ class Remote:
 
     def cancel_start(self) -> None:
         """The log is full while a stream is being agreed upon: it is not kept for that."""
+        if self.progress is not None:
+            self.order_failures += 1
         self.starting = False
         self.drop.set()
 
@@ -308,7 +293,9 @@ class Remote:
         state = state_of(facts)
         log = self.group.log
         pending = 0 if self.tracking else log.next_seq - 1 - self.durable_seq
-        oldest = self.group.timeline.time_of(self.durable_seq + 1) if pending else None
+        oldest = self.facts.get("behind_ns")
+        if oldest is None and pending:
+            oldest = self.group.timeline.time_of(self.durable_seq + 1)
         why = self.refused or self.failed or self.stall
         if why is None and state != "synchronised":
             why = self.facts["why"]

@@ -19,6 +19,7 @@ from nbdmirror.codec import fields, repl
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -302,9 +303,29 @@ class Secondary:
         try:
             return await facet.read(offset, length)
         except OSError as error:
-            failure = facet.fail("read", error)
-            self.fail(failure)
-            raise failure from error
+            raise self._read_failed(facet, error) from error
+
+    async def hashes(self, volume: int, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of a range of a facet; errors as for ``read``."""
+        facet = self.volumes[volume].facets[0]
+        try:
+            return await facet.file.hashes(offset, length, step)
+        except OSError as error:
+            raise self._read_failed(facet, error) from error
+
+    def write_again(self, volume: int, offset: int, length: int) -> None:
+        """Writes what a facet holds over itself, in one step: what was in the page cache only is
+        then to be synced. DiskFailed if the disk refuses."""
+        facet = self.volumes[volume].facets[0]
+        try:
+            facet.pwrite(offset, facet.file.pread(offset, length))
+        except OSError as error:
+            raise self._read_failed(facet, error) from error
+
+    def _read_failed(self, facet: LocalFacet, error: OSError) -> DiskFailed:
+        failure = facet.fail("read", error)
+        self.fail(failure)
+        return failure
 
     async def sync_facets(self) -> None:
         """Makes durable all that was put into the facets; DiskFailed is final (O16)."""

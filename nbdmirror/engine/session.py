@@ -11,6 +11,9 @@ REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
           eager: clients wait for its acknowledgements}
 READY     {}
+
+While a resync goes over the map of a remote in DCM logging no records are sent. When it goes on in
+order a second START, with action "reset", says where they begin; its READY says so durably.
 """
 
 from __future__ import annotations
@@ -23,13 +26,17 @@ from typing import Any
 from nbdmirror.codec import fields, repl
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.config import ReplicationConfig
+from nbdmirror.core import convergence
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
+from nbdmirror.core.payoff import Payoff
+from nbdmirror.engine.copier import pay
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.peers import peers_of
 from nbdmirror.engine.remote import Remote, volume_map
-from nbdmirror.engine.resync import Resync
+from nbdmirror.engine.resync import LOG_SHARE, Resync, Terms
 from nbdmirror.engine.store import Store
 from nbdmirror.errors import FormatError, PeerError, Refused
 from nbdmirror.ports import Buffer, Env
@@ -50,6 +57,8 @@ class Context:
     tuning: ReplicationConfig
     group_name: str
     node_name: str
+    governor: Governor
+    on_full: str
 
 
 class Session:
@@ -65,6 +74,10 @@ class Session:
         self._streaming = False
         self._shipped_seq = 0
         self._compress = remote.facts.get("compression") == "lz4"
+        self._packing_pays = Payoff()
+        self._ordered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """The first record that is forwarded, once that is known."""
+        self._ready = asyncio.Event()
 
     async def run(self, connected: Callable[[], None]) -> None:
         """Runs until the link is lost or the session dropped; raises the cause.
@@ -77,9 +90,9 @@ class Session:
             async with asyncio.timeout(context.tuning.timeout_seconds):
                 target = await self._greet()
                 decision = self._decide(target)
-                seq = await self._start(decision, target)
+                await self._start(decision)
             connected()
-            await self._stream(seq)
+            await self._stream()
         finally:
             self.link.close()
             remote.starting = False
@@ -166,58 +179,94 @@ class Session:
             raise Refused(f"{decision.rule}: {decision.why}")
         return decision
 
-    async def _start(self, decision: Decision, target: Target) -> int:
+    async def _start(self, decision: Decision) -> None:
         """Agrees on the first record of the stream, and makes that durable on both sides before
-        the first bit is cleared (O12). Returns its seq."""
+        the first bit is cleared (O12)."""
         remote, log, facts = self.remote, self.remote.group.log, self.remote.facts
         while remote.marked_seq is not None:  # an overflow is still marking
             await remote.changed.wait()
         if decision.action is Action.FULL:
             await remote.fill(decision.why)
         reset = decision.action is not Action.CONTINUE
-        # From this step on the log is kept for the remote, whatever it answers.
         # Where the DCM has everything, the stream begins now: what was decided is older already.
         in_map = decision.action is Action.FULL or (reset and remote.tracking)
         seq = log.next_seq if in_map else decision.seq
         assert log.ring.tail_seq <= seq <= log.next_seq
-        remote.starting = True
-        remote.durable_seq = remote.received_seq = remote.applied_seq = seq - 1
+        ordered = not (in_map and self._passes_first())
+        self._begin_at(seq, keep=ordered)
         resync = remote.dirty_regions > 0
         if resync:
             facts["consistent"] = False
         remote.save_defaults()
         await remote.sync_maps()
         await self.context.store.save()
+        self._send_start("reset" if reset else "continue", seq, resync, decision.why)
+        await self._receive(Type.READY)
+        facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
+        if reset:
+            facts["base_seq"] = seq - 1
+        if ordered:
+            await self._resume(seq)
+        else:
+            await self.context.store.save()
+
+    def _passes_first(self) -> bool:
+        """Whether the resync goes over the map before the log is kept for the remote."""
+        remote, capacity = self.remote, self.remote.group.log.capacity
+        if self.context.on_full == "block":
+            return False
+        room = int(capacity * LOG_SHARE) - remote.group.log.ring.used
+        return not convergence.begin_ordered(remote.dirty_bytes, room, remote.order_failures)
+
+    def _begin_at(self, seq: int, *, keep: bool) -> None:
+        """The stream begins at ``seq``. From this step on the log is kept for the remote, whatever
+        it answers; without ``keep`` what follows is in its map."""
+        remote = self.remote
+        remote.starting = keep
+        remote.durable_seq = remote.received_seq = remote.applied_seq = seq - 1
+        self._shipped_seq = seq - 1
+
+    def _send_start(self, action: str, seq: int, resync: bool, why: str) -> None:
+        facts = self.remote.facts
         self.link.send_json(
             Type.START,
             {
-                "action": "reset" if reset else "continue",
+                "action": action,
                 "seq": seq,
                 "resync": resync or not facts["consistent"],
-                "why": decision.why,
+                "why": why,
                 "apply_delay": facts.get("apply_delay", 0.0),
                 "eager": facts["mode"] == "sync",
             },
         )
-        await self._receive(Type.READY)
+
+    async def _resume(self, seq: int) -> None:
+        """The remote is READY for the log from ``seq`` on: it is out of DCM logging."""
+        remote = self.remote
         if not remote.starting:
             raise ConnectionResetError("the log was full before the stream began")
-        facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
-        if reset:
-            facts["base_seq"] = seq - 1
         remote.resume_log()
         await self.context.store.save()
         remote.starting = False
-        return seq
+        self._ordered.set_result(seq)
+
+    async def _order(self) -> None:
+        """From now on the log is kept for the remote, and forwarded; what is marked in its map by
+        now is still to be copied. As durable on both sides as the first START."""
+        seq = self.remote.group.log.next_seq
+        self._begin_at(seq, keep=True)
+        self._send_start("reset", seq, True, "the resync goes on in order")
+        await self._ready.wait()
+        self.remote.facts["base_seq"] = seq - 1
+        await self._resume(seq)
 
     # -- streaming ---------------------------------------------------------------------------
 
-    async def _stream(self, seq: int) -> None:
+    async def _stream(self) -> None:
         tuning = self.context.tuning
-        self._shipped_seq = seq - 1
         self._streaming = True
         ends = [
-            asyncio.ensure_future(self._ship(Cursor(seq))),
+            asyncio.ensure_future(self._ship()),
             asyncio.ensure_future(
                 self.link.watch(tuning.heartbeat_seconds, tuning.timeout_seconds)
             ),
@@ -225,7 +274,7 @@ class Session:
             asyncio.ensure_future(self.remote.drop.wait()),
         ]
         if not self.remote.facts["consistent"]:
-            self.resync = Resync(self.remote, self.link, self.context.store, tuning, self._compress)
+            self.resync = Resync(self.remote, self.link, self._terms())
             ends.append(asyncio.ensure_future(self._resync(self.resync)))
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -238,14 +287,27 @@ class Session:
                 task.cancel()
             await asyncio.wait(ends)
 
+    def _terms(self) -> Terms:
+        context = self.context
+        return Terms(
+            store=context.store,
+            events=context.events,
+            tuning=context.tuning,
+            governor=context.governor,
+            compress=self._compress,
+            waiting=context.on_full == "block",
+            order=None if self._ordered.done() else self._order,
+        )
+
     async def _resync(self, resync: Resync) -> None:
         await resync.run()
         self.context.events.emit("synchronised", remote=self.remote.name)
         await self.link.closed.wait()
 
-    async def _ship(self, cursor: Cursor) -> None:
-        """Sends the log from the cursor on, as it grows."""
+    async def _ship(self) -> None:
+        """Sends the log from where the stream begins, as it grows."""
         log, link, remote = self.remote.group.log, self.link, self.remote
+        cursor = Cursor(await asyncio.shield(self._ordered))
         while True:
             while cursor.seq >= log.next_seq:
                 log.appended.clear()
@@ -261,8 +323,13 @@ class Session:
                 parts += chunk.parts
                 size += chunk.size
             self._shipped_seq = cursor.seq - 1
-            remote.bytes_sent += link.send(Type.RECORDS, parts, compress=self._compress)
+            compress = self._compress and self._packing_pays.worth()
+            sent = link.send(Type.RECORDS, parts, compress=compress)
+            if compress:
+                self._packing_pays.result(sent < size)
+            remote.bytes_sent += sent
             await link.drain()
+            await pay(remote.bucket, sent)
             if size < FRAME_BYTES:
                 await asyncio.sleep(LINGER_SECONDS)
 
@@ -289,6 +356,8 @@ class Session:
             if self.resync is None:
                 raise PeerError(f"{kind.name} outside a resync")
             self.resync.on_frame(frame)
+        elif kind is Type.READY:
+            self._ready.set()
         elif kind is Type.REFUSE:
             raise Refused(str(frame.json().get("why")))
         elif kind is not Type.PING:

@@ -80,12 +80,24 @@ class Volume:
         try:
             return await facet.read(offset, length)
         except OSError as error:
-            facet.errors += 1
-            raise VolumeFailed(
-                f"read of {length} bytes at {offset} of {facet.path} failed: {error.strerror}",
-                number=error.errno or 5,
-                hint="the facet's disk has an error there",
-            ) from error
+            raise self._unread(facet, offset, length, error) from error
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of a range, off the event loop; errors as for ``read``."""
+        facet = self.source()
+        try:
+            return await facet.file.hashes(offset, length, step)
+        except OSError as error:
+            raise self._unread(facet, offset, length, error) from error
+
+    @staticmethod
+    def _unread(facet: LocalFacet, offset: int, length: int, error: OSError) -> VolumeFailed:
+        facet.errors += 1
+        return VolumeFailed(
+            f"read of {length} bytes at {offset} of {facet.path} failed: {error.strerror}",
+            number=error.errno or 5,
+            hint="the facet's disk has an error there",
+        )
 
     def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """(offset, length, hole) pieces that cover the range, from the first trusted facet."""

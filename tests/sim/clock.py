@@ -21,5 +21,8 @@ class SimClock:
     def time_ns(self) -> int:
         return EPOCH_NS + self._loop.now_ns + self.offset_ns
 
+    def monotonic_ns(self) -> int:
+        return self._loop.now_ns
+
     def boot_id(self) -> str:
         return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._disk.node}:{self._disk.boots}"))

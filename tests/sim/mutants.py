@@ -201,13 +201,12 @@ def _(assign: Assign) -> None:
 
 @mutant("O8 records that are there already are applied again")
 def _(assign: Assign) -> None:
-    original = Session._start
+    original = Session._resume
     checked = Receiver._checked
 
-    async def start(self: Session, decision: Any, target: Any) -> int:
-        seq = await original(self, decision, target)
+    async def resume(self: Session, seq: int) -> None:
         log = self.remote.group.log
-        return max(log.ring.tail_seq, seq - 3)
+        await original(self, max(log.ring.tail_seq, seq - 3))
 
     def again(self: Receiver, view: memoryview, next_seq: int) -> Any:
         for record in codec.parse_all(view):
@@ -216,7 +215,7 @@ def _(assign: Assign) -> None:
                     facet.pwrite(record.offset, record.payload)
         return checked(self, view, next_seq)
 
-    assign(Session, "_start", start)
+    assign(Session, "_resume", resume)
     assign(Receiver, "_checked", again)
 
 

@@ -149,8 +149,9 @@ def _constants(rng: random.Random) -> dict[str, int | float]:
         "log.READ_BYTES": rng.choice([256 * KIB, 8 * KIB]),
         "session.FRAME_BYTES": rng.choice([1, 4 * KIB, 16 * KIB]),
         "session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
-        "resync.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
-        "resync.COMPARE_BYTES": rng.choice([16 * KIB, 4 << 20]),
+        "copier.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
+        "copier.YIELDING_BYTES": rng.choice([4 * KIB, 128 * KIB]),
+        "copier.HASHED_COST": rng.choice([4, 1]),
         "housekeeper.INTERVAL_SECONDS": rng.choice([0.1, 1.0, 5.0]),
     }
 

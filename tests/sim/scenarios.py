@@ -42,8 +42,8 @@ OPTIONS = Options(
     constants={
         "log.RECENT_BYTES_MAX": 16 * KIB,
         "log.READ_BYTES": 8 * KIB,
-        "resync.COPY_BYTES": 8 * KIB,
-        "resync.COMPARE_BYTES": 16 * KIB,
+        "copier.COPY_BYTES": 8 * KIB,
+        "copier.YIELDING_BYTES": 8 * KIB,
         "housekeeper.INTERVAL_SECONDS": 0.3,
     },
     shuffle=False,

@@ -26,6 +26,9 @@ class StillClock:
     def time_ns(self) -> int:
         return 1_700_000_000_000_000_000
 
+    def monotonic_ns(self) -> int:
+        return 0
+
     def boot_id(self) -> str:
         return "boot"
 
