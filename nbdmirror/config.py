@@ -149,7 +149,9 @@ class VolumeConfig:
 class RemoteConfig:
     """One ``[[remote]]``: who gets the data while this node is primary.
 
-    ``max_rate`` caps what is sent to it, in bytes a second: records and resync together."""
+    ``max_rate`` caps what is sent to it, in bytes a second: records and resync together.
+    ``verify_interval``: seconds from one verify to the next, 0: none by itself; ``verify_rate``:
+    bytes of the volume a second; ``verify_repair``: what differs is then sent."""
 
     name: str
     address: str
@@ -157,6 +159,9 @@ class RemoteConfig:
     compression: str = "off"
     max_rate: int | None = None
     apply_delay: float = 0.0
+    verify_interval: float = 0.0
+    verify_rate: int | None = None
+    verify_repair: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,6 +267,7 @@ def _rate(table: Table, key: str) -> int | None:
 def _remote(table: Table) -> RemoteConfig:
     default = RemoteConfig(name="", address="")
     table.raw("max_rate", None)
+    table.raw("verify_rate", None)
     result = RemoteConfig(
         name=_name(table, "name"),
         address=str(_address(table, "address", table.text("address"))),
@@ -274,6 +275,11 @@ def _remote(table: Table) -> RemoteConfig:
         compression=table.choice("compression", ("off", "lz4"), default.compression),
         max_rate=_rate(table, "max_rate"),
         apply_delay=table.seconds("apply_delay", default.apply_delay, 0.0, _SECONDS_MAX),
+        verify_interval=table.seconds(
+            "verify_interval", default.verify_interval, 0.0, 366 * _SECONDS_MAX
+        ),
+        verify_rate=_rate(table, "verify_rate"),
+        verify_repair=table.flag("verify_repair", default.verify_repair),
     )
     table.finish()
     return result

@@ -19,6 +19,7 @@ from nbdmirror.cli.render import (
     seconds_text,
     status_line,
     status_text,
+    verify_text,
 )
 from nbdmirror.errors import NbdmirrorError, NoDaemon, TimedOut
 
@@ -69,6 +70,34 @@ def resync(args: argparse.Namespace) -> int:
         print_json(result)
     else:
         print(f"{args.remote}: {'in-sync' if args.wait else 'resync started'}")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """``verify``: starts it; with --wait, fails if something differs and was not repaired."""
+    with _client(args) as client:
+        result = client.call("verify", {"remote": args.remote, "repair": args.repair})
+        if args.wait:
+            progress = Progress(not args.json)
+            for condition in ("verified", "in-sync") if args.repair else ("verified",):
+                _await_condition(
+                    client, condition, args.remote, args.timeout, progress, STUCK_STATES
+                )
+            (result,) = _remotes(client, args.remote)
+    if args.json:
+        print_json(result)
+    elif not args.wait:
+        print(f"{args.remote}: verify started")
+    if not args.wait:
+        return 0
+    found = result.get("verify") or {}
+    if found.get("differing", 0) > found.get("repaired", 0):
+        raise NbdmirrorError(
+            f"{args.remote}: {count_text(found['differing'], 'region')} differ",
+            hint=f"nbdmirror events has them; nbdmirror verify {args.remote} --repair sends them",
+        )
+    if not args.json:
+        print(f"{args.remote}: {verify_text(found)}")
     return 0
 
 

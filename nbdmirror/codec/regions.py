@@ -44,6 +44,7 @@ class Hashes:
     length: int
     hashes: memoryview
     seq: int = 0
+    verify: bool = False
 
     @property
     def count(self) -> int:
@@ -87,8 +88,8 @@ def parse_region(frame: Frame) -> Region:
 
 def parse_hashes(frame: Frame) -> Hashes:
     """Takes a HASHES or VERIFY apart; PeerError if it does not add up."""
-    seq = 0
-    if frame.type is repl.Type.VERIFY:
+    seq, verify = 0, frame.type is repl.Type.VERIFY
+    if verify:
         token, volume, region_size, offset, length, seq = frame.unpack(repl.VERIFY)
         hashes = frame.payload[repl.VERIFY.size :]
     else:
@@ -97,9 +98,9 @@ def parse_hashes(frame: Frame) -> Hashes:
     if not region_size or not length:
         raise PeerError(f"{frame.type.name} of {length} bytes in regions of {region_size}")
     wanted = count(length, region_size) * HASH_SIZE
-    if len(hashes) != wanted and (len(hashes) or frame.type is repl.Type.VERIFY):
+    if len(hashes) != wanted and (len(hashes) or verify):
         raise PeerError(f"{frame.type.name} carries {len(hashes)} bytes of hashes, not {wanted}")
-    return Hashes(token, volume, region_size, offset, length, hashes, seq)
+    return Hashes(token, volume, region_size, offset, length, hashes, seq, verify)
 
 
 def block_hashes_size(length: int, region_size: int) -> int:

@@ -11,14 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MARGIN = 2.0
-"""The log must have room for so many times what is foretold ..."""
-FAILURES_MAX = 4
-"""... twice as many after each overflow, up to so many of them."""
+"""The log must have room for so many times what is foretold."""
 SMALL = 16
 """What is marked may be this part of the log to begin in order without having gone over the map:
 even if all of it is written again, that fits."""
 SHRINKING = 0.9
 """A pass that leaves more than this part of what it began with does not converge by itself."""
+ACK_SECONDS = 0.1
+"""A record stays in the log at least so long."""
+AGAIN_SECONDS, AGAIN_SECONDS_MAX = 1.0, 60.0
+"""After an overflow in order the next attempt waits, twice as long with each of them ..."""
+ANYWAY = 10.0
+"""... and so many times as long where it is not foretold to fit: what was foretold may be wrong."""
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,48 +35,57 @@ class Pass:
     left_bytes: int
     """... and when it ended."""
     seconds: float
+    waited_seconds: float
+    """Of these, how long the link, or the remote behind it, was what all waited for."""
     written_bytes: int
     """What clients added to the log meanwhile."""
     sent_bytes: int
     """What the link took meanwhile."""
 
+    @property
+    def written(self) -> float:
+        """Bytes a second that clients add to the log."""
+        return self.written_bytes / max(self.seconds, 1e-3)
+
+    @property
+    def link(self) -> float:
+        """Bytes a second that the link takes when there is enough to send."""
+        return max(self.sent_bytes, 1) / max(self.waited_seconds, 1e-3)
+
 
 def needed(seen: Pass) -> float:
     """Bytes of log that the ordered end would take, at the rates of the last pass.
 
-    Copies get half of the link. While ``left`` is copied the log grows; while the link takes that
-    backlog it grows further."""
-    if not seen.written_bytes:
-        return 0.0
-    seconds = max(seen.seconds, 1e-3)
-    written = seen.written_bytes / seconds
-    copied = max(seen.began_bytes, 1) / seconds
-    copying_seconds = 2 * seen.left_bytes / copied
-    load = min(seen.written_bytes / max(seen.sent_bytes, 1), 1e6)
-    return written * copying_seconds * (1 + load)
+    Copies get half of the link. What clients write beyond the other half piles up while the rest
+    is copied; while the link takes that backlog, it grows further."""
+    written, link = seen.written, seen.link
+    need = written * ACK_SECONDS
+    if written > link / 2:
+        copies = seen.sent_bytes * seen.left_bytes / max(seen.began_bytes, 1)
+        need += written * copies / (link / 2) * (1 + written / link)
+    return need
 
 
-def may_order(seen: Pass, room_bytes: int, failures: int) -> bool:
-    """Whether to go on in order now; ``failures``: how often the log overflowed doing so."""
-    return needed(seen) * MARGIN * _caution(failures) <= room_bytes
+def may_order(seen: Pass, room_bytes: int, failures: int, since_seconds: float) -> bool:
+    """Whether to go on in order now. ``failures``: how often the log overflowed doing so;
+    ``since_seconds``: since the last of them, or since the resync began."""
+    again = min(AGAIN_SECONDS * (1 << min(failures, 10)), AGAIN_SECONDS_MAX)
+    if needed(seen) * MARGIN <= room_bytes:
+        return failures == 0 or since_seconds >= again
+    return since_seconds >= again * ANYWAY
 
 
 def begin_ordered(marked_bytes: int, room_bytes: int, failures: int) -> bool:
     """Whether so little is marked that no pass is needed first."""
-    return marked_bytes * SMALL * _caution(failures) <= room_bytes
-
-
-def _caution(failures: int) -> int:
-    return 1 << min(failures, FAILURES_MAX)
+    return failures == 0 and marked_bytes * SMALL <= room_bytes
 
 
 def stuck(seen: Pass, room_bytes: int) -> str | None:
     """Why passes do not come to an end, for people; ``None`` while they get shorter."""
-    if seen.left_bytes <= seen.began_bytes * SHRINKING:
+    if seen.left_bytes <= seen.began_bytes * SHRINKING or needed(seen) * MARGIN <= room_bytes:
         return None
-    seconds = max(seen.seconds, 1e-3)
     return (
-        f"clients write {seen.written_bytes / seconds / (1 << 20):.1f} MiB/s, the link takes "
-        f"{seen.sent_bytes / seconds / (1 << 20):.1f} MiB/s: to end in order the log needs "
-        f"{needed(seen) * MARGIN / (1 << 20):.0f} MiB, it has {room_bytes / (1 << 20):.0f} MiB"
+        f"clients write {seen.written / _MIB:.1f} MiB/s, the link takes "
+        f"{seen.link / _MIB:.1f} MiB/s: to end in order the log needs "
+        f"{needed(seen) * MARGIN / _MIB:.0f} MiB, it has {room_bytes / _MIB:.0f} MiB"
     )

@@ -1,8 +1,11 @@
-"""The secondary's answers to HASHES: what differs here, and the hashes of its blocks (X1).
+"""The secondary's answers to HASHES and VERIFY: what differs here, and its blocks' hashes (X1).
 
 Works beside the handling of frames, one window after the other, so that records do not wait for
 hashes. That a record, or a copy, comes between is harmless: every record that is newer than the
 primary's hashes follows in the stream and is applied over whatever was found to be the same.
+
+A VERIFY waits until the records that it names are applied; whether later ones came between, the
+primary knows.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class Comparer:
         self._compared = compared
         self._queue: deque[Hashes] = deque()
         self._arrived = asyncio.Event()
+        self._applied = asyncio.Event()
 
     def put(self, hashes: Hashes) -> None:
         """Compares this in its turn; PeerError if that cannot be meant."""
@@ -43,9 +47,14 @@ class Comparer:
             raise PeerError(f"HASHES of regions of {hashes.region_size} bytes at {hashes.offset}")
         if len(self._queue) >= QUEUE_MAX:
             raise PeerError(f"more than {QUEUE_MAX} windows to compare")
-        secondary.check_resyncing()
+        if not hashes.verify:
+            secondary.check_resyncing()
         self._queue.append(hashes)
         self._arrived.set()
+
+    def moved(self) -> None:
+        """More records are applied."""
+        self._applied.set()
 
     async def run(self) -> None:
         """Until cancelled; DiskFailed if this node's disk cannot be read."""
@@ -53,7 +62,20 @@ class Comparer:
             while not self._queue:
                 self._arrived.clear()
                 await self._arrived.wait()
-            await self._compare(self._queue.popleft())
+            hashes = self._queue.popleft()
+            await (self._verify(hashes) if hashes.verify else self._compare(hashes))
+
+    async def _verify(self, hashes: Hashes) -> None:
+        secondary = self._secondary
+        while secondary.applied_seq < hashes.seq:
+            self._applied.clear()
+            await self._applied.wait()
+        ours = await secondary.hashes(
+            hashes.volume, hashes.offset, hashes.length, hashes.region_size
+        )
+        if self._link.cause is None:
+            flags = different(ours, hashes.hashes)
+            self._link.send(Type.VERIFIED, [repl.TOKEN.pack(hashes.token), flags])
 
     async def _compare(self, hashes: Hashes) -> None:
         secondary, volume, region = self._secondary, hashes.volume, hashes.region_size

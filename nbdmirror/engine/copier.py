@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nbdmirror.codec import repl
@@ -78,6 +79,8 @@ class Copier:
         self.stalled: Callable[[str | None], None] = lambda why: None
         """Called when nothing moves any more, and with None when it does again."""
         self.failed_reads: str | None = None
+        self.waited_seconds = 0.0
+        """How long the link, or the remote behind it, was what all waited for."""
         self.compare_pays = Payoff()
         self._packing_pays = Payoff()
         self._link = link
@@ -90,6 +93,7 @@ class Copier:
         self._wanted: deque[Wanted] = deque()
         self._moved = asyncio.Event()
         self._stalled = False
+        self._unpaid = 0
 
     # -- bounds ------------------------------------------------------------------------------
 
@@ -112,8 +116,26 @@ class Copier:
     async def _room(self) -> None:
         await self.wait(lambda: self._in_flight < self._window_bytes)
 
+    async def _drain(self) -> None:
+        with self._waiting():
+            await self._link.drain()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """What is awaited within is the link, or the remote behind it."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            yield
+        finally:
+            self.waited_seconds += loop.time() - began
+
     async def wait(self, ready: Callable[[], bool]) -> None:
         """Returns when an answer has made ``ready`` true."""
+        with self._waiting():
+            await self._wait(ready)
+
+    async def _wait(self, ready: Callable[[], bool]) -> None:
         while not ready():
             self._moved.clear()
             try:
@@ -170,7 +192,7 @@ class Copier:
             payload = pack_region(token, volume.index, [(offset, length, None)], more=False)
             self._sent(self._link.send(Type.REGION, payload))
             self.progress.skipped_bytes += length
-        await self._link.drain()
+        await self._drain()
 
     async def compare(self, volume: Volume, first: int, count: int, *, ask: bool) -> None:
         """Sends the hashes of regions; with ``ask`` none: they are known to differ, and only the
@@ -190,7 +212,7 @@ class Copier:
                     return
             head = repl.HASHES.pack(token, volume.index, region, offset, length)
             self._sent(self._link.send(Type.HASHES, [head, hashes]))
-        await self._link.drain()
+        await self._drain()
         await self.pay()
 
     async def copy(self, volume: Volume, first: int, theirs: list[Buffer | None]) -> None:
@@ -208,7 +230,7 @@ class Copier:
                 self._unreadable(error)
                 return
         await self._governor.rest(spent_ns)
-        await self._link.drain()
+        await self._drain()
         await self.pay()
 
     async def _runs(
@@ -289,12 +311,11 @@ class Copier:
         self.remote.bytes_sent += size
         self._unpaid += size
 
-    _unpaid = 0
-
     async def pay(self) -> None:
         """Waits as long as the remote's ``max_rate`` asks for."""
         size, self._unpaid = self._unpaid, 0
-        await pay(self.remote.bucket, size)
+        with self._waiting():
+            await pay(self.remote.bucket, size)
 
     # -- answers -----------------------------------------------------------------------------
 

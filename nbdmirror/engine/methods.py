@@ -18,7 +18,7 @@ from nbdmirror.errors import ConfigError
 TIMEOUT_SECONDS_MAX = 1e9
 CURSOR_MAX = 1 << 62
 
-CONDITIONS = ("in-sync", "connected", "consistent")
+CONDITIONS = ("in-sync", "connected", "consistent", "verified")
 
 
 class NodeApi(Protocol):
@@ -37,6 +37,9 @@ class NodeApi(Protocol):
 
     async def resync(self, remote: str, full: bool) -> Json:
         """Starts a resync, of every region if ``full``; returns when its state is durable."""
+
+    async def verify(self, remote: str, repair: bool) -> Json:
+        """Has a remote compared by hash with this node; ``repair``: and what differs sent."""
 
     async def pause(self, remote: str) -> Json | None:
         """Stops replicating to a remote; its changes are tracked."""
@@ -99,6 +102,10 @@ async def _wait(call: Call) -> Json:
 
 async def _resync(call: Call) -> Json:
     return await call.node.resync(call.params["remote"], call.params["full"])
+
+
+async def _verify(call: Call) -> Json:
+    return await call.node.verify(call.params["remote"], call.params["repair"])
 
 
 async def _pause(call: Call) -> Json:
@@ -196,6 +203,9 @@ METHODS: dict[str, Method] = {
     ),
     "resync": Method(
         _resync, {"remote": _REMOTE, "full": Param(bool, default=False)}, changing=True
+    ),
+    "verify": Method(
+        _verify, {"remote": _REMOTE, "repair": Param(bool, default=False)}, changing=True
     ),
     "pause": Method(_pause, {"remote": _REMOTE}, changing=True),
     "resume": Method(_resume, {"remote": _REMOTE}, changing=True),

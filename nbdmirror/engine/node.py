@@ -420,6 +420,10 @@ class Node:
         """Begins a resync now."""
         return await self._need_primary().resync(remote, full)
 
+    async def verify(self, remote: str, repair: bool) -> dict[str, Any]:
+        """Begins a verify now, or as soon as the remote is consistent."""
+        return await self._need_primary().verify(remote, repair)
+
     async def pause(self, remote: str) -> None:
         """Ends replication to a remote until ``resume``."""
         await self._need_primary().pause(remote)

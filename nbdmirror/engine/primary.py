@@ -18,6 +18,7 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.remote import NEW_FACTS, Remote
 from nbdmirror.engine.session import Context, Session
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.verify import request
 from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, UsageError
 from nbdmirror.ports import Env
 
@@ -89,6 +90,9 @@ class Primary:
                 compression=remote.compression,
                 apply_delay=remote.apply_delay,
                 max_rate=remote.max_rate,
+                verify_interval=remote.verify_interval,
+                verify_rate=remote.verify_rate,
+                verify_repair=remote.verify_repair,
                 added=False,
             )
             wanted[remote.name] = facts
@@ -212,6 +216,21 @@ class Primary:
             remote.drop.set()  # before the log may be released that the session reads
             await remote.fill("asked for by a person")
         remote.kick.set()
+        return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
+
+    async def verify(self, name: str, repair: bool) -> dict[str, Any]:
+        """Begins a verify as soon as the remote is consistent, or has one that runs repair."""
+        remote = self.remote(name)
+        if remote.facts["paused"]:
+            raise NbdmirrorError(
+                f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
+            )
+        if remote.facts.get("verify") is None:
+            remote.facts["verify"] = request(repair, self._env.clock.time_ns())
+        elif repair:
+            remote.facts["verify"]["repair"] = True
+        await self._store.save()
+        remote.verify_wanted.set()
         return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
 
     async def pause(self, name: str) -> None:

@@ -114,7 +114,7 @@ class Receiver:
                         await self._on_records(frame)
                     elif frame.type is Type.REGION:
                         await self._on_region(frame)
-                    elif frame.type is Type.HASHES:
+                    elif frame.type in (Type.HASHES, Type.VERIFY):
                         self._comparer.put(parse_hashes(frame))
                     elif frame.type is Type.START:
                         await self._start(frame)
@@ -313,6 +313,7 @@ class Receiver:
     async def progress(self) -> None:
         """Called by the secondary when its durable or applied position moved."""
         self.acknowledge()
+        self._comparer.moved()
         await self._check_end()
 
     async def _check_end(self) -> None:

@@ -14,6 +14,9 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     paused        by a person
     why           the cause of the last resync or refusal, for people
     behind_ns     wall clock: since when the remote lacks something that the log does not hold
+    verify        a verify that is wanted or runs: see ``engine.verify.request``; null if none
+    verified      what the last one found: {finished_ns, differing, ...}; null if there was none
+    max_rate, verify_interval, verify_rate, verify_repair    as configured
     defaults      {volume name: default bit of its DCM}
 """
 
@@ -50,6 +53,8 @@ NEW_FACTS: dict[str, Any] = {
     "paused": False,
     "why": None,
     "behind_ns": None,
+    "verify": None,
+    "verified": None,
     "defaults": {},
 }
 
@@ -90,13 +95,16 @@ class Remote:
         self.bytes_sent = 0
         self.bucket = Bucket(facts.get("max_rate"))
         self.order_failures = 0
-        """How often the log overflowed since the remote was last consistent."""
+        """How often the log overflowed since the remote was last consistent, and when last."""
+        self.order_failed_at = float("-inf")
         self.on_moved: Callable[[], None] = lambda: None
         """Called when the remote acknowledged more; housekeeping sets it."""
         self.changed = asyncio.Event()
         """Set with every acknowledgement and change of state; waiters clear it."""
         self.kick = asyncio.Event()
         """Ends the pause before the next attempt to connect."""
+        self.verify_wanted = asyncio.Event()
+        """Set when a verify was asked for."""
         self.drop: asyncio.Event = asyncio.Event()
         """Ends the session that runs now; the next handshake decides anew."""
 
@@ -184,8 +192,6 @@ class Remote:
         group, log, facts = self.group, self.group.log, self.facts
         upto = log.next_seq
         self.marked_seq = self.durable_seq
-        if self.progress is not None:
-            self.order_failures += 1
         behind_ns = facts.get("behind_ns") or group.timeline.time_of(self.durable_seq + 1)
         facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, why=why)
         facts["behind_ns"] = behind_ns
@@ -228,10 +234,14 @@ class Remote:
         self.on_moved()
         self.notify()
 
+    def _order_failed(self) -> None:
+        if self.progress is not None and self.progress.kind != "verify":
+            self.order_failures += 1
+            self.order_failed_at = asyncio.get_running_loop().time()
+
     def cancel_start(self) -> None:
         """The log is full while a stream is being agreed upon: it is not kept for that."""
-        if self.progress is not None:
-            self.order_failures += 1
+        self._order_failed()
         self.starting = False
         self.drop.set()
 
@@ -277,7 +287,7 @@ class Remote:
             full=facts["full"],
             dirty_regions=self.dirty_regions,
             connected=self.link == "connected",
-            resyncing=self.progress is not None,
+            resyncing=self.progress is not None and self.progress.kind != "verify",
             refused=self.refused,
             failed=self.failed,
         )
@@ -321,9 +331,26 @@ class Remote:
             "dirty": {"regions": facts.dirty_regions, "bytes": self.dirty_bytes},
             "bytes_sent": self.bytes_sent,
             "resync": None if self.progress is None else self.progress.status(now),
+            "verify": verify_status(self.facts, wall_ns),
             "why": why,
             "next_action": next_action(facts, self.name),
         }
+
+
+def verify_status(facts: dict[str, Any], wall_ns: int) -> dict[str, Any] | None:
+    """The ``verify`` object of a remote's status; ``None`` if none was ever asked for."""
+    last = facts.get("verified")
+    if last is None and facts.get("verify") is None:
+        return None
+    last = last or {}
+    finished = last.get("finished_ns")
+    return {
+        "running": facts.get("verify") is not None,
+        "age_s": None if finished is None else max(0.0, round((wall_ns - finished) / 1e9, 1)),
+        "differing": last.get("differing"),
+        "unsettled": last.get("unsettled"),
+        "repaired": last.get("repaired"),
+    }
 
 
 def volume_map(volumes: Sequence[Volume]) -> list[dict[str, Any]]:

@@ -69,6 +69,7 @@ class Resync:
         self._order = terms.order
         self._compare = bool(remote.facts["compare"])
         self._end_seq: int | None = None
+        self._began_at = asyncio.get_running_loop().time()
         kind = "full" if remote.facts["full"] else "dcm"
         phase = "ordered" if terms.order is None else "passes"
         self.progress = remote.progress = Progress(kind, remote.dirty_bytes, phase=phase)
@@ -130,6 +131,7 @@ class Resync:
         loop, remote, group = asyncio.get_running_loop(), self.remote, self.remote.group
         began, marked = loop.time(), remote.dirty_bytes
         written, sent = group.bytes_written, self._link.bytes_sent
+        waited = self.copier.waited_seconds
         for volume, dcm in zip(group.volumes, remote.dcms, strict=True):
             await self._walk(volume, dcm)
         await self.copier.drained()
@@ -139,6 +141,7 @@ class Resync:
             began_bytes=marked,
             left_bytes=remote.dirty_bytes,
             seconds=loop.time() - began,
+            waited_seconds=self.copier.waited_seconds - waited,
             written_bytes=group.bytes_written - written,
             sent_bytes=self._link.bytes_sent - sent,
         )
@@ -148,7 +151,9 @@ class Resync:
         remote = self.remote
         ring = remote.group.log.ring
         room = int(remote.group.log.capacity * LOG_SHARE) - ring.used
-        if self._terms.waiting or convergence.may_order(seen, room, remote.order_failures):
+        since = asyncio.get_running_loop().time() - max(self._began_at, remote.order_failed_at)
+        if self._terms.waiting or convergence.may_order(seen, room, remote.order_failures, since):
+            remote.stall = None
             return True
         why = convergence.stuck(seen, room)
         if why != remote.stall:

@@ -19,6 +19,7 @@ order a second START, with action "reset", says where they begin; its READY says
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from nbdmirror.engine.peers import peers_of
 from nbdmirror.engine.remote import Remote, volume_map
 from nbdmirror.engine.resync import LOG_SHARE, Resync, Terms
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.verify import Verify, request
 from nbdmirror.errors import FormatError, PeerError, Refused
 from nbdmirror.ports import Buffer, Env
 
@@ -45,6 +47,9 @@ FRAME_BYTES = 256 << 10
 """Records are gathered to frames of about this size while the link is busy."""
 LINGER_SECONDS = 0.002
 """An asynchronous remote's records wait so long for company: it spares the client's CPU."""
+
+DUE_SECONDS = 30.0
+"""Whether a verify is due is looked at so often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class Session:
         self.link.session = context.env.random.getrandbits(63) or 1
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self.resync: Resync | None = None
+        self.verify: Verify | None = None
         self._streaming = False
         self._shipped_seq = 0
         self._compress = remote.facts.get("compression") == "lz4"
@@ -276,6 +282,7 @@ class Session:
         if not self.remote.facts["consistent"]:
             self.resync = Resync(self.remote, self.link, self._terms())
             ends.append(asyncio.ensure_future(self._resync(self.resync)))
+        ends.append(asyncio.ensure_future(self._verify()))
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -302,7 +309,37 @@ class Session:
     async def _resync(self, resync: Resync) -> None:
         await resync.run()
         self.context.events.emit("synchronised", remote=self.remote.name)
+        self.remote.verify_wanted.set()
         await self.link.closed.wait()
+
+    async def _verify(self) -> None:
+        """Verifies the remote when that is asked for or due, once it is consistent."""
+        remote, context = self.remote, self.context
+        while True:
+            while not remote.facts["consistent"] or not self._verify_due():
+                remote.verify_wanted.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DUE_SECONDS):
+                        await remote.verify_wanted.wait()
+            self.verify = Verify(
+                remote,
+                self.link,
+                context.events,
+                context.env.clock,
+                context.governor,
+                context.store.save,
+            )
+            await self.verify.run()
+
+    def _verify_due(self) -> bool:
+        """Whether a verify was asked for, or the interval is over."""
+        facts, now_ns = self.remote.facts, self.context.env.clock.time_ns()
+        interval = facts.get("verify_interval") or 0.0
+        if facts.get("verify") is None and interval:
+            last = (facts.get("verified") or {}).get("finished_ns", 0)
+            if now_ns - last >= interval * 1e9:
+                facts["verify"] = request(bool(facts.get("verify_repair")), now_ns)
+        return facts.get("verify") is not None
 
     async def _ship(self) -> None:
         """Sends the log from where the stream begins, as it grows."""
@@ -356,6 +393,10 @@ class Session:
             if self.resync is None:
                 raise PeerError(f"{kind.name} outside a resync")
             self.resync.on_frame(frame)
+        elif kind is Type.VERIFIED:
+            if self.verify is None:
+                raise PeerError(f"{kind.name} outside a verify")
+            self.verify.on_frame(frame)
         elif kind is Type.READY:
             self._ready.set()
         elif kind is Type.REFUSE:

@@ -3,6 +3,7 @@
 in-sync      every change that was there when the wait began is in the remote's facets, and the
              remote is synchronised; writes that come later do not prolong the wait
 connected    the link is up
+verified     no verify is wanted or running
 consistent   the remote may be trusted as an image of the group (X2)
 """
 
@@ -42,6 +43,8 @@ async def wait_until(node: Node, until: str, remote: str | None, timeout: float 
 def _holds(remote: Remote, until: str, seq: int) -> bool:
     if until == "connected":
         return remote.link == "connected"
+    if until == "verified":
+        return remote.facts.get("verify") is None
     if until == "consistent":
         return bool(remote.facts["consistent"])
     return (

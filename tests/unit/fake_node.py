@@ -118,6 +118,10 @@ class FakeNode:
         self.calls.append(("resync done", remote, full))
         return {"remote": remote, "kind": "full" if full else "dcm"}
 
+    async def verify(self, remote: str, repair: bool) -> Json:
+        self.calls.append(("verify", remote, repair))
+        return {"remote": remote}
+
     async def pause(self, remote: str) -> Json | None:
         if remote != "beta":
             raise NbdmirrorError(f"there is no remote {remote}", hint="remotes: beta")
