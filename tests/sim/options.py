@@ -26,7 +26,7 @@ NODE_FAULTS = (
     "stop and power",
 )
 DISK_FAULTS = ("disk stall", "sync error a", "sync error b", "sync loss b", "write error b")
-ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump")
+ADMIN_FAULTS = ("pause", "resync", "full resync", "verify", "clock jump")
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")

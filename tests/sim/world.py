@@ -288,6 +288,8 @@ class World:
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+        if event["kind"] == "verify-differs":
+            self.fail(Violation(f"a verify on {host.name} found what is not there: {fields}"))
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
