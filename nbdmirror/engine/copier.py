@@ -144,10 +144,18 @@ class Copier:
             except TimeoutError:
                 if not self._stalled:
                     self._stalled = True
-                    self.stalled(
-                        f"nothing was acknowledged for {STALL_SECONDS:g} s, {self._in_flight} "
-                        f"bytes are under way: the link or the disk of {self.remote.name} is slow"
-                    )
+                    self.stalled(self._cause())
+
+    def _cause(self) -> str:
+        """Why nothing moves, for people."""
+        name = self.remote.name
+        if self._in_flight:
+            return (
+                f"nothing was acknowledged for {STALL_SECONDS:g} s, {self._in_flight} bytes are "
+                f"under way: the link or the disk of {name} is slow"
+            )
+        pending = self.remote.group.log.next_seq - 1 - self.remote.applied_seq
+        return f"all is copied; {name} has yet to apply {pending} records"
 
     def moved(self) -> None:
         """An answer came."""

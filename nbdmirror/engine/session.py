@@ -102,7 +102,8 @@ class Session:
         finally:
             self.link.close()
             remote.starting = False
-            remote.progress = None
+            if remote.progress is not None:
+                remote.progress = remote.stall = None
             for dcm in remote.dcms:
                 dcm.map.abandon()
 

@@ -30,7 +30,7 @@ from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import PeerError
+from nbdmirror.errors import PeerError, VolumeFailed
 from nbdmirror.ports import Clock
 
 WINDOW_BYTES = 1 << 20
@@ -171,8 +171,12 @@ class Verify:
             facets = volume.in_service()
             facets = facets[turn % len(facets) :] + facets[: turn % len(facets)]
             look = Look(volume, first, count, [], facets)
-            for facet in facets:
-                look.hashes.append(await self._hashes(volume, facet, offset, length))
+            try:
+                for facet in facets:
+                    look.hashes.append(await self._hashes(volume, facet, offset, length))
+            except VolumeFailed as error:
+                self._unreadable(look, error)
+                return
             self._looks[self._token] = look
             seq = self.remote.group.log.next_seq - 1
             head = repl.VERIFY.pack(self._token, volume.index, region, offset, length, seq)
@@ -181,6 +185,13 @@ class Verify:
         await self._link.drain()
         await pay(self._bucket, length)
         await self._governor.rest(0)
+
+    def _unreadable(self, look: Look, error: VolumeFailed) -> None:
+        """What this side cannot read it cannot compare: said, and the others go on (fault 14)."""
+        self._state["unsettled"] += look.count
+        for region in range(look.first, look.first + look.count):
+            self._doubt_of.pop((look.volume.index, region), None)
+        self._events.emit("verify-unreadable", volume=look.volume.name, why=error.message)
 
     @staticmethod
     async def _hashes(volume: Volume, facet: LocalFacet, offset: int, length: int) -> bytes:

@@ -73,7 +73,7 @@ def _world(seed: int, *, log: int, on_full: str = "dcm") -> World:
 def _run(world: World, main: object) -> object:
     with constants(world.options.constants):
         try:
-            return world.loop.run_until_complete(main)  # type: ignore[arg-type]
+            return world.loop.run_until_complete(main)
         finally:
             for host in world.hosts.values():
                 host.life.alive = False
