@@ -179,7 +179,7 @@ class ReplicationConfig:
     heartbeat_seconds: float = 2.0
     timeout_seconds: float = 10.0
     reconnect_max_seconds: float = 10.0
-    window_bytes: int = 8 * MIB
+    window_bytes: int = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,12 +217,15 @@ def _await_condition(
 ) -> Any:
     """The daemon's answer once the condition is true. TimedOut tells state and next action."""
     end = None if timeout is None else time.monotonic() + timeout
+    # What is written while this side looks at the progress does not prolong the wait.
+    log = client.call("status").get("log") or {} if until == "in-sync" else {}
+    changes = {"seq": log["next_seq"] - 1} if "next_seq" in log else {}
     try:
         while True:
             step = WAIT_STEP_SECONDS
             if end is not None:
                 step = max(0.0, min(step, end - time.monotonic()))
-            params = {"until": until, "remote": remote, "timeout": step}
+            params = {"until": until, "remote": remote, "timeout": step, **changes}
             try:
                 return client.call("wait", params, answer_seconds=step + ANSWER_SECONDS)
             except TimedOut:

@@ -31,9 +31,12 @@ class NodeApi(Protocol):
     def status(self) -> Json:
         """The state of everything, schema 1 of the interface (X4); never waits (I7)."""
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> Json:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> Json:
         """Returns when a remote (None: every one) is in the condition ``until``, one of
-        ``CONDITIONS``; TimedOut after ``timeout`` seconds, at once for 0."""
+        ``CONDITIONS``; TimedOut after ``timeout`` seconds, at once for 0. In sync is what has
+        every change up to ``seq`` (None: up to now)."""
 
     async def resync(self, remote: str, full: bool) -> Json:
         """Starts a resync, of every region if ``full``; returns when its state is durable."""
@@ -97,7 +100,7 @@ async def _status(call: Call) -> Json:
 
 async def _wait(call: Call) -> Json:
     params = call.params
-    return await call.node.wait(params["until"], params["remote"], params["timeout"])
+    return await call.node.wait(params["until"], params["remote"], params["timeout"], params["seq"])
 
 
 async def _resync(call: Call) -> Json:
@@ -198,6 +201,7 @@ METHODS: dict[str, Method] = {
             "until": Param(str, required=True, check=_one_of(*CONDITIONS)),
             "remote": Param(str),
             "timeout": Param(float, check=_within(0, TIMEOUT_SECONDS_MAX)),
+            "seq": Param(int, check=_within(0, CURSOR_MAX)),
         },
         waiting=True,
     ),

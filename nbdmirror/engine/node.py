@@ -411,9 +411,11 @@ class Node:
             )
         return self.primary
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> dict[str, Any]:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> dict[str, Any]:
         """Returns when the remotes (or this secondary) are ``until``; TimedOut otherwise."""
-        await wait_until(self, until, remote, timeout)
+        await wait_until(self, until, remote, timeout, seq)
         return self.status()
 
     async def resync(self, remote: str, full: bool) -> dict[str, Any]:

@@ -301,7 +301,7 @@ class Receiver:
         while self._synced_tokens:
             tokens, self._synced_tokens = self._synced_tokens, []
             try:
-                await self.secondary.sync_facets()
+                await self.secondary.sync_placed()
             except DiskFailed as error:
                 self.link.close(error)
                 return

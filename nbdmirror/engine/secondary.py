@@ -60,6 +60,8 @@ class Secondary:
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
         self._tasks: list[asyncio.Task[None]] = []
+        self._placed = self._placed_synced = 0
+        """Regions put into the facets, and how many of these are durable there."""
         log.on_failed = self.fail
 
     def start(self) -> None:
@@ -286,6 +288,7 @@ class Secondary:
 
     async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
         """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
+        self._placed += 1
         for facet in self.volumes[volume].facets:
             try:
                 if data is not None:
@@ -316,6 +319,7 @@ class Secondary:
     def write_again(self, volume: int, offset: int, length: int) -> None:
         """Writes what a facet holds over itself, in one step: what was in the page cache only is
         then to be synced. DiskFailed if the disk refuses."""
+        self._placed += 1
         facet = self.volumes[volume].facets[0]
         try:
             facet.pwrite(offset, facet.file.pread(offset, length))
@@ -326,6 +330,14 @@ class Secondary:
         failure = facet.fail("read", error)
         self.fail(failure)
         return failure
+
+    async def sync_placed(self) -> None:
+        """Makes durable what was placed; nothing to do where nothing was. What came from the log
+        is durable there, and what was there before a resync was synced when that began."""
+        placed = self._placed
+        if placed != self._placed_synced:
+            await self.sync_facets()
+            self._placed_synced = placed
 
     async def sync_facets(self) -> None:
         """Makes durable all that was put into the facets; DiskFailed is final (O16)."""

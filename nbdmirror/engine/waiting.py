@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 SECONDARY_POLL_SECONDS = 0.2
 
 
-async def wait_until(node: Node, until: str, remote: str | None, timeout: float | None) -> None:
-    """Returns when the condition holds for the remote (``None``: for all); TimedOut if not."""
+async def wait_until(
+    node: Node, until: str, remote: str | None, timeout: float | None, seq: int | None
+) -> None:
+    """Returns when the condition holds for the remote (``None``: for all); TimedOut if not.
+
+    ``seq``: the last change that has to be there (``None``: the last there is now), so that who
+    waits in several steps does not wait for what was written between them."""
     try:
         async with asyncio.timeout(timeout):
             if node.secondary is not None:
@@ -32,7 +37,7 @@ async def wait_until(node: Node, until: str, remote: str | None, timeout: float 
             primary = node.primary
             assert primary is not None
             remotes = [primary.remote(remote)] if remote else list(primary.remotes)
-            seq = node.log.next_seq - 1
+            seq = node.log.next_seq - 1 if seq is None else seq
             for one in remotes:
                 while not _holds(one, until, seq):
                     await one.changed.wait()

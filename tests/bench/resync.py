@@ -1,7 +1,7 @@
 """What a resync costs, against copying: ``python -m tests.bench.resync``.
 
-Two nodes on this host over loopback TCP, one volume of random bytes, nothing else running. Each
-round, in turn: ``nbdcopy --flush`` from the primary's file to an ``nbdkit file`` on the
+Two nodes on this host over loopback TCP, or through a proxy that takes so many MiB a second
+(``--link 110``: a gigabit), one volume of random bytes, nothing else running. Each round, in turn: ``nbdcopy --flush`` from the primary's file to an ``nbdkit file`` on the
 secondary's (the same two places), then resyncs of the whole volume (``resync --full``) where the
 secondary differs everywhere, nowhere, and in 1 % of its 4 KiB blocks. Then the p99 of a client
 that writes 4 KiB at depth 1, alone and during a resync. The table goes to standard output, the
@@ -32,6 +32,7 @@ from tests.bench import report
 from tests.bench.__main__ import RESULTS
 from tests.integration.cluster import Cluster, Volume
 from tests.integration.process import free_port, wait_until
+from tests.integration.proxy import Proxy
 from tests.integration.tools import Fio
 
 MIB = 1 << 20
@@ -59,20 +60,25 @@ def _change(path: Path, size: int, part: float, seed: int) -> int:
     return len(blocks) * BLOCK
 
 
-def _nbdcopy(source: Path, target: Path, size: int) -> float:
-    """Seconds that nbdcopy takes from a file here to one behind a server."""
+def _nbdcopy(source: Path, target: Path, link: float | None) -> float:
+    """Seconds that nbdcopy takes from a file here to one behind a server, over that link."""
     shutil.copyfile(target, copy := target.with_suffix(".nbdkit"))
     port = free_port()
     command = ["nbdkit", "-f", "-i", "127.0.0.1", "-p", str(port), "file", str(copy)]
     server = subprocess.Popen(command)
+    proxy = Proxy(f"127.0.0.1:{port}")
     try:
         wait_until("nbdkit listens", lambda: _listens(port))
+        if link is not None:
+            proxy.shape(rate=link)
+            port = proxy.port
         os.sync()
         began = time.monotonic()
         uri = f"nbd://127.0.0.1:{port}"
         subprocess.run(["nbdcopy", "--flush", "--", str(source), uri], check=True)
         return time.monotonic() - began
     finally:
+        proxy.close()
         server.terminate()
         server.wait()
         copy.unlink()
@@ -86,14 +92,15 @@ def _listens(port: int) -> bool:
 class Bench:
     """One pair of nodes."""
 
-    def __init__(self, directory: Path, size: int) -> None:
+    def __init__(self, directory: Path, size: int, link: float | None) -> None:
         self.directory = directory
+        self.link = link
         self.size = size
         self.cluster = Cluster(
             directory / "nodes",
             volumes=[Volume(size=size)],
             log_size=1024 * MIB,
-            proxied=False,
+            proxied=link is not None,
             tuning={},
         )
         self.cluster.create()
@@ -104,6 +111,8 @@ class Bench:
         for node in self.cluster.nodes:
             node.start()
         self.cluster.wait_in_sync(300)
+        if link is not None:
+            self.cluster.proxy.shape(rate=link)
 
     def resync(self, change: Callable[[], int]) -> dict[str, float]:
         """Changes the secondary's facet while it is down; times a full resync."""
@@ -172,7 +181,7 @@ def _measure(bench: Bench, rounds: int, seconds: float) -> dict[str, list[dict[s
         print(f"{name}: {shown}", file=sys.stderr, flush=True)
 
     for turn in range(rounds):
-        add("nbdcopy", {"seconds": _nbdcopy(bench.ours, theirs, size)})
+        add("nbdcopy", {"seconds": _nbdcopy(bench.ours, theirs, bench.link)})
         add("everywhere", bench.resync(bench.everywhere))
         add("nowhere", bench.resync(lambda: 0))
         add("1 %", bench.resync(lambda: _change(theirs, size, 0.01, turn)))  # noqa: B023
@@ -215,13 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=1024, metavar="MIB")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each client run")
+    parser.add_argument("--link", type=float, metavar="MIB", help="a second over the link")
     parser.add_argument("--directory", type=Path)
     options = parser.parse_args(argv)
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
     size = options.size * MIB
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        bench = Bench(directory, size)
+        bench = Bench(directory, size, options.link and options.link * MIB)
         stack.enter_context(bench.cluster)
         samples = _measure(bench, options.rounds, options.seconds)
     table = _table(samples, size)
@@ -230,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{machine['cores']} cores {machine['processor']}, {options.size} MiB", file=sys.stderr)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / time.strftime("resync-%Y%m%d-%H%M%S.json", time.gmtime())
-    content = {"machine": machine, "size": size, "samples": samples}
+    content = {"machine": machine, "size": size, "link": options.link, "samples": samples}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

@@ -116,6 +116,7 @@ def test_a_client_that_rewrites_all_faster_than_the_link(make_cluster: MakeClust
     long as the end takes: once the volume at half of the link, and then that backlog."""
     cluster = make_cluster(volumes=[Volume(size=4 * MIB)], log_size=512 * MIB)
     cluster.create()
+    _put(cluster.primary, os.urandom(4 * MIB))
     cluster.secondary.start()
     cluster.proxy.shape(rate=MIB)
     cluster.primary.start()

@@ -98,7 +98,9 @@ class FakeNode:
     def status(self) -> Json:
         return self.state
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> Json:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> Json:
         self.calls.append(("wait", until, remote, timeout))
         self.waiting.set()
         try:
