@@ -1,11 +1,12 @@
 """What a resync costs, against copying: ``python -m tests.bench.resync``.
 
 Two nodes on this host over loopback TCP, or through a proxy that takes so many MiB a second
-(``--link 110``: a gigabit), one volume of random bytes, nothing else running. Each round, in turn: ``nbdcopy --flush`` from the primary's file to an ``nbdkit file`` on the
-secondary's (the same two places), then resyncs of the whole volume (``resync --full``) where the
-secondary differs everywhere, nowhere, and in 1 % of its 4 KiB blocks. Then the p99 of a client
-that writes 4 KiB at depth 1, alone and during a resync. The table goes to standard output, the
-samples to ``tests/bench/results``.
+(``--link 110``: a gigabit), one volume of random bytes, nothing else running. Each round, in turn:
+``nbdcopy --flush`` from the primary's file to an ``nbdkit file`` on the secondary's (the same two
+places), then resyncs of the whole volume (``resync --full``) where the secondary differs
+everywhere, nowhere, and in 1 % of its 4 KiB blocks. Then the p99 of a client that writes 4 KiB at
+depth 1, alone and during a resync. The table goes to standard output, the samples to
+``tests/bench/results``.
 
 The bars: a volume that differs everywhere at 0.7 of nbdcopy's speed; one that is the same 3 times
 as fast as that, for 0.1 % of its bytes; 1 % changed: 1.3 times the changed bytes, and hashes; a
