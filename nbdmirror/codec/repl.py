@@ -46,7 +46,7 @@ from enum import IntEnum
 from typing import Any
 
 import lz4.block
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from nbdmirror.codec.slabs import SlabPool
 from nbdmirror.errors import PeerError
@@ -151,7 +151,10 @@ def encode(
     assert length <= FRAME_MAX
     payload_sum = 0
     if kind is not Type.RECORDS and length:
-        payload_sum = xxh3_64_intdigest(parts[0] if len(parts) == 1 else b"".join(parts))
+        hasher = xxh3_64()
+        for part in parts:
+            hasher.update(part)
+        payload_sum = hasher.intdigest()
     head = _HEAD.pack(_MAGIC, kind, flags, 0, length, 0, session, payload_sum)
     return [head + _SUM.pack(xxh3_64_intdigest(head)), *parts]
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MARGIN = 2.0
-"""The log must have room for so many times what is foretold."""
+"""The log must have room for so many times the backlog that is foretold."""
 SMALL = 16
 """What is marked may be this part of the log to begin in order without having gone over the map:
 even if all of it is written again, that fits."""
 SHRINKING = 0.9
 """A pass that leaves more than this part of what it began with does not converge by itself."""
-ACK_SECONDS = 0.1
+ACK_SECONDS = 0.05
 """A record stays in the log at least so long."""
 AGAIN_SECONDS, AGAIN_SECONDS_MAX = 1.0, 60.0
 """After an overflow in order the next attempt waits, twice as long with each of them ..."""
-ANYWAY = 10.0
+ANYWAY = 5.0
 """... and so many times as long where it is not foretold to fit: what was foretold may be wrong."""
 _MIB = 1 << 20
 
@@ -62,7 +62,7 @@ def needed(seen: Pass) -> float:
     need = written * ACK_SECONDS
     if written > link / 2:
         copies = seen.sent_bytes * seen.left_bytes / max(seen.began_bytes, 1)
-        need += written * copies / (link / 2) * (1 + written / link)
+        need += MARGIN * written * copies / (link / 2) * (1 + written / link)
     return need
 
 
@@ -70,7 +70,7 @@ def may_order(seen: Pass, room_bytes: int, failures: int, since_seconds: float) 
     """Whether to go on in order now. ``failures``: how often the log overflowed doing so;
     ``since_seconds``: since the last of them, or since the resync began."""
     again = min(AGAIN_SECONDS * (1 << min(failures, 10)), AGAIN_SECONDS_MAX)
-    if needed(seen) * MARGIN <= room_bytes:
+    if needed(seen) <= room_bytes:
         return failures == 0 or since_seconds >= again
     return since_seconds >= again * ANYWAY
 
@@ -82,10 +82,10 @@ def begin_ordered(marked_bytes: int, room_bytes: int, failures: int) -> bool:
 
 def stuck(seen: Pass, room_bytes: int) -> str | None:
     """Why passes do not come to an end, for people; ``None`` while they get shorter."""
-    if seen.left_bytes <= seen.began_bytes * SHRINKING or needed(seen) * MARGIN <= room_bytes:
+    if seen.left_bytes <= seen.began_bytes * SHRINKING or needed(seen) <= room_bytes:
         return None
     return (
         f"clients write {seen.written / _MIB:.1f} MiB/s, the link takes "
         f"{seen.link / _MIB:.1f} MiB/s: to end in order the log needs "
-        f"{needed(seen) * MARGIN / _MIB:.0f} MiB, it has {room_bytes / _MIB:.0f} MiB"
+        f"{needed(seen) / _MIB:.0f} MiB, it has {room_bytes / _MIB:.0f} MiB"
     )

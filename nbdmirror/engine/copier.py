@@ -35,6 +35,8 @@ COPY_BYTES = 1 << 20
 """Regions are copied, and compared, in windows of at most this (or one region) ..."""
 YIELDING_BYTES = 128 << 10
 """... of this while clients are active ..."""
+SMALL_BYTES = 16 << 10
+"""Reads up to this are not worth a thread."""
 COPY_SECONDS = 0.25
 """... and of what is acknowledged in so long: a slow link that is lost again makes progress."""
 HASHED_COST = 4
@@ -270,13 +272,11 @@ class Copier:
         size = spent = 0
         for offset, length in runs:
             for at in range(offset, offset + length, COPY_BYTES):
-                began = now_ns()
                 count = min(COPY_BYTES, offset + length - at)
-                data: Buffer | None = volume.try_read(at, count)
+                data: Buffer | None = volume.try_read(at, count) if count <= SMALL_BYTES else None
                 if data is None:
-                    spent += now_ns() - began
-                    data = await volume.read(at, count)
-                    began = now_ns()
+                    data = await volume.read_aside(at, count)
+                began = now_ns()
                 if size and (size + count > COPY_BYTES or len(extents) > EXTENTS_MAX // 2):
                     self._send_extents(token, volume, extents, more=True)
                     extents, size = [], 0

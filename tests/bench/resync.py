@@ -76,7 +76,9 @@ def _nbdcopy(source: Path, target: Path, link: float | None) -> float:
         os.sync()
         began = time.monotonic()
         uri = f"nbd://127.0.0.1:{port}"
-        subprocess.run(["nbdcopy", "--flush", "--", str(source), uri], check=True)
+        # The proxy gives each connection its rate; a resync has one.
+        connections = ["--connections=1"] if link is not None else []
+        subprocess.run(["nbdcopy", "--flush", *connections, "--", str(source), uri], check=True)
         return time.monotonic() - began
     finally:
         proxy.close()

@@ -38,9 +38,10 @@ def test_a_client_faster_than_the_link_needs_a_log_that_holds_it() -> None:
     """Rewrites 64 MiB at 8 MiB/s, the link takes 4: copying takes 32 s, then the backlog."""
     fast = seen(began=64, left=64, seconds=16, waited=16, written=128, sent=64)
     need = convergence.needed(fast)
-    assert 8 * 32 * 2 * MIB <= need <= 8 * 32 * 4 * MIB
-    assert convergence.may_order(fast, int(need * convergence.MARGIN) + 1, 0, 0)
-    assert not convergence.may_order(fast, int(need), 0, 5)
+    backlog = 8 * 32 * 3 * MIB
+    assert backlog * convergence.MARGIN <= need <= backlog * convergence.MARGIN + MIB
+    assert convergence.may_order(fast, int(need) + 1, 0, 0)
+    assert not convergence.may_order(fast, int(need) - 1, 0, 4)
     why = convergence.stuck(fast, 64 * MIB)
     assert why is not None and "8.0 MiB/s" in why and "4.0 MiB/s" in why and "64 MiB" in why
 
@@ -57,8 +58,8 @@ def test_what_was_foretold_may_be_wrong_so_it_is_tried_now_and_then() -> None:
             pauses.append(pause)
     kept, doubtful = pauses[::2], pauses[1::2]
     assert kept[0] == 0 and kept == sorted(kept) and kept[1] >= 2
-    assert doubtful[0] == 10 and doubtful == sorted(doubtful)
-    assert kept[-1] <= 60 and doubtful[-1] <= 600
+    assert doubtful[0] == 5 and doubtful == sorted(doubtful)
+    assert kept[-1] <= 60 and doubtful[-1] <= 300
 
 
 def test_a_shrinking_pass_is_not_stuck() -> None:
