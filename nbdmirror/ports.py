@@ -49,6 +49,9 @@ class File(Protocol):
     async def read(self, offset: int, length: int) -> bytes:
         """As ``pread``, without stalling the event loop."""
 
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of the range, read and computed without stalling the loop."""
+
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes all of ``data`` into the page cache."""
 
@@ -177,6 +180,9 @@ class Clock(Protocol):
 
     def time_ns(self) -> int:
         """Nanoseconds since 1970."""
+
+    def monotonic_ns(self) -> int:
+        """Nanoseconds since some moment, exact: for how long a step took, and nothing else."""
 
     def boot_id(self) -> str:
         """An id that is new with each boot of the machine, and only then."""

@@ -18,6 +18,8 @@ from nbdmirror.cli import facets, local, online
 from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError
 from nbdmirror.tomltable import parse_duration
 
+CONDITIONS = ("in-sync", "connected", "consistent", "verified")
+
 Run = Callable[[argparse.Namespace], int]
 
 EXIT_INTERRUPTED = 130
@@ -125,7 +127,7 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     status = _command(commands, "status", online.status, talks=True)
     status.add_argument("--watch", action="store_true", help="again every second")
     wait = _command(commands, "wait", online.wait, talks=True)
-    wait.add_argument("--until", required=True, choices=("in-sync", "connected", "consistent"))
+    wait.add_argument("--until", required=True, choices=CONDITIONS)
     wait.add_argument("--remote", metavar="R", help="only this remote; default: all")
     _timeout_option(wait)
     resync = _command(commands, "resync", online.resync, talks=True)
@@ -133,6 +135,11 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     resync.add_argument("--full", action="store_true", help="every region, not only the marked")
     resync.add_argument("--wait", action="store_true", help="until the remote is in sync")
     _timeout_option(resync)
+    verify = _command(commands, "verify", online.verify, talks=True)
+    verify.add_argument("remote", metavar="R")
+    verify.add_argument("--repair", action="store_true", help="send what differs")
+    verify.add_argument("--wait", action="store_true", help="until all is compared (and repaired)")
+    _timeout_option(verify)
     for name, run in (("pause", online.pause), ("resume", online.resume)):
         _command(commands, name, run, talks=True).add_argument("remote", metavar="R")
     _add_remote(commands)

@@ -88,6 +88,19 @@ def lag_text(lag: Json) -> str:
     return f"{records}, {size_text(lag.get('bytes', 0))}, {seconds_text(lag.get('seconds') or 0.0)}"
 
 
+def verify_text(verify: Json) -> str:
+    """What the last verify found, and when."""
+    if verify.get("age_s") is None:
+        return "verify running" if verify.get("running") else "never verified"
+    parts = [f"verified {seconds_text(verify['age_s'])} ago"]
+    for key, word in (("differing", "differed"), ("unsettled", "changed too fast to tell")):
+        if verify.get(key):
+            parts.append(f"{count_text(verify[key], 'region')} {word}")
+    if verify.get("repaired"):
+        parts.append(f"{verify['repaired']} repaired")
+    return ", ".join(parts) + (", running again" if verify.get("running") else "")
+
+
 def status_text(status: Json) -> str:
     """The whole status on one screen."""
     lines = [_head(status)]
@@ -228,6 +241,8 @@ def _remote(remote: Json) -> list[str]:
         lines.append(_inner("dirty", f"{regions}, {size_text(dirty.get('bytes', 0))}"))
     if remote.get("resync"):
         lines.append(_inner("resync", progress_text(remote["resync"])))
+    if remote.get("verify"):
+        lines.append(_inner("verify", verify_text(remote["verify"])))
     return lines + _advice(remote)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 
+from nbdmirror.core.progress import Progress
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.maps import DcmFile
-from nbdmirror.engine.remote import ResyncProgress
 from nbdmirror.engine.volume import Volume
 
 COPY_BYTES = 1 << 20
@@ -34,9 +34,8 @@ class FacetCopy:
         self._dcm = dcm
         self._compare = compare
         self._copied: list[int] = []
-        self.progress = ResyncProgress(
-            "full" if compare else "dcm", dcm.map.count * dcm.region_size
-        )
+        total = dcm.map.count * dcm.region_size
+        self.progress = Progress("full" if compare else "dcm", total, phase="passes")
 
     async def run(self) -> None:
         """Returns when nothing is marked and the facet was synced past all of it.
@@ -112,7 +111,7 @@ class FacetCopy:
         copied, self._copied = self._copied, []
         before = self._dcm.map.count
         for number in copied:
-            self._dcm.finish(number, TOKEN)
-        done = (before - self._dcm.map.count) * self._dcm.region_size
-        self.progress.done_bytes += done
-        self.progress.meter.add(asyncio.get_running_loop().time(), done)
+            self._dcm.finish(number, 1, TOKEN)
+        left, region = self._dcm.map.count, self._dcm.region_size
+        now = asyncio.get_running_loop().time()
+        self.progress.moved(now, (before - left) * region, left * region)

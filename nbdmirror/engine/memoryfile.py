@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from nbdmirror.codec.hashing import digests
 from nbdmirror.ports import Buffer
 
 
@@ -39,6 +40,10 @@ class MemoryFile:
     async def read(self, offset: int, length: int) -> bytes:
         """As ``pread``."""
         return self.pread(offset, length)
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        """As ``ports.File.hashes``."""
+        return digests(self.pread(offset, length), step)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes within the size."""

@@ -19,7 +19,7 @@ from nbdmirror.errors import ConfigError
 TIMEOUT_SECONDS_MAX = 1e9
 CURSOR_MAX = 1 << 62
 
-CONDITIONS = ("in-sync", "connected", "consistent")
+CONDITIONS = ("in-sync", "connected", "consistent", "verified")
 
 
 class NodeApi(Protocol):
@@ -32,12 +32,18 @@ class NodeApi(Protocol):
     def status(self) -> Json:
         """The state of everything, schema 1 of the interface (X4); never waits (I7)."""
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> Json:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> Json:
         """Returns when a remote (None: every one) is in the condition ``until``, one of
-        ``CONDITIONS``; TimedOut after ``timeout`` seconds, at once for 0."""
+        ``CONDITIONS``; TimedOut after ``timeout`` seconds, at once for 0. In sync is what has
+        every change up to ``seq`` (None: up to now)."""
 
     async def resync(self, remote: str, full: bool) -> Json:
         """Starts a resync, of every region if ``full``; returns when its state is durable."""
+
+    async def verify(self, remote: str, repair: bool) -> Json:
+        """Has a remote compared by hash with this node; ``repair``: and what differs sent."""
 
     async def pause(self, remote: str) -> Json | None:
         """Stops replicating to a remote; its changes are tracked."""
@@ -107,11 +113,15 @@ async def _status(call: Call) -> Json:
 
 async def _wait(call: Call) -> Json:
     params = call.params
-    return await call.node.wait(params["until"], params["remote"], params["timeout"])
+    return await call.node.wait(params["until"], params["remote"], params["timeout"], params["seq"])
 
 
 async def _resync(call: Call) -> Json:
     return await call.node.resync(call.params["remote"], call.params["full"])
+
+
+async def _verify(call: Call) -> Json:
+    return await call.node.verify(call.params["remote"], call.params["repair"])
 
 
 async def _pause(call: Call) -> Json:
@@ -236,11 +246,15 @@ METHODS: dict[str, Method] = {
             "until": Param(str, required=True, check=_one_of(*CONDITIONS)),
             "remote": Param(str),
             "timeout": Param(float, check=_within(0, TIMEOUT_SECONDS_MAX)),
+            "seq": Param(int, check=_within(0, CURSOR_MAX)),
         },
         waiting=True,
     ),
     "resync": Method(
         _resync, {"remote": _REMOTE, "full": Param(bool, default=False)}, changing=True
+    ),
+    "verify": Method(
+        _verify, {"remote": _REMOTE, "repair": Param(bool, default=False)}, changing=True
     ),
     "pause": Method(_pause, {"remote": _REMOTE}, changing=True),
     "resume": Method(_resume, {"remote": _REMOTE}, changing=True),

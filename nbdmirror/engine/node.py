@@ -85,7 +85,7 @@ class Node:
                 hint="run nbdmirror create CONFIG --force",
             )
         self.store = Store.open(disk, directory)
-        self._check_state()
+        self.store.check(self.config)
         self.volumes = open_volumes(disk, self.store)
         self.log = open_log(disk, self.config, self.store.state)
         try:
@@ -131,30 +131,6 @@ class Node:
             self.events.emit("superblock-damaged", why=self.store.damaged)
         if self.primary is not None and self.primary.group.active.damaged is not None:
             self.events.emit("active-map-damaged", why=self.primary.group.active.damaged)
-
-    def _check_state(self) -> None:
-        """The state must be that of the configuration; StateError names both values."""
-        state, config = self.store.state, self.config
-        fixed: tuple[tuple[str, str | int], ...] = (
-            ("group", config.group),
-            ("node", config.node),
-            ("extent_size", config.log.extent_size),
-        )
-        for key, wanted in fixed:
-            if state[key] != wanted:
-                raise StateError(
-                    f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
-                    f"{wanted!r}",
-                    hint="point state_dir to the right directory, or restore the value",
-                )
-        kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
-        wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
-        if kept != wanted_volumes:
-            raise StateError(
-                f"{config.state_dir} holds volumes {kept}, the configuration says "
-                f"{wanted_volumes} (name, size, region_size)",
-                hint="volumes cannot be changed in the configuration of an existing node",
-            )
 
     def _applied_seq(self) -> int:
         return self.secondary.applied_seq if self.secondary else self.log.next_seq - 1
@@ -397,14 +373,20 @@ class Node:
             )
         return self.primary
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> dict[str, Any]:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> dict[str, Any]:
         """Returns when the remotes (or this secondary) are ``until``; TimedOut otherwise."""
-        await wait_until(self, until, remote, timeout)
+        await wait_until(self, until, remote, timeout, seq)
         return self.status()
 
     async def resync(self, remote: str, full: bool) -> dict[str, Any]:
         """Begins a resync now."""
         return await self._need_primary().resync(remote, full)
+
+    async def verify(self, remote: str, repair: bool) -> dict[str, Any]:
+        """Begins a verify now, or as soon as the remote is consistent."""
+        return await self._need_primary().verify(remote, repair)
 
     async def pause(self, remote: str) -> None:
         """Ends replication to a remote until ``resume``."""

@@ -11,12 +11,15 @@ from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.gate import SyncGate
+from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.remote import NEW_FACTS, Remote
 from nbdmirror.engine.session import Context, Session
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.verify import request
 from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, UsageError
 from nbdmirror.ports import Env
 
@@ -49,9 +52,30 @@ class Primary:
         self.remotes: list[Remote] = []
         housekeeper.remotes = self.remotes
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._context = Context(env, store, events, config.replication, config.group, config.node)
+        self._exports: ExportServer | None = None
+        self.governor = Governor(env.clock, self._activity)
+        self._context = Context(
+            env,
+            store,
+            events,
+            config.replication,
+            config.group,
+            config.node,
+            self.governor,
+            config.log.on_full,
+        )
         for name, facts in self._merged_facts().items():
             self._make(name, facts)
+
+    def serve_beside(self, exports: ExportServer) -> None:
+        """What clients ask of the exports is what resyncs yield to."""
+        self._exports = exports
+        exports.governor = self.governor
+
+    def _activity(self) -> int:
+        """Grows with what clients ask for."""
+        batches = self._exports.batches if self._exports is not None else 0
+        return self.group.bytes_written + batches
 
     # -- making remotes ----------------------------------------------------------------------
 
@@ -67,6 +91,10 @@ class Primary:
                 compression=remote.compression,
                 apply_delay=remote.apply_delay,
                 on_link_loss=remote.on_link_loss,
+                max_rate=remote.max_rate,
+                verify_interval=remote.verify_interval,
+                verify_rate=remote.verify_rate,
+                verify_repair=remote.verify_repair,
                 added=False,
             )
             wanted[remote.name] = facts
@@ -214,6 +242,21 @@ class Primary:
                 f"remote {remote.name} holds the only copy of a volume that may be trusted",
                 hint="bring a local facet back first: see nbdmirror facet list",
             )
+
+    async def verify(self, name: str, repair: bool) -> dict[str, Any]:
+        """Begins a verify as soon as the remote is consistent, or has one that runs repair."""
+        remote = self.remote(name)
+        if remote.facts["paused"]:
+            raise NbdmirrorError(
+                f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
+            )
+        if remote.facts.get("verify") is None:
+            remote.facts["verify"] = request(repair, self._env.clock.time_ns())
+        elif repair:
+            remote.facts["verify"]["repair"] = True
+        await self._store.save()
+        remote.verify_wanted.set()
+        return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
 
     async def pause(self, name: str) -> None:
         """Ends the connection until ``resume``; changes stay in the log, past it in the DCM."""

@@ -19,6 +19,7 @@ from nbdmirror.codec import fields, repl
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -61,6 +62,8 @@ class Secondary:
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
         self._tasks: list[asyncio.Task[None]] = []
+        self._placed = self._placed_synced = 0
+        """Regions put into the facets, and how many of these are durable there."""
         log.on_failed = self.fail
 
     def start(self) -> None:
@@ -288,6 +291,7 @@ class Secondary:
 
     async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
         """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
+        self._placed += 1
         for facet in self.volumes[volume].facets:
             try:
                 if data is not None:
@@ -305,9 +309,38 @@ class Secondary:
         try:
             return await facet.read(offset, length)
         except OSError as error:
-            failure = facet.fail("read", error)
-            self.fail(failure)
-            raise failure from error
+            raise self._read_failed(facet, error) from error
+
+    async def hashes(self, volume: int, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of a range of a facet; errors as for ``read``."""
+        facet = self.volumes[volume].facets[0]
+        try:
+            return await facet.file.hashes(offset, length, step)
+        except OSError as error:
+            raise self._read_failed(facet, error) from error
+
+    def write_again(self, volume: int, offset: int, length: int) -> None:
+        """Writes what a facet holds over itself, in one step: what was in the page cache only is
+        then to be synced. DiskFailed if the disk refuses."""
+        self._placed += 1
+        facet = self.volumes[volume].facets[0]
+        try:
+            facet.pwrite(offset, facet.file.pread(offset, length))
+        except OSError as error:
+            raise self._read_failed(facet, error) from error
+
+    def _read_failed(self, facet: LocalFacet, error: OSError) -> DiskFailed:
+        failure = facet.fail("read", error)
+        self.fail(failure)
+        return failure
+
+    async def sync_placed(self) -> None:
+        """Makes durable what was placed; nothing to do where nothing was. What came from the log
+        is durable there, and what was there before a resync was synced when that began."""
+        placed = self._placed
+        if placed != self._placed_synced:
+            await self.sync_facets()
+            self._placed_synced = placed
 
     async def sync_facets(self) -> None:
         """Makes durable all that was put into the facets; DiskFailed is final (O16)."""

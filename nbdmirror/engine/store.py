@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.codec import slots
+from nbdmirror.config import Config
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.errors import DiskFailed, FormatError, StateError
 from nbdmirror.ports import Disk, File
@@ -124,6 +125,30 @@ class Store:
             raise failure from error
         self._counter += 1
         self._slot = slot
+
+    def check(self, config: Config) -> None:
+        """The state must be that of the configuration; StateError names both values."""
+        state = self.state
+        fixed: tuple[tuple[str, str | int], ...] = (
+            ("group", config.group),
+            ("node", config.node),
+            ("extent_size", config.log.extent_size),
+        )
+        for key, wanted in fixed:
+            if state[key] != wanted:
+                raise StateError(
+                    f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
+                    f"{wanted!r}",
+                    hint="point state_dir to the right directory, or restore the value",
+                )
+        kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
+        wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
+        if kept != wanted_volumes:
+            raise StateError(
+                f"{config.state_dir} holds volumes {kept}, the configuration says "
+                f"{wanted_volumes} (name, size, region_size)",
+                hint="volumes cannot be changed in the configuration of an existing node",
+            )
 
     def close(self) -> None:
         """Closes the file."""

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from nbdmirror.codec.hashing import digests
 from nbdmirror.core.ranges import RangeLock, RangeLocks
 from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import Buffer
@@ -126,6 +127,28 @@ class Volume:
             except OSError as error:
                 failure = error
         return await self.rescue(self, offset, length, facet, failure)
+
+    async def read_aside(self, offset: int, length: int) -> Buffer:
+        """As ``read``, always off the event loop: for large pieces that nobody waits for."""
+        facet = self.choose(offset)
+        failure: OSError | None = None
+        if facet is not None:
+            try:
+                return await facet.file.read(offset, length)
+            except OSError as error:
+                failure = error
+        return await self.rescue(self, offset, length, facet, failure)
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of a range, off the event loop; errors as for ``read``."""
+        facet = self.choose(offset)
+        failure: OSError | None = None
+        if facet is not None:
+            try:
+                return await facet.file.hashes(offset, length, step)
+            except OSError as error:
+                failure = error
+        return digests(await self.rescue(self, offset, length, facet, failure), step)
 
     def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """(offset, length, hole) pieces that cover the range, from the first trusted facet; all of

@@ -166,11 +166,13 @@ class Checks:
             return
         node = self._world.a.node
         assert node is not None and node.primary is not None
-        progress = node.primary.remote(name).progress
-        identity, done = self._done.get(name, (progress, 0))
-        if identity is progress and resync["done_bytes"] < done:
+        run = (node.primary.remote(name).progress, resync["pass"])
+        known, done = self._done.get(name, (run, 0))
+        if known == run and resync["done_bytes"] < done:
             raise Violation(f"progress of {name} fell from {done} to {resync['done_bytes']}")
-        self._done[name] = (progress, resync["done_bytes"])
+        if resync["done_bytes"] > resync["total_bytes"]:
+            raise Violation(f"progress of {name} is above 100 %: {resync}")
+        self._done[name] = (run, resync["done_bytes"])
 
     def _bounds(self, host: Host, node: Node) -> None:
         """I6: queues have limits, whatever happens."""

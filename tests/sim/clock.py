@@ -22,6 +22,9 @@ class SimClock:
     def time_ns(self) -> int:
         return EPOCH_NS + self._loop.now_ns + self.offset_ns
 
+    def monotonic_ns(self) -> int:
+        return self._loop.now_ns
+
     def boot_id(self) -> str:
         return _boot_id(self._disk.node, self._disk.boots)
 

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from nbdmirror.codec.hashing import digests
 from nbdmirror.ports import Buffer
 from tests.sim.faults import Fault, Kind
 from tests.sim.image import SECTOR, Change
@@ -54,6 +55,9 @@ class SimFile:
         return await self._disk.later(
             self._disk.timing.read, fault, lambda: self._read_now(fault, offset, length)
         )
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        return digests(await self.read(offset, length), step)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         self._write_now(self._admit("pwrite"), offset, bytes(data))

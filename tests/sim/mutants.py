@@ -3,9 +3,8 @@
 Each mutant is a function that breaks the engine by a few assignments; ``broken`` undoes them. The
 names begin with the rule (an O-number, V-row or invariant) that is dropped.
 
-Not among them, because another rule makes them unobservable: clearing a bit of the DCM that was
-marked again while its region was on its way (a mark ends the session in the same step), and each
-one of the two checks of a scan against records of an ended epoch (the two together are here).
+Not among them, because another rule makes them unobservable: each one of the two
+checks of a scan against records of an ended epoch (the two together are here).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Type
 from nbdmirror.core import identity
 from nbdmirror.core.active import ActiveMap
+from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine import doubt, node, recovery, remoteread, session
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.applier import Applier
@@ -205,13 +205,12 @@ def _(assign: Assign) -> None:
 
 @mutant("O8 records that are there already are applied again")
 def _(assign: Assign) -> None:
-    original = Session._start
+    original = Session._resume
     checked = Receiver._checked
 
-    async def start(self: Session, decision: Any, target: Any) -> int:
-        seq = await original(self, decision, target)
+    async def resume(self: Session, seq: int) -> None:
         log = self.remote.group.log
-        return max(log.ring.tail_seq, seq - 3)
+        await original(self, max(log.ring.tail_seq, seq - 3))
 
     def again(self: Receiver, view: memoryview, next_seq: int) -> Any:
         for record in codec.parse_all(view):
@@ -220,7 +219,7 @@ def _(assign: Assign) -> None:
                     facet.pwrite(record.offset, record.payload)
         return checked(self, view, next_seq)
 
-    assign(Session, "_start", start)
+    assign(Session, "_resume", resume)
     assign(Receiver, "_checked", again)
 
 
@@ -466,6 +465,27 @@ def _(assign: Assign) -> None:
             self.trackers = trackers
 
     assign(Group, "_append", append)
+
+
+@mutant("O6 a bit is cleared though its region was marked again")
+def _(assign: Assign) -> None:
+    def finish(self: Dcm, region: int, token: int) -> int | None:
+        self._in_flight[region] = token
+        return original(self, region, token)
+
+    original = Dcm.finish
+    assign(Dcm, "finish", finish)
+
+
+@mutant("O12 the log is left out before the remote knows where it begins")
+def _(assign: Assign) -> None:
+    original = Session._order
+
+    async def order(self: Session) -> None:
+        self._ready.set()
+        await original(self)
+
+    assign(Session, "_order", order)
 
 
 @mutant("O13 a region is read without its lock")

@@ -38,6 +38,7 @@ ADMIN_FAULTS = (
     "pause",
     "resync",
     "full resync",
+    "verify",
     "clock jump",
     "facet offline",
     "facet replace",
@@ -181,11 +182,12 @@ def _constants(rng: random.Random) -> dict[str, int | float]:
         "engine.log.READ_BYTES": rng.choice([256 * KIB, 8 * KIB]),
         "engine.session.FRAME_BYTES": rng.choice([1, 4 * KIB, 16 * KIB]),
         "engine.session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
-        "engine.resync.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
-        "engine.resync.COMPARE_BYTES": rng.choice([16 * KIB, 4 << 20]),
         "engine.facetcopy.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
         "engine.facetcopy.SYNC_BYTES": rng.choice([4 * KIB, 64 << 20]),
         "engine.rescue.READ_ERRORS_MAX": rng.choice([2, 32]),
+        "engine.copier.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
+        "engine.copier.YIELDING_BYTES": rng.choice([4 * KIB, 128 * KIB]),
+        "engine.copier.HASHED_COST": rng.choice([4, 1]),
         "engine.housekeeper.INTERVAL_SECONDS": rng.choice([0.1, 1.0, 5.0]),
     }
 

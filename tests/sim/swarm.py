@@ -16,7 +16,7 @@ from tests.sim.checks import Checks
 from tests.sim.faults import Fault, Injector, Kind
 from tests.sim.loop import SimLoop
 from tests.sim.marks import counting
-from tests.sim.options import Options, draw
+from tests.sim.options import ADMIN_FAULTS, Options, draw
 from tests.sim.oracle import Violation, compare
 from tests.sim.workload import Clients
 from tests.sim.world import Gone, Host, World, constants
@@ -232,7 +232,7 @@ class Faults:
             await self._replace_log()
         elif kind in ("facet offline", "facet replace"):
             await self._facet_out(kind)
-        elif kind in ("pause", "resync", "full resync", "clock jump"):
+        elif kind in ADMIN_FAULTS:
             await self._admin(kind)
         elif name in ("sync error", "sync loss", "write error"):
             self._disk_error(name, self._targets(last)[0])
@@ -448,6 +448,8 @@ class Faults:
                     await world.in_life(world.a, node.pause(name))
                     await asyncio.sleep(rng.random())
                     await world.in_life(world.a, node.resume(name))
+                elif kind == "verify":
+                    await world.in_life(world.a, node.verify(name, rng.random() < 0.5))
                 else:
                     await world.in_life(world.a, node.resync(name, kind == "full resync"))
 

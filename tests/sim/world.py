@@ -317,6 +317,8 @@ class World:
         host.torn = host.torn or event["kind"] == "superblock-damaged"
         if event["kind"] == "started":
             host.forked = event["power_loss"]
+        if event["kind"] == "verify-differs":
+            self.fail(Violation(f"a verify on {host.name} found what is not there: {fields}"))
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)

@@ -26,6 +26,9 @@ class StillClock:
     def time_ns(self) -> int:
         return 1_700_000_000_000_000_000
 
+    def monotonic_ns(self) -> int:
+        return 0
+
     def boot_id(self) -> str:
         return "boot"
 
@@ -95,7 +98,9 @@ class FakeNode:
     def status(self) -> Json:
         return self.state
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> Json:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> Json:
         self.calls.append(("wait", until, remote, timeout))
         self.waiting.set()
         try:
@@ -114,6 +119,10 @@ class FakeNode:
             await self.resync_gate.wait()
         self.calls.append(("resync done", remote, full))
         return {"remote": remote, "kind": "full" if full else "dcm"}
+
+    async def verify(self, remote: str, repair: bool) -> Json:
+        self.calls.append(("verify", remote, repair))
+        return {"remote": remote}
 
     async def pause(self, remote: str) -> Json | None:
         if remote != "beta":

@@ -379,8 +379,9 @@ def test_resync_starts(path: str, node: FakeNode, capsys: Output) -> None:
 
 
 def in_steps(node: FakeNode, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """The node's resync moves on with each status and is done after ``steps`` of them."""
-    taken = iter(range(steps))
+    """The node's resync moves on with each status but the first, which tells the client what to
+    wait for, and is done after ``steps`` of them."""
+    taken = iter([None, *range(steps)])
     status = node.status
 
     def next_status() -> Json:
