@@ -224,6 +224,8 @@ class Session:
         remote, capacity = self.remote, self.remote.group.log.capacity
         if self.context.on_full == "block":
             return False
+        if remote.gate is not None and remote.gate.policy != "continue":
+            return False  # clients wait until the stream begins
         room = int(capacity * LOG_SHARE) - remote.group.log.ring.used
         return not convergence.begin_ordered(remote.dirty_bytes, room, remote.order_failures)
 
