@@ -154,6 +154,8 @@ class Member:
         log, facet = self._owner.group.log, self.facet
         assert facet.kept_seq is not None
         cursor = Cursor(facet.kept_seq + 1)
+        if cursor.seq < log.ring.tail_seq:  # a move of the log was cut short
+            raise FormatError(f"the log begins at {log.ring.tail_seq}, not at {cursor.seq}")
         while cursor.seq < upto:
             chunk = await log.read(cursor)
             for record in chunk.parsed():

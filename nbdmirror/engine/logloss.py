@@ -178,9 +178,11 @@ class LogKeeper:
                 ) from error
             await self._catch_up()
             async with self._housekeeper.releasing:
+                self._check_served()
                 self._log.frozen = True
                 try:
                     await self._settle("the log was moved")
+                    self._check_served()  # one that fails from here on lacks nothing of the log
                     await self._note(volatile=False, path=path)
                     self._log.go_on(file, capacity, None)
                 except DiskFailed as error:
@@ -190,6 +192,15 @@ class LogKeeper:
                     self._resume()
         self._events.emit("log-moved", log=path)
         return {"log": path}
+
+    def _check_served(self) -> None:
+        """Refused while the log is what a volume's last facet comes back from (M11)."""
+        for volume in self._primary.group.volumes:
+            if not volume.in_service():
+                raise Refused(
+                    f"volume {volume.name} has no local facet in service, the log is kept for it",
+                    hint="bring a facet back first: see nbdmirror facet list",
+                )
 
     async def _catch_up(self) -> None:
         """What remotes confirm in time need not be marked."""
