@@ -123,7 +123,10 @@ class Primary:
 
     def _make_gate(self, remote: Remote) -> None:
         def changed(engaged: bool) -> None:
-            self._events.emit("in-step" if engaged else "out-of-step", remote=remote.name)
+            if engaged:
+                self._events.emit("in-step", remote=remote.name)
+            else:
+                self._events.emit("out-of-step", remote=remote.name)
 
         policy = remote.facts.get("on_link_loss", "continue")
         gate = SyncGate(remote.name, policy, self.group.log.bytes_between)

@@ -146,7 +146,8 @@ def _bomb(size: int, length: int = 2000) -> bytes:
 
 
 def _region(volume: int, offset: int, length: int, data: bytes) -> bytes:
-    return repl.REGION.pack(1, volume, 0, offset, length) + data
+    extent = repl.EXTENT.pack(offset, length, 0, 0)
+    return repl.REGION.pack(1, volume, 0, 1, 0) + extent + data
 
 
 # What a primary that was let in may try; every one must end the conversation.
