@@ -211,6 +211,7 @@ class Copier:
         region = volume.region_size
         offset, length = first * region, self.length(volume, first, count)
         async with volume.locked(offset, length, exclusive=False):
+            began = self._governor.now_ns()
             cost = max(1, length // HASHED_COST)
             token = self._open(volume, first, count, cost, hashed=True)
             hashes: Buffer = b""
@@ -222,6 +223,7 @@ class Copier:
                     return
             head = repl.HASHES.pack(token, volume.index, region, offset, length)
             self._sent(self._link.send(Type.HASHES, [head, hashes]))
+        await self._governor.rest(self._governor.now_ns() - began)
         await self._drain()
         await self.pay()
 
@@ -232,14 +234,15 @@ class Copier:
         offset = first * volume.region_size
         length = self.length(volume, first, len(theirs))
         async with volume.locked(offset, length, exclusive=False):
+            began = self._governor.now_ns()
             token = self._open(volume, first, len(theirs), length, hashed=False)
             try:
                 runs = await self._runs(volume, offset, length, theirs)
-                spent_ns = await self._send(token, volume, runs)
+                await self._send(token, volume, runs)
             except VolumeFailed as error:
                 self._unreadable(error)
                 return
-        await self._governor.rest(spent_ns)
+        await self._governor.rest(self._governor.now_ns() - began)
         await self._drain()
         await self.pay()
 
@@ -264,19 +267,16 @@ class Copier:
         self.compare_pays.result(travels <= length * 3 // 4)
         return runs
 
-    async def _send(self, token: int, volume: Volume, runs: list[tuple[int, int]]) -> int:
-        """Reads the runs and queues them as few frames, of which the last ends the token. Returns
-        for how many ns that kept the event loop."""
-        now_ns = self._governor.now_ns
+    async def _send(self, token: int, volume: Volume, runs: list[tuple[int, int]]) -> None:
+        """Reads the runs and queues them as few frames, of which the last ends the token."""
         extents: list[Extent] = []
-        size = spent = 0
+        size = 0
         for offset, length in runs:
             for at in range(offset, offset + length, COPY_BYTES):
                 count = min(COPY_BYTES, offset + length - at)
                 data: Buffer | None = volume.try_read(at, count) if count <= SMALL_BYTES else None
                 if data is None:
                     data = await volume.read_aside(at, count)
-                began = now_ns()
                 if size and (size + count > COPY_BYTES or len(extents) > EXTENTS_MAX // 2):
                     self._send_extents(token, volume, extents, more=True)
                     extents, size = [], 0
@@ -284,10 +284,7 @@ class Copier:
                 for start, part, zeros in zero_runs(view):
                     extents.append((at + start, part, None if zeros else view[start:][:part]))
                 size += count
-                spent += now_ns() - began
-        began = now_ns()
         self._send_extents(token, volume, extents, more=False)
-        return spent + now_ns() - began
 
     def _send_extents(
         self, token: int, volume: Volume, extents: list[Extent], *, more: bool

@@ -1,7 +1,8 @@
 """Makes room for clients while a resync or a verify runs; one for each node, on by default.
 
-What copies reports how long it has just kept the event loop; while clients are active it then
-rests in proportion, so that a request seldom meets it and never waits for more than one piece.
+What copies or compares reports how long a piece has just kept a processor, here or in a thread;
+while clients are active it then rests in proportion, so that a request seldom meets it and never
+waits for more than one piece; the remote, which works on what it is sent, rests too.
 The proportion follows the latency of those requests that have to wait for a disk, against what it
 was before: a resync that slows down the disk yields too. With no client it takes all it can get.
 """
@@ -16,7 +17,7 @@ from nbdmirror.ports import Clock
 IDLE_SECONDS = 0.25
 """Without a request for so long nobody is there to yield to."""
 SHARE_MAX, SHARE_MIN = 0.3, 0.02
-"""Of the event loop's time, while clients are active. The least keeps a resync from starving."""
+"""Of one processor's time, while clients are active. The least keeps a resync from starving."""
 RISE_MAX = 2.0
 """Requests may take so many times what they took before; beyond it the share is cut."""
 REST_SECONDS_MIN = 0.001
@@ -60,7 +61,7 @@ class Governor:
             self.share = max(SHARE_MIN, min(SHARE_MAX, share))
 
     async def rest(self, spent_ns: int) -> None:
-        """After ``spent_ns`` of work that kept the event loop: lets clients go first."""
+        """After ``spent_ns`` of work: lets clients go first."""
         self._worked_at = asyncio.get_running_loop().time()
         if not self.active():
             self._debt = 0.0

@@ -13,6 +13,7 @@ restart. What it found is in the remote's facts, under ``verified``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import PeerError, VolumeFailed
+from nbdmirror.errors import DiskFailed, PeerError
 from nbdmirror.ports import Clock
 
 WINDOW_BYTES = 1 << 20
@@ -169,13 +170,10 @@ class Verify:
         self._token += 1
         async with volume.locked(offset, length, exclusive=False):
             facets = volume.in_service()
-            facets = facets[turn % len(facets) :] + facets[: turn % len(facets)]
-            look = Look(volume, first, count, [], facets)
-            try:
-                for facet in facets:
-                    look.hashes.append(await self._hashes(volume, facet, offset, length))
-            except VolumeFailed as error:
-                self._unreadable(look, error)
+            turn %= max(1, len(facets))
+            began = self._governor.now_ns()
+            look = await self._hashed(volume, first, count, facets[turn:] + facets[:turn])
+            if look is None:
                 return
             self._looks[self._token] = look
             seq = self.remote.group.log.next_seq - 1
@@ -184,24 +182,32 @@ class Verify:
         self.progress.sent_bytes += sent
         await self._link.drain()
         await pay(self._bucket, length)
-        await self._governor.rest(0)
+        await self._governor.rest(self._governor.now_ns() - began)
 
-    def _unreadable(self, look: Look, error: VolumeFailed) -> None:
-        """What this side cannot read it cannot compare: said, and the others go on (fault 14)."""
-        self._state["unsettled"] += look.count
-        for region in range(look.first, look.first + look.count):
-            self._doubt_of.pop((look.volume.index, region), None)
-        self._events.emit("verify-unreadable", volume=look.volume.name, why=error.message)
-
-    @staticmethod
-    async def _hashes(volume: Volume, facet: LocalFacet, offset: int, length: int) -> bytes:
-        if facet is volume.source():
-            return await volume.hashes(offset, length, volume.region_size)
-        try:
-            return await facet.file.hashes(offset, length, volume.region_size)
-        except OSError:
-            facet.errors += 1
-            return bytes(HASH_SIZE * -(-length // volume.region_size))  # differs from any content
+    async def _hashed(
+        self, volume: Volume, first: int, count: int, facets: list[LocalFacet]
+    ) -> Look | None:
+        """The hashes of each facet, an empty one for what cannot be read, those that can first;
+        ``None`` if none can: said, and the others go on (fault 14). The range is locked."""
+        region = volume.region_size
+        offset = first * region
+        length = min(count * region, volume.size - offset)
+        read: list[tuple[LocalFacet, bytes]] = []
+        unread: list[tuple[LocalFacet, bytes]] = []
+        for facet in facets:
+            try:
+                read.append((facet, await facet.file.hashes(offset, length, region)))
+            except OSError:
+                facet.errors += 1
+                unread.append((facet, b""))
+        if not read:
+            self._state["unsettled"] += count
+            for one in range(first, first + count):
+                self._doubt_of.pop((volume.index, one), None)
+            self._events.emit("verify-unreadable", volume=volume.name, offset=offset, length=length)
+            return None
+        both = read + unread
+        return Look(volume, first, count, [hashes for _, hashes in both], [f for f, _ in both])
 
     def on_frame(self, frame: Frame) -> None:
         """VERIFIED from the remote; PeerError if it makes no sense."""
@@ -235,8 +241,8 @@ class Verify:
         if doubt is None:
             doubt = self._doubt_of[key] = Doubt(look.volume, region)
         doubt.looks += 1
-        if region in look.touched:
-            doubt.seen = 0
+        if look.count > 1 or region in look.touched:
+            doubt.seen = 0  # looked at by itself, and untouched, before it counts
         elif not differs:
             # The remote agrees with this facet: those that do not are rotten.
             del self._doubt_of[key]
@@ -302,13 +308,13 @@ class Verify:
         remote are marked, and the resync that follows sends the blocks that differ. Returns the
         number of regions."""
         remote = self.remote
-        marked = 0
+        marked = mended = 0
         for index, region, paths in self._state["found"]:
             volume = remote.group.volumes[index]
             offset = region * volume.region_size
             length = min(volume.region_size, volume.size - offset)
             if paths:
-                await _mend(volume, offset, length, paths)
+                mended += await self._mend(volume, offset, length, paths)
             else:
                 remote.mark(index, offset, length)
                 marked += 1
@@ -320,21 +326,33 @@ class Verify:
             await remote.sync_maps()
         if marked or remote.dirty_regions:
             remote.drop.set()  # the next handshake begins the resync
-        return len(self._state["found"])
+        return marked + mended
 
-
-async def _mend(volume: Volume, offset: int, length: int, paths: list[str]) -> None:
-    """Rewrites a range of facets that are rotten from one that is not."""
-    async with volume.locked(offset, length, exclusive=True):
-        facets = volume.in_service()
-        source = next((facet for facet in facets if facet.path not in paths), None)
-        if source is None:
-            return
-        data = await source.read(offset, length)
-        for facet in facets:
-            if facet.path in paths:
-                await facet.file.write(offset, data)
-                await facet.sync()
+    async def _mend(self, volume: Volume, offset: int, length: int, paths: list[str]) -> bool:
+        """Rewrites a range of facets that are rotten from one that is not; whether all of them
+        took it. One that did not leaves service, as after any failed write (M12)."""
+        async with volume.locked(offset, length, exclusive=True):
+            data = None
+            for facet in volume.in_service():
+                if facet.path not in paths and data is None:
+                    with contextlib.suppress(OSError):
+                        data = await facet.file.read(offset, length)
+            if data is None:
+                return False
+            lost = []
+            for facet in volume.in_service():
+                if facet.path in paths:
+                    try:
+                        facet.pwrite(offset, data)
+                        await facet.sync()
+                    except OSError as error:
+                        facet.fail("write", error)
+                        lost.append(facet)
+                    except DiskFailed:
+                        lost.append(facet)
+        for facet in lost:
+            await self.remote.group.facet_lost(volume, facet)
+        return not lost
 
 
 def request(repair: bool, now_ns: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_rot_is_found_named_and_repaired(make_cluster: MakeCluster) -> None:
     cluster.check_in_sync()
     places = (3 * MIB + 5, 9 * MIB, 60 * MIB)
     rot(cluster.secondary.facets("data")[0], *places)
-    with Writer(cluster.primary.uri(), offset=32 * MIB):
+    with Writer(cluster.primary.uri(), offset=32 * MIB, rate=MIB / 4):
         result = cluster.primary.cli("verify", "beta", "--wait")
         assert result.code == 1 and "3 regions differ" in result.err
         assert "--repair" in result.err
