@@ -39,6 +39,7 @@ class GroupCommit:
                     for waiter in waiters:
                         if not waiter.done():  # else its asker was cancelled
                             waiter.set_exception(error)
+                            waiter.exception()  # who is cancelled by now never looks
                 else:
                     for waiter in waiters:
                         if not waiter.done():

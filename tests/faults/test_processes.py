@@ -100,13 +100,13 @@ def test_sigterm_under_load(make_cluster: MakeCluster, side: str) -> None:
 
 @requires_programs("prlimit")
 def test_file_descriptors_run_out(make_cluster: MakeCluster) -> None:
-    """Fault 35: 40 descriptors for the primary, a crowd of clients: those that are served go on,
+    """Fault 35: 64 descriptors for the primary, a crowd of clients: those that are served go on,
     replication too; when the crowd leaves, new clients are served."""
     cluster = small_group(make_cluster)
     journal = Journal(SIZE)
     node = cluster.primary
     node.stop()
-    assert start_under(node, ["prlimit", "--nofile=40"])
+    assert start_under(node, ["prlimit", "--nofile=64"])
     cluster.primary.until("is connected", lambda one: one["link"] == "connected")
     with Load(node.nbd_socket, journal, timeout=10) as load:
         with contextlib.ExitStack() as crowd:

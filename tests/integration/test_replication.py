@@ -16,7 +16,7 @@ from tests.integration.tools import Writer, connect, fio, pattern, requires
 
 KIB = 1 << 10
 MakeCluster = Callable[..., Cluster]
-STALL_S = 2.0
+STALL_S = 5.0
 """No write of a client may take longer because of a remote; generous, for loaded machines."""
 RECORD_OVERHEAD = 256
 """Bytes on the wire that a record may cost besides its data."""
