@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
 from nbdmirror.core.active import key_of
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
@@ -96,9 +97,10 @@ class Group:
             raise self._client_error(error) from error
 
     async def _clear(self, volume: Volume, change: Change) -> None:
-        async with volume.locked(change.offset, change.length, exclusive=True):
+        async with volume.locked(change.offset, change.length, exclusive=True) as lock:
             await self._admit(volume, change, locked=True)
             self._append(volume, [change])
+            volume.landing(lock)
             keep_space = change.kind == codec.ZERO and bool(change.flags & codec.NO_HOLE)
             seq = self.log.next_seq - 1
             facets = volume.in_service()
@@ -135,6 +137,8 @@ class Group:
     # -- admission ---------------------------------------------------------------------------
 
     def _must_wait(self, volume: Volume, changes: Sequence[Change]) -> bool:
+        if volume.guard is not None and volume.guard.stops(changes):
+            return True
         hot, extent_size = self.active.hot, self.active.extent_size
         base = key_of(volume.index, 0)
         held = volume.locks.held
@@ -169,6 +173,10 @@ class Group:
                 continue
             if not self.log.fits(size, size):
                 await self.need_space()
+                continue
+            guard = volume.guard
+            if guard is not None and guard.holds(change.offset, change.length):
+                await guard.make_way([(change.offset, change.length)])
                 continue
             return
 
@@ -268,6 +276,27 @@ class Group:
         if self._written_since >= self.pressure_at:
             self._written_since = 0
             self.on_pressure()
+
+    async def admit_mark(self, mark: Mark) -> None:
+        """Returns in a step in which there is room in the log for ``mark``."""
+        size = codec.stored_size(codec.MARK, len(mark.encode()))
+        while not self.log.fits(size, size):
+            await self.need_space()
+
+    def mark(self, mark: Mark) -> int:
+        """Appends a point in the write order (see ``codec.mark``), after ``admit_mark``; returns
+        its seq. Like any write it is durable after a ``log.sync``."""
+        if self.failed is not None:
+            raise self._client_error(self.failed)
+        payload, seq, now = mark.encode(), self.log.next_seq, self._clock.time_ns()
+        record = codec.Record(codec.MARK, 0, self.epoch, 0, seq, 0, len(payload), now, payload)
+        size = codec.stored_size(codec.MARK, len(payload))
+        try:
+            self.log.append(codec.encode(record), size, 1, [size])
+        except DiskFailed as error:
+            raise self._client_error(error) from error
+        self.timeline.add(seq, now)
+        return seq
 
     async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Out of service, durably, before the write that saw it is acknowledged (M12)."""

@@ -21,6 +21,28 @@ CURSOR_MAX = 1 << 62
 CONDITIONS = ("in-sync", "connected", "consistent")
 
 
+class SnapshotApi(Protocol):
+    """What people do with snapshots; ``spec`` is a number or the first digits of a uuid."""
+
+    async def create(self, volume: str | None, protected: bool) -> Json:
+        """Takes one of a volume, or of all at one seq (V9)."""
+
+    def list(self) -> list[Json]:
+        """All of them, with what was changed since."""
+
+    def diff(self, spec: str, until: str | None, volume: str | None) -> Json:
+        """The ranges that the volume changed from a snapshot to a later one, or to now."""
+
+    async def delete(self, spec: str, everywhere: bool) -> Json:
+        """Deletes one here, or on the secondaries too."""
+
+    async def refresh(self, spec: str) -> Json:
+        """Makes one anew, from the volume as it is (V10)."""
+
+    async def export(self, spec: str, writable: bool) -> Json:
+        """Says how to attach one; ``writable`` is remembered."""
+
+
 class NodeApi(Protocol):
     """What a node does for the people who steer it. Errors are those of ``errors``."""
 
@@ -52,6 +74,10 @@ class NodeApi(Protocol):
 
     async def apply(self, frozen: bool) -> Json | None:
         """On a secondary: stops, or resumes, carrying its log into its facets (V8)."""
+
+    @property
+    def people(self) -> SnapshotApi:
+        """What people do with snapshots."""
 
     async def remote_remove(self, name: str) -> Json | None:
         """Forgets a remote; what was kept for it is freed (M17)."""
@@ -130,6 +156,31 @@ async def _thaw(call: Call) -> Json:
     return await call.node.apply(False) or {}
 
 
+async def _snapshot_create(call: Call) -> Json:
+    return await call.node.people.create(call.params["volume"], call.params["protected"])
+
+
+async def _snapshot_list(call: Call) -> list[Json]:
+    return call.node.people.list()
+
+
+async def _snapshot_diff(call: Call) -> Json:
+    params = call.params
+    return call.node.people.diff(params["snapshot"], params["until"], params["volume"])
+
+
+async def _snapshot_delete(call: Call) -> Json:
+    return await call.node.people.delete(call.params["snapshot"], call.params["everywhere"])
+
+
+async def _snapshot_refresh(call: Call) -> Json:
+    return await call.node.people.refresh(call.params["snapshot"])
+
+
+async def _snapshot_export(call: Call) -> Json:
+    return await call.node.people.export(call.params["snapshot"], call.params["writable"])
+
+
 async def _events(call: Call) -> Json:
     """Replays what is held since the cursor; the result's cursor is where the stream begins."""
     cursor: int = call.params["since"]
@@ -181,6 +232,7 @@ def _valid(parse: Callable[[str], object]) -> Callable[[Any], str | None]:
 
 
 _REMOTE = Param(str, required=True)
+_SNAPSHOT = Param(str, required=True)
 _REMOTE_NAME = Param(str, required=True, check=_valid(check_name))
 
 METHODS: dict[str, Method] = {
@@ -212,6 +264,26 @@ METHODS: dict[str, Method] = {
     "remote.remove": Method(_remote_remove, {"name": _REMOTE_NAME}, changing=True),
     "apply.freeze": Method(_freeze, {}, changing=True),
     "apply.thaw": Method(_thaw, {}, changing=True),
+    "snapshot.create": Method(
+        _snapshot_create,
+        {"volume": Param(str), "protected": Param(bool, default=False)},
+        changing=True,
+    ),
+    "snapshot.list": Method(_snapshot_list, {}),
+    "snapshot.diff": Method(
+        _snapshot_diff, {"snapshot": _SNAPSHOT, "until": Param(str), "volume": Param(str)}
+    ),
+    "snapshot.delete": Method(
+        _snapshot_delete,
+        {"snapshot": _SNAPSHOT, "everywhere": Param(bool, default=False)},
+        changing=True,
+    ),
+    "snapshot.refresh": Method(_snapshot_refresh, {"snapshot": _SNAPSHOT}, changing=True),
+    "snapshot.export": Method(
+        _snapshot_export,
+        {"snapshot": _SNAPSHOT, "writable": Param(bool, default=False)},
+        changing=True,
+    ),
     "events": Method(
         _events,
         {

@@ -14,24 +14,29 @@ from nbdmirror import __version__
 from nbdmirror.config import Config, uris
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.control import PeerUid
-from nbdmirror.engine.create import MARK, log_path
+from nbdmirror.engine.create import MARK, log_path, snapshot_directory
 from nbdmirror.engine.doors import Doors
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
+from nbdmirror.engine.opening import check_state, open_volumes
 from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.recovery import (
     Recovered,
     doubtful_ranges,
-    facet_state,
     level,
     note_fork,
+    pending,
     redo,
 )
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.snapshotcommands import SnapshotCommands
+from nbdmirror.engine.snapshotexport import SnapshotExports
+from nbdmirror.engine.snapshots import Snapshots
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.engine.waiting import wait_until
@@ -83,15 +88,28 @@ class Node:
                 hint="run nbdmirror create CONFIG --force",
             )
         self.store = Store.open(disk, directory)
-        self._check_state()
-        self.volumes = self._open_volumes()
+        check_state(self.store, self.config)
+        self.volumes = open_volumes(disk, self.store)
         tail = self.store.state["tail"]
         self.log = Log.open(disk, log_path(self.config), tail["position"], tail["seq"])
+        self.snapshots = Snapshots(
+            disk,
+            snapshot_directory(self.config),
+            self.volumes,
+            self.store,
+            self.events,
+            self.env.random,
+            self.config.snapshots,
+        )
+        await self.snapshots.open()
+        self._follower = Follower(self.snapshots)
+        boot_id, before = self.env.clock.boot_id(), self._follower.redo
         try:
-            recovered = await redo(self.store, self.log, self.volumes, self.env.clock.boot_id())
+            recovered = await redo(self.store, self.log, self.volumes, boot_id, before)
         except DiskFailed:
             await self._note_failed_log()
             raise
+        self.snapshots.recovered(recovered.end_seq)
         self.housekeeper = Housekeeper(
             self.volumes, self.log, self.store, self.events, self._applied_seq
         )
@@ -111,7 +129,12 @@ class Node:
         )
         self._tell_damage(recovered)
         self.housekeeper.start()
-        self.exports = await self.doors.open(self, self.primary, self.secondary, nbd=nbd)
+        self.snapshots.start()
+        served = SnapshotExports(self.snapshots)
+        self.people = SnapshotCommands(self, served)
+        self.exports = await self.doors.open(
+            self, self.primary, self.secondary, served, nbd=nbd
+        )
 
     @property
     def role(self) -> str:
@@ -130,44 +153,6 @@ class Node:
             self.events.emit("superblock-damaged", why=self.store.damaged)
         if self.primary is not None and self.primary.group.active.damaged is not None:
             self.events.emit("active-map-damaged", why=self.primary.group.active.damaged)
-
-    def _check_state(self) -> None:
-        """The state must be that of the configuration; StateError names both values."""
-        state, config = self.store.state, self.config
-        fixed: tuple[tuple[str, str | int], ...] = (
-            ("group", config.group),
-            ("node", config.node),
-            ("extent_size", config.log.extent_size),
-        )
-        for key, wanted in fixed:
-            if state[key] != wanted:
-                raise StateError(
-                    f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
-                    f"{wanted!r}",
-                    hint="point state_dir to the right directory, or restore the value",
-                )
-        kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
-        wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
-        if kept != wanted_volumes:
-            raise StateError(
-                f"{config.state_dir} holds volumes {kept}, the configuration says "
-                f"{wanted_volumes} (name, size, region_size)",
-                hint="volumes cannot be changed in the configuration of an existing node",
-            )
-
-    def _open_volumes(self) -> list[Volume]:
-        volumes = []
-        for index, saved in enumerate(self.store.state["volumes"]):
-            facets = []
-            for facet in saved["facets"]:
-                state = facet_state(facet["state"])
-                facets.append(LocalFacet.open(self.env.disk, facet["path"], saved["size"], state))
-            volumes.append(
-                Volume(
-                    index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets
-                )
-            )
-        return volumes
 
     def _applied_seq(self) -> int:
         return self.secondary.applied_seq if self.secondary else self.log.next_seq - 1
@@ -215,16 +200,16 @@ class Node:
         assert self.primary is not None
         doubtful = doubtful_ranges(active, self.volumes) if recovered.power_loss else []
         await level(self.volumes, doubtful)
-        pending = []
+        changes = []
         if any(remote.tracking for remote in self.primary.remotes):
-            pending = await self._pending()
+            changes = await pending(self.log)
         for remote in self.primary.remotes:
             if not recovered.clean:
                 for dcm in remote.dcms:
                     dcm.rewrite()
             if remote.tracking:
                 # Whether an overflow was finished or not: what the log holds is marked again.
-                for volume, offset, length in pending:
+                for volume, offset, length in changes:
                     remote.mark(volume, offset, length)
             for place, offset, length in doubtful:
                 remote.mark(place.index, offset, length)
@@ -240,15 +225,6 @@ class Node:
             remote.save_defaults()
             await remote.sync_maps()
 
-    async def _pending(self) -> list[tuple[int, int, int]]:
-        from nbdmirror.engine.log import Cursor
-
-        cursor, found = Cursor(self.log.ring.tail_seq), []
-        while cursor.seq < self.log.next_seq:
-            for record in (await self.log.read(cursor)).parsed():
-                found.append((record.volume, record.offset, record.length))
-        return found
-
     async def _start_secondary(self, recovered: Recovered) -> None:
         config = self.config
         self.secondary = Secondary(
@@ -259,6 +235,8 @@ class Node:
             self.store,
             self.events,
             config.replication,
+            self._follower,
+            self.env.clock,
         )
         if not recovered.clean:
             same_boot = self.store.state["boot_id"] == self.env.clock.boot_id()
@@ -331,6 +309,7 @@ class Node:
         await self.doors.end_upstreams()
         if self.secondary is not None:
             await self.secondary.stop()
+        await self.snapshots.stop()
         await self.housekeeper.stop()
         await self.doors.end_control()
         if self.failed is None or not self.failed.done():
@@ -364,6 +343,7 @@ class Node:
         for volume in self.volumes:
             for facet in volume.facets:
                 facet.close()
+        self.snapshots.close()
         self.log.close()
         self.store.close()
 
@@ -388,7 +368,7 @@ class Node:
                 **self.housekeeper.status(),
             },
             "remotes": self.primary.status() if self.primary else [],
-            "snapshots": [],
+            "snapshots": self.people.brief(),
             **self.doors.status(),
         }
         if self.secondary is not None:

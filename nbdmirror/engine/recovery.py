@@ -13,10 +13,11 @@ Every step may itself be cut by a crash and is then done again (O19).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nbdmirror.codec.record import MARK, Record
 from nbdmirror.core.active import volume_extent
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
@@ -46,9 +47,15 @@ class Recovered:
     """Facets that had failed and that the log has brought back."""
 
 
-async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> Recovered:
+Before = Callable[[Record], Awaitable[None]]
+
+
+async def redo(
+    store: Store, log: Log, volumes: list[Volume], boot_id: str, before: Before
+) -> Recovered:
     """Brings the facets to the end of the log. On return everything that will be relied on is
-    durable; the superblock is changed in memory only, and saved by the caller.
+    durable; the superblock is changed in memory only, and saved by the caller. ``before`` is
+    awaited before each record: snapshots may need what it overwrites.
 
     A facet that failed is brought back too, if the log still holds all that it had not synced
     then: its disk is tried again, and what the page cache may have lost is written anew (O16)."""
@@ -80,7 +87,7 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     # the facets; redoing what lies before it would only bring back what it had replaced.
     behind = 0 if power_loss else log.seq_behind(forks)
     if not behind and (not clean or healing):
-        await _apply(log, until, volumes, healing, only_healing=clean)
+        await _apply(log, until, volumes, healing, before, only_healing=clean)
     for volume in volumes:
         for facet in volume.facets:
             facet.written_seq = max(until, log.ring.tail_seq - 1)
@@ -103,7 +110,13 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
 
 
 async def _apply(
-    log: Log, until: int, volumes: list[Volume], healing: list[LocalFacet], *, only_healing: bool
+    log: Log,
+    until: int,
+    volumes: list[Volume],
+    healing: list[LocalFacet],
+    before: Before,
+    *,
+    only_healing: bool,
 ) -> None:
     """Carries the log's records up to ``until`` into the facets."""
     cursor = Cursor(log.ring.tail_seq)
@@ -111,6 +124,8 @@ async def _apply(
         for record in (await log.read(cursor)).parsed():
             if record.seq > until:
                 return
+            if not only_healing:
+                await before(record)
             volume = volumes[record.volume]
             facets = [facet for facet in volume.facets if facet in healing]
             for facet in facets if only_healing else volume.in_service() + facets:
@@ -118,6 +133,16 @@ async def _apply(
                     await facet.apply(record)
                 except OSError as error:
                     raise facet.fail("redo", error) from error
+
+
+async def pending(log: Log) -> list[tuple[int, int, int]]:
+    """(volume, offset, length) of every change that the log holds."""
+    cursor, found = Cursor(log.ring.tail_seq), []
+    while cursor.seq < log.next_seq:
+        for record in (await log.read(cursor)).parsed():
+            if record.kind != MARK:
+                found.append((record.volume, record.offset, record.length))
+    return found
 
 
 def _entries(store: Store) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nbdmirror.codec import record as codec
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.meter import Meter
 from nbdmirror.core.remotestate import Facts, next_action, state_of
@@ -220,7 +221,8 @@ class Remote:
             while cursor.seq < upto:
                 chunk = await log.read(cursor)
                 for record in chunk.parsed():
-                    self.mark(record.volume, record.offset, record.length)
+                    if record.kind != codec.MARK:
+                        self.mark(record.volume, record.offset, record.length)
                 self.marked_seq = chunk.last_seq
                 await asyncio.sleep(0)
         except FormatError as error:
@@ -276,7 +278,7 @@ class Remote:
                 cursor = Cursor(log.ring.tail_seq)
                 continue
             for record in (await log.read(cursor)).parsed():
-                if record.volume == volume:
+                if record.volume == volume and record.kind != codec.MARK:
                     last = record.offset + record.length - 1
                     marked.mark(record.offset // region, last // region)
         return dirty_runs(marked, region, offset, length)

@@ -16,14 +16,17 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import fields, repl
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.record import Record
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
-from nbdmirror.ports import Buffer
+from nbdmirror.ports import Buffer, Clock
 
 COMMIT_PAUSE_SECONDS = 0.02
 """Between two commits of the log: what a durable acknowledgement may come later."""
@@ -44,6 +47,8 @@ class Secondary:
         store: Store,
         events: EventLog,
         tuning: ReplicationConfig,
+        follower: Follower,
+        clock: Clock,
     ) -> None:
         self.group_name = group_name
         self.node_name = node_name
@@ -52,7 +57,9 @@ class Secondary:
         self.store = store
         self.events = events
         self.tuning = tuning
-        self.applier = Applier(volumes, log, store, events)
+        self.follower = follower
+        self._clock = clock
+        self.applier = Applier(volumes, log, store, events, follower)
         self.applier.caught_up = self._tell
         self.current: Receiver | None = None
         self.failed: NbdmirrorError | None = None
@@ -229,6 +236,8 @@ class Secondary:
             reset_seq = self.log.next_seq
         if reset_seq is not None:
             await self.drain()
+        if resync and (self.store.state["upstream"] or {}).get("consistent"):
+            await self.follower.before_resync(self.log.next_seq - 1, self._clock.time_ns())
         # No await from here to the save: what is saved is all of it or nothing.
         state = self.store.state
         state["uuid"] = fields.text(hello, "uuid")
@@ -257,6 +266,7 @@ class Secondary:
         """Empties the log, to go on with ``seq``; what it held is in the facets, durably."""
         self.log.reset(seq)
         self.applier.reset(seq)
+        self.follower.restarted(seq)
         for volume in self.volumes:
             for facet in volume.facets:
                 facet.written_seq = facet.synced_seq = seq - 1
@@ -270,6 +280,7 @@ class Secondary:
         self.store.state["cache_doubt"] = False
         await self.store.save()
         self.events.emit("consistent", seq=seq)
+        self.follower.consistent_again()
 
     # -- facets ------------------------------------------------------------------------------
 
@@ -278,6 +289,16 @@ class Secondary:
         if volume >= len(self.volumes) or not 0 < length <= self.volumes[volume].size - offset:
             raise PeerError(f"{length} bytes at {offset} of volume {volume}: out of bounds")
 
+    def check_mark(self, record: Record) -> None:
+        """PeerError unless a mark is one that may come now: what was changed beside the log comes
+        as a resync, and no stream without one goes on behind it."""
+        assert record.payload is not None
+        mark = marks.decode(record.payload)
+        if mark.volumes[-1] >= len(self.volumes):
+            raise PeerError(f"mark {record.seq} is about volume {mark.volumes[-1]}")
+        if mark.do in (marks.RESTORE, marks.CHANGED) and self.store.state["upstream"]["consistent"]:
+            raise PeerError(f"record {record.seq} tells of a {mark.do} that was not resynchronised")
+
     def check_resyncing(self) -> None:
         """PeerError if no resync was agreed upon: regions then are not to be overwritten."""
         if self.store.state["upstream"]["consistent"]:
@@ -285,11 +306,18 @@ class Secondary:
 
     async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
         """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
-        for facet in self.volumes[volume].facets:
+        facets = self.volumes[volume].facets
+        if data is None and not any(
+            True for f in facets for _ in f.file.data_ranges(offset, length)
+        ):
+            return
+        while (guard := self.volumes[volume].guard) is not None and guard.holds(offset, length):
+            await guard.make_way([(offset, length)])
+        for facet in facets:
             try:
                 if data is not None:
                     facet.pwrite(offset, data)
-                elif any(True for _ in facet.file.data_ranges(offset, length)):
+                else:
                     await facet.punch(offset, length)
             except OSError as error:
                 failure = facet.fail("write", error)

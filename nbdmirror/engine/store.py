@@ -24,6 +24,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     log_failed     true after a sync of the log failed: what it had not synced may be gone
     cache_doubt    on a secondary: a former process of this boot may have seen a sync fail, so what
                    is in the page cache may not be on disk (O16); false once it is consistent
+    snapshots      see ``engine.snapshots``; snapshot_number: the last that was given out;
+                   marked_seq: on a secondary, the last marker of a snapshot that it followed
     upstream       on a secondary: {name, consistent, since}; null before the first session
 """
 

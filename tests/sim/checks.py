@@ -19,6 +19,7 @@ from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
 from tests.sim.loop import Incarnation, SimLoop
 from tests.sim.oracle import Violation, compare
+from tests.sim.snapshots import Found, look, read_all
 from tests.sim.world import Host, World
 
 
@@ -48,6 +49,7 @@ class Image:
     volumes: list[bytes]
     pending: list[cover.Place]
     node: Node
+    snapshots: list[Found]
 
 
 def recover_alone(disk: SimDisk, config: Config, seed: str) -> Image:
@@ -71,6 +73,7 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
     await node.start(nbd=False)
     if node.secondary is not None:
         await node.secondary.drain()
+    pending = await cover.records(node)
     state = node.store.state
     upstream = state["upstream"]
     return Image(
@@ -79,8 +82,9 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
         volumes=[disk.content(volume.source().path)[: volume.size] for volume in node.volumes],
-        pending=await cover.records(node),
+        pending=pending,
         node=node,
+        snapshots=await read_all(node),
     )
 
 
@@ -99,6 +103,7 @@ class Checks:
         while True:
             await asyncio.sleep(gap * self._random.random() * 2)
             self.look()
+            await look(self._world)
             if self._random.random() < 0.3:
                 host = self._random.choice(list(self._world.hosts.values()))
                 if host.created:
@@ -172,6 +177,8 @@ class Checks:
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
         disk.power_cut(rng)
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
+        what = f"a clone of {host.name} (O21)"
+        world.album.check(host, image.node, image.snapshots, what)
         if host.role == "primary":
             for volume, data in enumerate(image.volumes):
                 world.content.check(

@@ -308,8 +308,8 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = recovery.redo
 
-    async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> Any:
-        recovered = await original(store, log, volumes, boot_id)
+    async def redo(store: Store, log: Log, volumes: list[Volume], *rest: Any) -> Any:
+        recovered = await original(store, log, volumes, *rest)
         for volume in volumes:
             for facet in volume.facets:
                 facet.synced_seq = facet.written_seq

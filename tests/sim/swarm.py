@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdmirror.errors import NbdmirrorError
+from tests.sim import snapshots
 from tests.sim.checks import Checks
 from tests.sim.faults import Fault, Injector, Kind
 from tests.sim.loop import SimLoop
 from tests.sim.marks import counting
 from tests.sim.options import Options, draw
 from tests.sim.oracle import Violation, compare
+from tests.sim.snapshots import People
 from tests.sim.workload import Clients
 from tests.sim.world import Gone, Host, World, constants
 
@@ -117,7 +119,8 @@ async def _phases(world: World) -> None:
     checks = Checks(world)
     clients = Clients(world)
     faults = Faults(world)
-    background = [world.spawn(checks.run()), world.spawn(faults.run())]
+    people = People(world)
+    background = [world.spawn(work) for work in (checks.run(), faults.run(), people.run())]
     working = asyncio.ensure_future(clients.run())
     # A full log that blocks, and a link that is down: they may need the healing themselves.
     await asyncio.wait([working], timeout=CLIENT_SECONDS)
@@ -148,6 +151,7 @@ async def _converge(
     for remote in world.remotes:
         compare(remote.images(), world.a.images(), f"{remote.name} in sync (I2)")
     checks.look()
+    await snapshots.look(world)
     for host in world.hosts.values():
         checks.crash_clone(host)
 

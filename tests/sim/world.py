@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
 from nbdmirror.config import (
     AdminConfig,
     Config,
@@ -24,9 +25,11 @@ from nbdmirror.config import (
     NbdConfig,
     RemoteConfig,
     ReplicationConfig,
+    SnapshotConfig,
     VolumeConfig,
 )
 from nbdmirror.engine.create import create
+from nbdmirror.engine.group import Group
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError
@@ -37,6 +40,7 @@ from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
 from tests.sim.oracle import Content, Entry, History, Violation, compare
+from tests.sim.snapshots import NOTHING, Album
 
 T = TypeVar("T")
 
@@ -116,6 +120,7 @@ class World:
         """Set while the primary serves clients."""
         self.content = Content(options.sizes, options.cell)
         self.history = History([bytes(size) for size in options.sizes])
+        self.album = Album(self)
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
         self.on_moment: list[Callable[[Host, str], None]] = []
@@ -180,6 +185,7 @@ class World:
             replication=ReplicationConfig(
                 listen=None if primary else f"tcp:{name}:7000", window_bytes=options.window
             ),
+            snapshots=SnapshotConfig(options.snapshots_max, options.snapshot_space),
         )
 
     # -- trace and failure ---------------------------------------------------------------------
@@ -288,6 +294,8 @@ class World:
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+        if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
+            self.album.release(event["uuid"])
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -348,6 +356,22 @@ class World:
                 self.fail(error)
 
         setattr(group, "_append", observed)  # noqa: B010 (mypy forbids the plain assignment)
+        self._observe_marks(group)
+
+    def _observe_marks(self, group: Group) -> None:
+        log_mark = group.mark
+
+        def observed(mark: Mark) -> int:
+            self.history.attempted = [NOTHING]
+            seq = log_mark(mark)
+            try:
+                self.history.append(seq, [NOTHING])
+                self.album.marked(seq, mark)
+            except Violation as error:
+                self.fail(error)
+            return seq
+
+        setattr(group, "mark", observed)  # noqa: B010
 
     async def _watch(self, host: Host, node: Node) -> None:
         """What the daemon does when its node has failed for good: it ends."""

@@ -1,0 +1,170 @@
+"""Snapshots in a run: who takes and deletes them, and the oracle that each equals its seq for ever.
+
+A snapshot must read as the group did after its record, on both sides, across crashes, overflows,
+resyncs and deletions in any order (V9, O21, X2); one that was promised must not be gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.mark import Mark
+from nbdmirror.engine.node import Node
+from nbdmirror.errors import NbdmirrorError, VolumeFailed
+from tests.sim.oracle import Entry, Violation, compare
+
+if TYPE_CHECKING:
+    from tests.sim.world import Host, World
+
+NOTHING = Entry(0, 0, 0, b"")
+"""What a mark changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A snapshot as a node gives it: its entry, and the content of each of its volumes."""
+
+    entry: dict[str, Any]
+    images: list[bytes]
+
+
+async def read_all(node: Node) -> list[Found]:
+    """Every snapshot that a node shows; one that goes meanwhile is left out."""
+    found = []
+    for entry in list(node.snapshots.entries):
+        if not node.snapshots.shown(entry):
+            continue
+        images = []
+        try:
+            for index in entry["volumes"]:
+                chain = node.snapshots.chains[index]
+                images.append(bytes(await chain.read(entry["uuid"], 0, chain.volume.size)))
+        except VolumeFailed as error:
+            lost = any(not volume.in_service() for volume in node.volumes)
+            if node.snapshots.shown(entry) and not lost:
+                raise Violation(f"snapshot {entry['uuid']} cannot be read: {error}") from error
+            continue
+        if node.snapshots.shown(entry):
+            found.append(Found(dict(entry), images))
+    return found
+
+
+class Album:
+    """What every snapshot has to show."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._images: dict[str, list[bytes]] = {}
+        self._promised: dict[str, None] = {}
+        self._released: dict[str, None] = {}
+
+    def marked(self, seq: int, mark: Mark) -> None:
+        """The primary has logged a mark."""
+        if mark.do == marks.SNAPSHOT:
+            assert mark.uuid is not None
+            image = self._world.history.lines[-1].image(seq)
+            self._images[mark.uuid] = [bytes(image[index]) for index in mark.volumes]
+
+    def promise(self, uuid: str) -> None:
+        """A person was told that the primary has it; another may have deleted it meanwhile."""
+        if uuid not in self._released:
+            self._promised[uuid] = None
+
+    def release(self, uuid: str) -> None:
+        """It is being deleted, or was given up and said so."""
+        self._promised.pop(uuid, None)
+        self._released[uuid] = None
+
+    def check(self, host: Host, node: Node, found: Sequence[Found], what: str) -> None:
+        """Violation unless each is what it has to be, and what was promised is in the list, if
+        only as lost."""
+        for one in found:
+            entry = one.entry
+            name = f"{what}: snapshot {entry['number']} ({entry['kind']}) at {entry['seq']}"
+            if entry["kind"] == "resync":
+                group = self._world.history.image(entry["epoch"], entry["seq"])
+                wanted = [bytes(group[index]) for index in entry["volumes"]]
+            else:
+                wanted = self._images[entry["uuid"]]
+            compare(one.images, wanted, name)
+            self._world.fired[f"snapshot checked on {host.role}"] += 1
+        if host.role == "primary":
+            there = {entry["uuid"] for entry in node.snapshots.entries}
+            for uuid in self._promised:
+                if uuid not in there:
+                    raise Violation(f"{what}: snapshot {uuid} is gone")
+
+
+class People:
+    """Takes, refreshes and deletes snapshots while a run goes on."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._random = random.Random(f"{world.seed}:people")
+        world.on_moment.append(self._moment)
+
+    def _moment(self, host: Host, kind: str) -> None:
+        if kind == "synchronised" and self._random.random() < 0.3:
+            self._world.spawn(self._once())
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        gap = self._world.options.snapshot_gap
+        while gap:
+            await asyncio.sleep(gap * self._random.expovariate(1.0))
+            await self._once()
+
+    async def _once(self) -> None:
+        world, rng = self._world, self._random
+        if not world.options.snapshot_gap:
+            return
+        draw = rng.random()
+        host = world.a if draw < 0.75 else rng.choice(list(world.hosts.values()))
+        node = host.node
+        if node is None:
+            return
+        from tests.sim.world import Gone
+
+        with contextlib.suppress(Gone, NbdmirrorError, OSError):
+            if draw < 0.5:
+                await self._create(host, node)
+            else:
+                shown = [e for e in node.snapshots.entries if node.snapshots.shown(e)]
+                if not shown:
+                    return
+                entry = rng.choice(shown)
+                world.album.release(entry["uuid"])
+                if draw < 0.6:
+                    work = node.people.refresh(entry["uuid"])
+                    world.album.promise((await world.in_life(host, work))["uuid"])
+                else:
+                    everywhere = host is world.a and draw < 0.65
+                    await world.in_life(host, node.people.delete(entry["uuid"], everywhere))
+
+    async def _create(self, host: Host, node: Node) -> None:
+        world, rng = self._world, self._random
+        volume = None
+        if rng.random() < 0.5:
+            volume = rng.choice(node.volumes).name
+        made = await world.in_life(host, node.people.create(volume, rng.random() < 0.2))
+        world.album.promise(made["uuid"])
+
+
+async def look(world: World) -> None:
+    """Every snapshot of every node that runs."""
+    from tests.sim.world import Gone
+
+    for host in list(world.hosts.values()):
+        node = host.node
+        if node is None or not node.snapshots.entries:
+            continue
+        with contextlib.suppress(Gone):
+            found = await world.in_life(host, read_all(node))
+            if host.node is node:
+                world.album.check(host, node, found, host.name)
