@@ -138,6 +138,7 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_remote(commands)
     _add_apply(commands)
     _add_snapshot(commands)
+    _add_restore(commands)
     events = _command(commands, "events", online.events, talks=True)
     events.add_argument("--since", type=int, default=0, metavar="CURSOR", help="only newer events")
     events.add_argument("--no-follow", dest="follow", action="store_false", help="only the past")
@@ -191,6 +192,23 @@ def _add_snapshot(commands: argparse._SubParsersAction[Parser]) -> None:
     export = _command(actions, "export", snapshot.export, talks=True)
     export.add_argument("snapshot", metavar="SNAP")
     export.add_argument("--writable", action="store_true", help="clients may write into it")
+
+
+def _add_restore(commands: argparse._SubParsersAction[Parser]) -> None:
+    restore = _command(commands, "restore", snapshot.restore, talks=True)
+    restore.add_argument("snapshot", metavar="SNAP", help="its number, or the uuid's first digits")
+    restore.add_argument("--volume", metavar="VOLUME", help="only this one of its volumes")
+    restore.add_argument(
+        "--while-attached", action="store_true", help="though clients are attached"
+    )
+    restore.add_argument(
+        "--no-keep", dest="keep", action="store_false", help="no snapshot of the state before"
+    )
+    restore.add_argument("--force", action="store_true", help="though a full comparison follows")
+    changed = _command(commands, "changed", snapshot.changed, talks=True)
+    changed.add_argument("volume", metavar="VOLUME")
+    changed.add_argument("ranges", nargs="+", metavar="OFFSET+LENGTH")
+    changed.add_argument("--force", action="store_true", help="though it ends snapshots")
 
 
 def _add_attach(commands: argparse._SubParsersAction[Parser]) -> None:

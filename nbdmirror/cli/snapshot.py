@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from nbdmirror.cli.client import AdminClient, find_socket
 from nbdmirror.cli.output import print_json
 from nbdmirror.cli.render import Json, count_text, size_text
+from nbdmirror.errors import UsageError
 
 KIND_TEXTS = {"resync": "before the resync", "restore": "before a restore"}
 
@@ -51,6 +52,42 @@ def export(args: argparse.Namespace) -> int:
     """``snapshot export``: how to attach one, read-only unless made writable."""
     params = {"snapshot": args.snapshot, "writable": args.writable}
     return _call(args, "snapshot.export", params, lambda made: "\n".join(made["uris"]))
+
+
+def restore(args: argparse.Namespace) -> int:
+    """``restore``: volumes become what a snapshot is; complete at once, copied behind."""
+    params = {
+        "snapshot": args.snapshot,
+        "volume": args.volume,
+        "while_attached": args.while_attached,
+        "keep": args.keep,
+        "force": args.force,
+    }
+    return _call(args, "restore", params, restore_text)
+
+
+def changed(args: argparse.Namespace) -> int:
+    """``changed``: a facet was written to by something else; the other copies follow."""
+    ranges = [_range(text) for text in args.ranges]
+    params = {"volume": args.volume, "ranges": ranges, "force": args.force}
+    return _call(args, "changed", params, lambda done: f"{size_text(done['bytes'])} taken in")
+
+
+def _range(text: str) -> list[int]:
+    offset, _, length = text.partition("+")
+    if not (offset.isdigit() and length.isdigit()):
+        raise UsageError(f"{text!r} is not a range", hint="OFFSET+LENGTH, in bytes: 65536+4096")
+    return [int(offset), int(length)]
+
+
+def restore_text(done: Json) -> str:
+    """What was done, and how to undo it."""
+    lines = ["restored"]
+    if done.get("total_bytes"):
+        lines = [f"restored; {size_text(done['total_bytes'])} are being copied behind: see status"]
+    if done.get("undo"):
+        lines.append(f"the state before is snapshot {done['undo'][:8]}")
+    return "\n".join(lines)
 
 
 def snapshot_text(snapshot: Json) -> str:

@@ -96,8 +96,9 @@ def _remove(env: Env, config: Config) -> None:
     disk, directory = env.disk, config.state_dir
     names = [store.FILE_NAME, activemap.FILE_NAME]
     paths = [f"{directory}/{name}" for name in names] + [log_path(config)]
-    if disk.exists(f"{directory}/dcm"):
-        paths += [f"{directory}/dcm/{name}" for name in disk.list(f"{directory}/dcm")]
+    for maps in (f"{directory}/dcm", f"{directory}/restore"):
+        if disk.exists(maps):
+            paths += [f"{maps}/{name}" for name in disk.list(maps)]
     if disk.exists(snapshot_directory(config)):
         layers = disk.list(snapshot_directory(config))
         paths += [f"{snapshot_directory(config)}/{name}" for name in layers]

@@ -47,7 +47,7 @@ class Follower:
         known = self._snapshots.entry(mark.uuid) if mark.uuid else None
         if mark.do == marks.DELETE and known is not None and not known.get("deleting"):
             known["deleting"] = True
-            self._snapshots.spawn(self._snapshots.finish_delete(known))
+            self._snapshots.spawn(self._snapshots.finish_delete, known)
         if mark.do != marks.SNAPSHOT:
             return
         if known is not None:
@@ -89,7 +89,7 @@ class Follower:
         replaced = self._snapshots.entry(mark.replaces) if mark.replaces else None
         if replaced is not None and not replaced.get("deleting"):
             replaced["deleting"] = True
-            self._snapshots.spawn(self._snapshots.finish_delete(replaced))
+            self._snapshots.spawn(self._snapshots.finish_delete, replaced)
 
     async def make_way(self, records: Iterable[Record]) -> None:
         """Before these records are applied, one after the other up to the next marker: what the
@@ -110,7 +110,7 @@ class Follower:
         for entry in self._snapshots.usable():
             if entry["kind"] == "user" and entry["after"] is not None and entry["after"] >= seq:
                 entry["deleting"] = True
-                self._snapshots.spawn(self._snapshots.finish_delete(entry))
+                self._snapshots.spawn(self._snapshots.finish_delete, entry)
             entry["after"] = seq - 1
         self._snapshots.store.state["marked_seq"] = seq - 1
 
@@ -132,10 +132,10 @@ class Follower:
             chain.push(member)
         self._snapshots.tell("snapshot", entry)
         for old in former:
-            self._snapshots.spawn(self._snapshots.delete(old))
+            self._snapshots.spawn(self._snapshots.delete, old)
 
     def consistent_again(self) -> None:
         """The secondary is consistent: the image from before the resync is released."""
         for entry in self._snapshots.usable():
             if entry["kind"] == "resync" and not entry.get("deleting"):
-                self._snapshots.spawn(self._snapshots.delete(entry))
+                self._snapshots.spawn(self._snapshots.delete, entry)

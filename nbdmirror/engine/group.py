@@ -111,7 +111,7 @@ class Group:
                     await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
                 except OSError as error:
                     facet.fail("clear", error)
-                    await self._facets_failed(volume, [facet])
+                    await self.facets_failed(volume, [facet])
 
     def _clear_pieces(self, change: Change) -> list[Change]:
         """A large TRIM or WRITE_ZEROES cut so that all its extents can be hot at once."""
@@ -230,7 +230,7 @@ class Group:
             except OSError as error:
                 facet.fail("write", error)
                 lost.append(facet)
-        return self._facets_failed(volume, lost) if lost else None
+        return self.facets_failed(volume, lost) if lost else None
 
     def _append(self, volume: Volume, changes: Sequence[Change]) -> None:
         """Encodes and appends; marks the maps of remotes in DCM logging."""
@@ -298,7 +298,7 @@ class Group:
         self.timeline.add(seq, now)
         return seq
 
-    async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+    async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Out of service, durably, before the write that saw it is acknowledged (M12)."""
         for facet in facets:
             facet.state = FacetState.NOT_SYNCHRONISED

@@ -26,6 +26,7 @@ SYNC_SECONDS = 20.0
 SYNC_AT = 0.5
 """Facets are synced after so long, or when so much of the log is in use: seldom, because random
 pages cost a disk more than the log does, and redo from the log is quick."""
+SETTLE_SECONDS = 0.05
 HIGH_WATER = 0.9
 """Of the log: a remote that holds more is forced out before writes have to wait for it."""
 
@@ -155,6 +156,16 @@ class Housekeeper:
         floors = [f.floor(applied) for v in self._volumes for f in v.in_service() or v.facets]
         floors += [remote.floor(applied) for remote in self.remotes]
         return min([applied, *floors])
+
+    async def settle(self, seq: int) -> None:
+        """Returns when records up to ``seq`` are in the facets, durably, and released: no redo
+        comes by them any more, whatever happens."""
+        while True:
+            await self._sync_facets()
+            await self._release()
+            if self._store.state["tail"]["seq"] > seq:
+                return
+            await asyncio.sleep(SETTLE_SECONDS)
 
     async def _release(self) -> None:
         # One at a time: what one has released the next must not look for records in.

@@ -8,7 +8,7 @@ default bit of a map lives in the superblock, because ``fill`` voids the pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nbdmirror.codec import mappage
 from nbdmirror.core.dcm import Dcm
@@ -91,6 +91,15 @@ class DcmFile:
         page = self.map.finish(region, token)
         if page is not None:
             self._write([page])
+
+    def merge(self, regions: Dcm) -> None:
+        """Marks every region that is set in another map; DiskFailed as ``mark``."""
+        self._write(self.map.merge(regions))
+
+    def unmark(self, regions: Iterable[int]) -> None:
+        """Clears regions; DiskFailed as ``mark``."""
+        pages = [page for region in regions if (page := self.map.unmark(region)) is not None]
+        self._write(list(dict.fromkeys(pages)))
 
     def _write(self, pages: list[int]) -> None:
         assert self._file is not None

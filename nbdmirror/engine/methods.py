@@ -6,6 +6,7 @@ replication and knows no socket. Called by ``engine.control``.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from nbdmirror.errors import ConfigError
 
 TIMEOUT_SECONDS_MAX = 1e9
 CURSOR_MAX = 1 << 62
+RANGES_MAX = 1000
 
 CONDITIONS = ("in-sync", "connected", "consistent")
 
@@ -41,6 +43,16 @@ class SnapshotApi(Protocol):
 
     async def export(self, spec: str, writable: bool) -> Json:
         """Says how to attach one; ``writable`` is remembered."""
+
+    async def restore(
+        self, spec: str, volume: str | None, while_attached: bool, keep: bool, force: bool
+    ) -> Json:
+        """Restores volumes from one; complete on return, the copy runs behind (V12)."""
+
+    async def changed(
+        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+    ) -> Json:
+        """Takes in what was written to a facet beside the log (V13)."""
 
 
 class NodeApi(Protocol):
@@ -181,6 +193,32 @@ async def _snapshot_export(call: Call) -> Json:
     return await call.node.people.export(call.params["snapshot"], call.params["writable"])
 
 
+async def _restore(call: Call) -> Json:
+    params = call.params
+    return await call.node.people.restore(
+        params["snapshot"],
+        params["volume"],
+        params["while_attached"],
+        params["keep"],
+        params["force"],
+    )
+
+
+async def _changed(call: Call) -> Json:
+    params = call.params
+    ranges = [(pair[0], pair[1]) for pair in params["ranges"]]
+    return await call.node.people.changed(params["volume"], ranges, params["force"])
+
+
+def _pairs(value: Any) -> str | None:
+    if not 0 < len(value) <= RANGES_MAX:
+        return f"must be 1 to {RANGES_MAX} pairs"
+    for pair in value:
+        if not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
+            return "must be pairs of offset and length, in bytes"
+    return None
+
+
 async def _events(call: Call) -> Json:
     """Replays what is held since the cursor; the result's cursor is where the stream begins."""
     cursor: int = call.params["since"]
@@ -284,6 +322,26 @@ METHODS: dict[str, Method] = {
         {"snapshot": _SNAPSHOT, "writable": Param(bool, default=False)},
         changing=True,
     ),
+    "restore": Method(
+        _restore,
+        {
+            "snapshot": _SNAPSHOT,
+            "volume": Param(str),
+            "while_attached": Param(bool, default=False),
+            "keep": Param(bool, default=True),
+            "force": Param(bool, default=False),
+        },
+        changing=True,
+    ),
+    "changed": Method(
+        _changed,
+        {
+            "volume": Param(str, required=True),
+            "ranges": Param(list, required=True, check=_pairs),
+            "force": Param(bool, default=False),
+        },
+        changing=True,
+    ),
     "events": Method(
         _events,
         {
@@ -300,6 +358,7 @@ _KIND_NAMES: dict[type, str] = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
+    list: "a list",
 }
 
 

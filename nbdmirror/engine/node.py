@@ -33,6 +33,7 @@ from nbdmirror.engine.recovery import (
     pending,
     redo,
 )
+from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshotcommands import SnapshotCommands
 from nbdmirror.engine.snapshotexport import SnapshotExports
@@ -68,6 +69,7 @@ class Node:
         self.doors = Doors(env, config, self.events, peer_uid, owners)
         self.primary: Primary | None = None
         self.secondary: Secondary | None = None
+        self.restorer: Restorer | None = None
         self.exports: ExportServer | None = None
         self._started_at = 0.0
         self._access = {volume.name: volume.access for volume in config.volumes}
@@ -101,6 +103,7 @@ class Node:
             self.env.random,
             self.config.snapshots,
         )
+        Restorer.prepare(self)
         await self.snapshots.open()
         self._follower = Follower(self.snapshots)
         boot_id, before = self.env.clock.boot_id(), self._follower.redo
@@ -179,6 +182,8 @@ class Node:
         group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick
         self.housekeeper.on_full = config.log.on_full
+        self.restorer = Restorer(self, self.primary)
+        self.restorer.open()
         self.primary.start()
 
     def _begin_epoch(self, recovered: Recovered) -> None:
@@ -309,6 +314,8 @@ class Node:
         await self.doors.end_upstreams()
         if self.secondary is not None:
             await self.secondary.stop()
+        if self.restorer is not None:
+            await self.restorer.stop()
         await self.snapshots.stop()
         await self.housekeeper.stop()
         await self.doors.end_control()
@@ -343,6 +350,8 @@ class Node:
         for volume in self.volumes:
             for facet in volume.facets:
                 facet.close()
+        if self.restorer is not None:
+            self.restorer.close()
         self.snapshots.close()
         self.log.close()
         self.store.close()
@@ -369,6 +378,7 @@ class Node:
             },
             "remotes": self.primary.status() if self.primary else [],
             "snapshots": self.people.brief(),
+            "restore": self.restorer.status() if self.restorer else None,
             **self.doors.status(),
         }
         if self.secondary is not None:

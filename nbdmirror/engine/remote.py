@@ -106,6 +106,9 @@ class Remote:
         """While pending entries are being marked: they are in the DCM up to here."""
         self.starting = False
         """A stream is being agreed upon: the log is kept for it already."""
+        self.held = False
+        self.engaged = False
+        """A session agrees upon a stream, or runs one."""
         self.link = "disconnected"
         self.refused: str | None = None
         self.failed: str | None = None
@@ -120,6 +123,23 @@ class Remote:
         """Ends the pause before the next attempt to connect."""
         self.drop: asyncio.Event = asyncio.Event()
         """Ends the session that runs now; the next handshake decides anew."""
+
+    # -- while a change goes by the log (``engine.bypass``) ------------------------------------
+
+    def hold(self) -> None:
+        """Ends the session; none is agreed upon until ``go_on``."""
+        self.held = True
+        self.cancel_start()
+
+    async def released(self) -> None:
+        """Returns when no session reads the log any more."""
+        while self.engaged:
+            await self.changed.wait()
+
+    def go_on(self) -> None:
+        """Sessions may be agreed upon again."""
+        self.held = False
+        self.kick.set()
 
     # -- opening -----------------------------------------------------------------------------
 

@@ -82,7 +82,8 @@ class Session:
             await self._stream(seq)
         finally:
             self.link.close()
-            remote.starting = False
+            remote.engaged = remote.starting = False
+            remote.notify()
             remote.progress = None
             for dcm in remote.dcms:
                 dcm.map.abandon()
@@ -92,14 +93,16 @@ class Session:
     async def _receive(self, wanted: Type) -> dict[str, Any]:
         get = asyncio.ensure_future(self._inbox.get())
         lost = asyncio.ensure_future(self.link.closed.wait())
+        drop = asyncio.ensure_future(self.remote.drop.wait())
         try:
-            await asyncio.wait([get, lost], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([get, lost, drop], return_when=asyncio.FIRST_COMPLETED)
             if not get.done():
                 raise self.link.cause or ConnectionResetError()
             frame = get.result()
         finally:
             get.cancel()
             lost.cancel()
+            drop.cancel()
         if frame.type is Type.REFUSE:
             reason = frame.json()
             raise Refused(f"{reason.get('rule', '')}: {reason.get('why', 'refused')}")
@@ -170,6 +173,9 @@ class Session:
         """Agrees on the first record of the stream, and makes that durable on both sides before
         the first bit is cleared (O12). Returns its seq."""
         remote, log, facts = self.remote, self.remote.group.log, self.remote.facts
+        if remote.held:
+            raise ConnectionResetError("a volume is being changed beside the log")
+        remote.engaged = True
         while remote.marked_seq is not None:  # an overflow is still marking
             await remote.changed.wait()
         if decision.action is Action.FULL:

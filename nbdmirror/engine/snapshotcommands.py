@@ -12,6 +12,7 @@ from nbdmirror.codec.mark import Mark
 from nbdmirror.config import uris
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine.group import Group
+from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, label, pick
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
@@ -112,6 +113,32 @@ class SnapshotCommands:
             "writable": entry["writable"],
             "uris": [u for v in served for u in uris(config, v.name)],
         }
+
+    async def restore(
+        self, spec: str, volume: str | None, while_attached: bool, keep: bool, force: bool
+    ) -> dict[str, Any]:
+        """Restores the volumes of a snapshot, or one of them; complete on return (V12)."""
+        return await self._restorer().restore(
+            self._find(spec),
+            self.volume(volume) if volume else None,
+            while_attached=while_attached,
+            keep=keep,
+            force=force,
+        )
+
+    async def changed(
+        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+    ) -> dict[str, Any]:
+        """A facet of the volume was changed in these ranges beside the log (V13)."""
+        return await self._restorer().changed(self.volume(volume), ranges, force=force)
+
+    def _restorer(self) -> Restorer:
+        if self._node.restorer is None:
+            raise Refused(
+                f"{self._node.config.node} is a secondary: what it holds follows its primary (V14)",
+                hint="restore on the primary, and this node follows",
+            )
+        return self._node.restorer
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -237,6 +264,10 @@ class SnapshotCommands:
                 hint="run this on the primary",
             )
         return self._node.primary.group
+
+    def clients(self, entry: Entry) -> int:
+        """How many have a snapshot attached."""
+        return self._exports.clients(entry)
 
     def _check_unused(self, entry: Entry) -> None:
         clients = self._exports.clients(entry)

@@ -7,6 +7,7 @@ snapshot's own, whole regions at a time, and never to the volume.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
@@ -83,6 +84,8 @@ class SnapshotVolume(Volume):
     async def _write(self, changes: Sequence[Change], durable: bool) -> None:
         size = self.region_size
         async with self._lock:
+            if self.uuid in self._snapshots.kept_for_restore:
+                raise VolumeFailed(f"{self.name} is being restored from", number=errno.EPERM)
             try:
                 own = await self._own()
                 for _, _, offset, length, payload in changes:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from random import Random
 from typing import Any
 
@@ -104,6 +104,20 @@ class Snapshots:
         path = self.path(uuid, volume) + (".own" if own else "")
         return await LayerFile.create(self._disk, path, uuid, place.size, place.region_size)
 
+    def has_file(self, uuid: str, volume: int, *, own: bool = False) -> bool:
+        """Whether a layer is on disk."""
+        return self._disk.exists(self.path(uuid, volume) + (".own" if own else ""))
+
+    def release_restore(self) -> None:
+        """A restore is through: what only it needed goes."""
+        kept, self.kept_for_restore, self.busy = self.kept_for_restore, (), None
+        there = {entry["uuid"] for entry in self.usable()}
+        for uuid in kept:
+            for index in range(len(self.volumes)):
+                for own in (False, True):
+                    if uuid not in there and self.has_file(uuid, index, own=own):
+                        self._disk.unlink(self.path(uuid, index) + (".own" if own else ""))
+
     async def sync_directory(self) -> None:
         """Makes the names of layers durable."""
         await self._disk.sync_directory(self.directory)
@@ -156,17 +170,17 @@ class Snapshots:
         """Goes on with deletions that a restart has cut."""
         for entry in list(self.entries):
             if entry.get("deleting"):
-                self.spawn(self.finish_delete(entry))
+                self.spawn(self.finish_delete, entry)
 
-    def spawn(self, work: Any) -> None:
+    def spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """Runs something beside; an error of a disk that matters reaches the store's owner."""
-        task = asyncio.ensure_future(self._guard(work))
+        task = asyncio.ensure_future(self._guard(work, *args))
         self._tasks[task] = None
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
-    async def _guard(self, work: Any) -> None:
+    async def _guard(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         try:
-            await work
+            await work(*args)
         except (NbdmirrorError, OSError) as error:
             self.events.emit("snapshot-failed", why=str(error))
 
@@ -316,9 +330,9 @@ class Snapshots:
     def _discard(self, member: Member) -> None:
         if member.uuid in self.kept_for_restore:
             return  # the restore closes it
-        self.spawn(member.layer.discard())
+        self.spawn(member.layer.discard)
         if member.own is not None:
-            self.spawn(member.own.discard())
+            self.spawn(member.own.discard)
 
     def _unlink(self, entry: Entry) -> None:
         if entry["uuid"] in self.kept_for_restore:
@@ -347,16 +361,16 @@ class Snapshots:
             if not uuids:
                 return
             if error is not None and error.errno not in FULL:
-                await self._lose(uuids, f"an error of the disk: {error}")
+                await self.lose(uuids, f"an error of the disk: {error}")
                 return
             why = "the space for snapshots is used up" + (f": {error}" if error else "")
-            await self._lose([next((u for u in uuids if not self._protected(u)), uuids[0])], why)
+            await self.lose([next((u for u in uuids if not self._protected(u)), uuids[0])], why)
 
     def _protected(self, uuid: str) -> bool:
         entry = self.entry(uuid)
         return entry is not None and bool(entry["protected"])
 
-    async def _lose(self, uuids: list[str], why: str) -> None:
+    async def lose(self, uuids: list[str], why: str) -> None:
         """Ends snapshots, durably, before the write that costs them goes on. What older ones need
         of them moves there, or, where it cannot, those end too."""
         entries = [entry for uuid in uuids if (entry := self.entry(uuid)) is not None]
@@ -370,7 +384,7 @@ class Snapshots:
                     await chain.merge(entry["uuid"])
                 except OSError:
                     older = [m.uuid for m in chain.members[: chain.index(entry["uuid"])]]
-                    await self._lose(older, why)
+                    await self.lose(older, why)
                 member = chain.drop(entry["uuid"])
                 if member is not None:
                     self._discard(member)

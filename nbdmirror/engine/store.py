@@ -26,6 +26,7 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
                    is in the page cache may not be on disk (O16); false once it is consistent
     snapshots      see ``engine.snapshots``; snapshot_number: the last that was given out;
                    marked_seq: on a secondary, the last marker of a snapshot that it followed
+    restore        what is being copied behind: see ``engine.restore``; null if nothing is
     upstream       on a secondary: {name, consistent, since}; null before the first session
 """
 

@@ -20,7 +20,7 @@ from tests.sim.disk import SimDisk
 from tests.sim.loop import Incarnation, SimLoop
 from tests.sim.oracle import Violation, compare
 from tests.sim.snapshots import Found, look, read_all
-from tests.sim.world import Host, World
+from tests.sim.world import Host, World, logical
 
 
 class Nobody:
@@ -81,7 +81,7 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         consistent=bool(upstream and upstream["consistent"]),
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
-        volumes=[disk.content(volume.source().path)[: volume.size] for volume in node.volumes],
+        volumes=await logical(node),
         pending=pending,
         node=node,
         snapshots=await read_all(node),
@@ -140,7 +140,8 @@ class Checks:
             self._progress(remote)
             if remote["state"] == "synchronised" and remote["dirty"]["regions"]:
                 raise Violation(f"{remote['name']} is synchronised with marked regions (I5)")
-        if not any(facet.pending for v in node.volumes for facet in v.facets):
+        restoring = any(volume.overlay is not None for volume in node.volumes)
+        if not restoring and not any(f.pending for v in node.volumes for f in v.facets):
             line = world.history.lines[-1]
             compare(world.a.images(), line.image(line.head), "the primary (V5)")
 

@@ -17,7 +17,7 @@ from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import NbdmirrorError, VolumeFailed
-from tests.sim.oracle import Entry, Violation, compare
+from tests.sim.oracle import ID_BYTES, Entry, Violation, Write, compare
 
 if TYPE_CHECKING:
     from tests.sim.world import Host, World
@@ -61,6 +61,7 @@ class Album:
     def __init__(self, world: World) -> None:
         self._world = world
         self._images: dict[str, list[bytes]] = {}
+        self._volumes: dict[str, tuple[int, ...]] = {}
         self._promised: dict[str, None] = {}
         self._released: dict[str, None] = {}
 
@@ -70,6 +71,35 @@ class Album:
             assert mark.uuid is not None
             image = self._world.history.lines[-1].image(seq)
             self._images[mark.uuid] = [bytes(image[index]) for index in mark.volumes]
+            self._volumes[mark.uuid] = mark.volumes
+
+    def restored(self, uuid: str, volumes: Sequence[str], seq: int) -> None:
+        """A restore is complete: the group after ``seq`` is another from now on."""
+        world = self._world
+        if world.history.lines[-1].base_seq < seq:
+            names = [volume.name for volume in world.a.config.volumes]
+            shown = dict(zip(self._volumes[uuid], self._images[uuid], strict=True))
+            world.history.restored(seq, {names.index(n): shown[names.index(n)] for n in volumes})
+            world.fired["restored"] += 1
+
+    def recovered(self, node: Node) -> None:
+        """The primary came back: a restore may have been durable before anybody was told."""
+        state = node.store.state.get("restore")
+        if state is not None:
+            names = [node.volumes[int(index)].name for index in state["sources"]]
+            self.restored(state["snapshot"], names, state["seq"])
+
+    def writes(self, uuid: str, volumes: Sequence[int]) -> list[Write]:
+        """A restore is asked for: to clients as if every cell were written at once."""
+        content = self._world.content
+        begun = []
+        shown = dict(zip(self._volumes[uuid], self._images[uuid], strict=True))
+        for volume in volumes:
+            image, cell = shown[volume], content.cell
+            for at in range(0, len(image), cell):
+                value = int.from_bytes(image[at : at + ID_BYTES], "little")
+                begun.append(content.begin(volume, at, cell, value))
+        return begun
 
     def promise(self, uuid: str) -> None:
         """A person was told that the primary has it; another may have deleted it meanwhile."""
@@ -122,7 +152,7 @@ class People:
 
     async def _once(self) -> None:
         world, rng = self._world, self._random
-        if not world.options.snapshot_gap:
+        if not world.options.snapshot_gap or world.people_rest:
             return
         draw = rng.random()
         host = world.a if draw < 0.75 else rng.choice(list(world.hosts.values()))
@@ -139,6 +169,9 @@ class People:
                 if not shown:
                     return
                 entry = rng.choice(shown)
+                if host is world.a and rng.random() < 0.25:
+                    await self._restore(host, node, entry)
+                    return
                 world.album.release(entry["uuid"])
                 if draw < 0.6:
                     work = node.people.refresh(entry["uuid"])
@@ -146,6 +179,24 @@ class People:
                 else:
                     everywhere = host is world.a and draw < 0.65
                     await world.in_life(host, node.people.delete(entry["uuid"], everywhere))
+
+    async def _restore(self, host: Host, node: Node, entry: dict[str, Any]) -> None:
+        world, rng = self._world, self._random
+        index = rng.choice([None, *entry["volumes"]])
+        volume = None if index is None else node.volumes[index].name
+        places = entry["volumes"] if index is None else [index]
+        keep, force = rng.random() < 0.7, rng.random() < 0.5
+        writes = world.album.writes(entry["uuid"], places)
+        world.trace("people", f"restore {entry['number']} {places} {keep} {force}")
+        acked = False
+        try:
+            work = node.people.restore(entry["uuid"], volume, True, keep, force)
+            await world.in_life(host, work)
+            acked = True
+        finally:
+            for write in writes:
+                world.content.end(write, acked=acked, durable=True)
+            world.trace("people", f"restored {acked}")
 
     async def _create(self, host: Host, node: Node) -> None:
         world, rng = self._world, self._random

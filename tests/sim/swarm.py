@@ -142,6 +142,7 @@ async def _converge(
             await asyncio.wait([working], timeout=HEAL_SECONDS)
             if not working.done():
                 raise Violation("requests of clients hang though nothing is broken (I8)")
+            await _copied(world)
             await _in_sync(world)
         except Gone:
             continue  # an error from before has only now been noticed
@@ -166,6 +167,20 @@ async def _in_sync(world: World) -> None:
             raise Gone from error
         states = [(r.name, r.state, r.link, r.status(0, 0)["why"]) for r in node.primary.remotes]
         raise Violation(f"not in sync after {HEAL_SECONDS} s: {states} ({error})") from None
+
+
+async def _copied(world: World) -> None:
+    """What people have begun comes to its end by itself, and they begin nothing more."""
+    world.people_rest = True
+    await asyncio.sleep(1.0)
+    for _ in range(int(HEAL_SECONDS)):
+        node = world.a.node
+        if node is None:
+            raise Gone
+        if node.status()["restore"] is None and not node.snapshots.lock.locked():
+            return
+        await asyncio.sleep(1.0)
+    raise Violation("a restore does not come to its end")
 
 
 async def _stop_and_compare(world: World, checks: Checks) -> None:

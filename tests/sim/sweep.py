@@ -76,7 +76,7 @@ class SweepWorld(World):
     fuses: dict[str, Fuse]
     script: Script
 
-    def _primary_recovered(self, host: Host, *, power: bool) -> None:
+    def _primary_recovered(self, host: Host, images: list[bytes], *, power: bool) -> None:
         """After a failed sync of the log only what was durable counts, as after a power loss; and
         an append that failed in the middle may have brought records into the log."""
         assert host.node is not None
@@ -95,7 +95,7 @@ class SweepWorld(World):
         if lost_log:
             self._log_recovered(host, host.node)
         else:
-            super()._primary_recovered(host, power=power)
+            super()._primary_recovered(host, images, power=power)
 
     def _log_recovered(self, host: Host, node: Node) -> None:
         assert node.primary is not None

@@ -67,6 +67,8 @@ class Host:
         self.lost_power = False
         self.starting = False
         self.stopping = False
+        self.doubted = False
+        """Its superblock was found damaged when it last started."""
         self.failed: str | None = None
         self.sources = [volume.facets[0] for volume in config.volumes]
         """A facet of each volume that was in service when the node last stopped."""
@@ -274,6 +276,7 @@ class World:
         node.events.listen(lambda event: self._on_event(host, event))
         try:
             await self.in_life(host, node.start(nbd=False))
+            images = await self.in_life(host, logical(node)) if host.role == "primary" else []
         except Gone:
             return False
         except (NbdmirrorError, OSError) as error:
@@ -285,7 +288,7 @@ class World:
             self.serving.set()
         power, host.lost_power = host.lost_power, False
         if host.role == "primary":
-            self._primary_recovered(host, power=power)
+            self._primary_recovered(host, images, power=power)
         self.spawn(self._watch(host, node))
         return True
 
@@ -296,6 +299,10 @@ class World:
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
         if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
             self.album.release(event["uuid"])
+        if event["kind"] == "restored":
+            self.album.restored(event["uuid"], event["volumes"], event["seq"])
+        if event["kind"] == "superblock-damaged":
+            host.doubted = True
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -305,17 +312,21 @@ class World:
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
+        remote = self.hosts[event["remote"]]
+        doubted, remote.doubted = remote.doubted, False
+        if event["rule"] == "T5" and doubted:
+            return  # a save that the power cut tore looks like damage: it says less than it has
         if event["rule"] in ("T5", "T6", "T9", "T12"):
             self.fail(
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
             )
 
-    def _primary_recovered(self, host: Host, *, power: bool) -> None:
+    def _primary_recovered(self, host: Host, images: list[bytes], *, power: bool) -> None:
         node = host.node
         assert node is not None and node.primary is not None
         end = node.log.next_seq - 1
         self.history.found(end)
-        images = host.images()
+        self.album.recovered(node)
         self.content.recovered(images, power=power)
         if power:
             self.history.fork(node.primary.group.epoch, end, images)
@@ -328,6 +339,8 @@ class World:
 
     def _check_facets(self, host: Host, node: Node) -> None:
         for volume in node.volumes:
+            if volume.overlay is not None:
+                continue  # a restore is being copied
             facets = [host.disk.content(f.path)[: volume.size] for f in volume.in_service()]
             for other in facets[1:]:
                 compare([other], facets[:1], f"facets of {volume.name} on {host.name}")
@@ -412,6 +425,8 @@ class World:
             self.trace(host.name, f"stop: {error}")
         self._end_life(host, power=False)
 
+    people_rest = False
+    """Nobody takes, deletes or restores snapshots any more."""
     requests = 0
     """Of clients, in flight."""
 
@@ -441,6 +456,11 @@ class World:
         host.replaced += 1
         host.new_disk()
         await self.create(host)
+
+
+async def logical(node: Node) -> list[bytes]:
+    """What clients of a node would read: that of a restore, whether it is copied or not."""
+    return [bytes(await volume.read(0, volume.size)) for volume in node.volumes]
 
 
 @contextmanager

@@ -55,6 +55,18 @@ class FakePeople:
         self._calls.append(("snapshot export", spec, writable))
         return {"writable": writable, "uris": ["nbd+unix:///data@3?socket=/run/nbdmirror/db.nbd"]}
 
+    async def restore(
+        self, spec: str, volume: str | None, while_attached: bool, keep: bool, force: bool
+    ) -> Json:
+        self._calls.append(("restore", spec, volume, while_attached, keep, force))
+        return {"total_bytes": 131072, "undo": SNAPSHOT["uuid"]}
+
+    async def changed(
+        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+    ) -> Json:
+        self._calls.append(("changed", volume, ranges, force))
+        return {"regions": 1, "bytes": 65536, "seq": 9}
+
 
 SNAPSHOT: Json = {
     "number": 3,

@@ -1,0 +1,284 @@
+"""Carries out restores, and takes in what changed behind the volumes' backs (V10-V14).
+
+``restore`` is one durable step, the save of the superblock, between a bypass of the log and a copy
+that runs behind; ``open`` goes on with that copy after a restart. ``changed`` is for operations
+that write to a facet themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.mark import Mark
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine.bypass import bypass
+from nbdmirror.engine.chain import Member
+from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.recovery import level
+from nbdmirror.engine.restore import VolumeRestore, restore_map
+from nbdmirror.engine.snapshots import Entry
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import NbdmirrorError, Refused, StateError, VolumeFailed
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.node import Node
+    from nbdmirror.engine.primary import Primary
+
+RETRY_SECONDS = 60.0
+"""Regions that the snapshot could not give are tried again so often."""
+
+
+class Restorer:
+    """The restores of one primary; one at a time."""
+
+    def __init__(self, node: Node, primary: Primary) -> None:
+        self._node = node
+        self._primary = primary
+        self._snapshots = node.snapshots
+        self._store = node.store
+        self._running: list[VolumeRestore] = []
+        self._task: asyncio.Task[None] | None = None
+
+    # -- after a restart -----------------------------------------------------------------------
+
+    @staticmethod
+    def prepare(node: Node) -> None:
+        """Before snapshots are opened: what a restore reads stays."""
+        state = node.store.state.get("restore")
+        if state is not None:
+            uuids = [uuid for some in state["sources"].values() for uuid in some]
+            node.snapshots.kept_for_restore = tuple(dict.fromkeys(uuids))
+
+    def open(self) -> None:
+        """Goes on with a restore, from before the first request. StateError if its layers or maps
+        are gone: then the volume cannot be had as it was promised."""
+        state = self._store.state.get("restore")
+        if state is None:
+            return
+        for key, uuids in state["sources"].items():
+            index = int(key)
+            left = self._map(index)
+            left.open(False)
+            if left.damage is not None:
+                raise StateError(f"a restore was under way and its map is lost: {left.damage}")
+            members = [self._member(index, uuid) for uuid in uuids]
+            self._running.append(self._volume_restore(index, members, left))
+        self._go()
+
+    def _member(self, index: int, uuid: str) -> Member:
+        for member in self._snapshots.chains[index].members:
+            if member.uuid == uuid:
+                return member
+        member = Member(uuid, self._snapshots.open_file(uuid, index))
+        if self._snapshots.has_file(uuid, index, own=True):
+            member.own = self._snapshots.open_file(uuid, index, own=True)
+        return member
+
+    def _map(self, index: int) -> DcmFile:
+        volume = self._snapshots.volumes[index]
+        path = f"{self._node.config.state_dir}/restore/{volume.name}"
+        return DcmFile(self._node.env.disk, path, volume.regions, volume.region_size)
+
+    def _volume_restore(self, index: int, members: list[Member], left: DcmFile) -> VolumeRestore:
+        chain = self._snapshots.chains[index]
+        failed = self._primary.group.facets_failed
+        return VolumeRestore(chain, members, left, self._settled, failed)
+
+    async def _settled(self) -> None:
+        await self._node.housekeeper.settle(self._store.state["restore"]["seq"])
+
+    # -- restoring -----------------------------------------------------------------------------
+
+    async def restore(
+        self, entry: Entry, volume: Volume | None, *, while_attached: bool, keep: bool, force: bool
+    ) -> dict[str, Any]:
+        """Restores the volumes of a snapshot, or one of them: complete on return, durably. Clients
+        that are attached need ``while_attached``; ``keep``: the state before becomes a snapshot."""
+        indices = entry["volumes"] if volume is None else [volume.index]
+        if volume is not None and volume.index not in entry["volumes"]:
+            raise Refused(f"the snapshot is not one of volume {volume.name}")
+        self._check_clients(indices, while_attached)
+        if self._node.people.clients(entry) and entry["writable"]:
+            raise Refused("clients may be writing into the snapshot", hint="detach them first")
+        self._check_idle()
+        undo = None
+        if keep:
+            undo = await self._node.people.take(indices, "restore", protected=False)
+        await self._snapshots.lock.acquire()
+        try:
+            self._check_idle()
+            self._snapshots.busy = f"snapshot {entry['number']} is being restored"
+            try:
+                await self._begin(entry, indices, undo, force=force)
+            except BaseException:
+                self._snapshots.release_restore()
+                raise
+        finally:
+            self._snapshots.lock.release()
+        return self.status() or {"undo": undo["uuid"] if undo else None}
+
+    def _check_clients(self, indices: list[int], while_attached: bool) -> None:
+        names = [v.name for v in self._primary.group.volumes if v.index in indices and v.clients]
+        if names and not while_attached:
+            raise Refused(
+                f"clients are attached to {', '.join(names)}: what they have read or mounted would "
+                "change under them",
+                hint="unmount and detach them, or give --while-attached",
+            )
+
+    def _check_idle(self) -> None:
+        if self._snapshots.busy is not None:
+            raise Refused(self._snapshots.busy, hint="see its progress in status")
+
+    async def _begin(
+        self, entry: Entry, indices: list[int], undo: Entry | None, *, force: bool
+    ) -> None:
+        uuid, why = entry["uuid"], f"snapshot {entry['number']} was restored"
+        async with bypass(self._primary, indices, why, force=force) as way:
+            if not self._snapshots.shown(entry):
+                raise VolumeFailed("the snapshot is gone: its space was needed")
+            # Whatever is given up for space from here on, the restore can read it.
+            chains = [self._snapshots.chains[index] for index in indices]
+            needed = [m.uuid for chain in chains for m in chain.members[chain.index(uuid) :]]
+            self._snapshots.kept_for_restore = tuple(dict.fromkeys(needed))
+            maps = {i: restore_map(self._snapshots.chains[i], uuid) for i in indices}
+            sources: dict[str, list[str]] = {}
+            running = []
+            for index in indices:
+                chain = self._snapshots.chains[index]
+                members = chain.members[chain.index(uuid) :]
+                sources[str(index)] = [member.uuid for member in members]
+                left = self._map(index)
+                left.open(True)
+                left.clear()
+                left.merge(maps[index])
+                await left.sync()
+                running.append(self._volume_restore(index, members, left))
+            seq = await way.commit(Mark(marks.RESTORE, uuid, tuple(indices)), maps)
+            self._store.state["restore"] = {
+                "snapshot": uuid,
+                "undo": undo["uuid"] if undo else None,
+                "seq": seq,
+                "sources": sources,
+                "total_bytes": sum(r.left.map.count * r.volume.region_size for r in running),
+                "began_ns": self._node.env.clock.time_ns(),
+            }
+            await self._store.save()
+            # Complete: from this step on the volumes read as the snapshot.
+            self._running = running
+            self._go()
+            self._node.events.emit(
+                "restored",
+                uuid=uuid,
+                number=entry["number"],
+                seq=seq,
+                volumes=[r.volume.name for r in running],
+                total_bytes=self._store.state["restore"]["total_bytes"],
+            )
+
+    def _go(self) -> None:
+        self._snapshots.busy = "a restore is being copied"
+        for one in self._running:
+            one.install()
+        self._task = asyncio.ensure_future(self._copy())
+
+    async def _copy(self) -> None:
+        """The copy behind; what ends it before its end ends the node, as for any facet or map."""
+        try:
+            while True:
+                await asyncio.gather(*(one.run() for one in self._running))
+                if not any(one.unreadable for one in self._running):
+                    break
+                await asyncio.sleep(RETRY_SECONDS)
+                for one in self._running:
+                    one.unreadable.clear()
+            await self._finish()
+        except NbdmirrorError as error:
+            self._primary.group.fail(error)
+
+    async def _finish(self) -> None:
+        state, self._store.state["restore"] = self._store.state["restore"], None
+        await self._store.save()
+        running, self._running = self._running, []
+        for one in running:
+            one.remove()
+            one.close()
+            one.left.close(unlink=True)
+        self._snapshots.release_restore()
+        self._node.events.emit("restore-copied", uuid=state["snapshot"])
+
+    async def stop(self) -> None:
+        """Ends the copy; the next start goes on with it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def close(self) -> None:
+        """Closes the maps."""
+        for one in self._running:
+            one.left.close()
+
+    def status(self) -> dict[str, Any] | None:
+        """The ``restore`` object of the status: progress of the copy behind; None if none runs."""
+        state = self._store.state.get("restore")
+        if state is None or not self._running:
+            return None
+        volumes = [one.status() for one in self._running]
+        left = sum(volume["left_bytes"] for volume in volumes)
+        return {
+            "snapshot": state["snapshot"],
+            "undo": state["undo"],
+            "total_bytes": state["total_bytes"],
+            "done_bytes": state["total_bytes"] - left,
+            "volumes": volumes,
+        }
+
+    # -- what changed behind our back (V13) ----------------------------------------------------
+
+    async def changed(
+        self, volume: Volume, ranges: list[tuple[int, int]], *, force: bool
+    ) -> dict[str, Any]:
+        """Takes in that a facet's content was changed in (offset, length) ranges, by whoever it
+        was: other facets and remotes follow. Snapshots that do not have the regions' old content
+        are lost by it, with ``force``."""
+        self._check_idle()
+        regions = Dcm(volume.regions)
+        for offset, length in ranges:
+            if not 0 < length <= volume.size - offset or offset < 0:
+                raise Refused(f"{length} bytes at {offset} are not within volume {volume.name}")
+            last = (offset + length - 1) // volume.region_size
+            regions.mark(offset // volume.region_size, last)
+        await self._drop_spoilt(volume, ranges, force=force)
+        why = f"ranges of {volume.name} were changed beside the log"
+        async with bypass(self._primary, [volume.index], why, force=force) as way:
+            mark = Mark(marks.CHANGED, None, (volume.index,))
+            seq = await way.commit(mark, {volume.index: regions})
+            size = volume.region_size
+            await level(
+                [volume],
+                [
+                    (volume, first * size, min(count * size, volume.size - first * size))
+                    for first, count in regions.runs()
+                ],
+            )
+            await self._store.save()
+        # Until then a redo could bring back what the log had before.
+        await self._node.housekeeper.settle(seq)
+        self._node.events.emit("changed", volume=volume.name, regions=regions.count, seq=seq)
+        return {"regions": regions.count, "bytes": regions.count * volume.region_size, "seq": seq}
+
+    async def _drop_spoilt(
+        self, volume: Volume, ranges: list[tuple[int, int]], *, force: bool
+    ) -> None:
+        chain = self._snapshots.chains[volume.index]
+        if not chain.members or not any(chain.holds(*one) for one in ranges):
+            return
+        uuids = [member.uuid for member in chain.members]
+        if not force:
+            raise Refused(
+                f"{len(uuids)} snapshots of {volume.name} need what these ranges held before",
+                hint="delete them, or give --force, which ends them",
+            )
+        await self._snapshots.lose(uuids, "the volume was changed beside the log")
