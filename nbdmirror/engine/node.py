@@ -183,7 +183,7 @@ class Node:
         group.on_pressure = self.housekeeper.kick
         self.housekeeper.on_full = config.log.on_full
         self.restorer = Restorer(self, self.primary)
-        self.restorer.open()
+        await self.restorer.open()
         self.primary.start()
 
     def _begin_epoch(self, recovered: Recovered) -> None:

@@ -51,7 +51,7 @@ class Restorer:
             uuids = [uuid for some in state["sources"].values() for uuid in some]
             node.snapshots.kept_for_restore = tuple(dict.fromkeys(uuids))
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Goes on with a restore, from before the first request. StateError if its layers or maps
         are gone: then the volume cannot be had as it was promised."""
         state = self._store.state.get("restore")
@@ -63,15 +63,16 @@ class Restorer:
             left.open(False)
             if left.damage is not None:
                 raise StateError(f"a restore was under way and its map is lost: {left.damage}")
-            members = [self._member(index, uuid) for uuid in uuids]
+            members = [await self._member(index, uuid) for uuid in uuids]
             self._running.append(self._volume_restore(index, members, left))
         self._go()
 
-    def _member(self, index: int, uuid: str) -> Member:
+    async def _member(self, index: int, uuid: str) -> Member:
         for member in self._snapshots.chains[index].members:
             if member.uuid == uuid:
                 return member
         member = Member(uuid, self._snapshots.open_file(uuid, index))
+        await member.layer.prove()
         if self._snapshots.has_file(uuid, index, own=True):
             member.own = self._snapshots.open_file(uuid, index, own=True)
         return member

@@ -144,9 +144,9 @@ class People:
             self._world.spawn(self._once())
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until they rest."""
         gap = self._world.options.snapshot_gap
-        while gap:
+        while gap and not self._world.people_rest:
             await asyncio.sleep(gap * self._random.expovariate(1.0))
             await self._once()
 

@@ -120,7 +120,8 @@ async def _phases(world: World) -> None:
     clients = Clients(world)
     faults = Faults(world)
     people = People(world)
-    background = [world.spawn(work) for work in (checks.run(), faults.run(), people.run())]
+    background = [world.spawn(checks.run()), world.spawn(faults.run())]
+    world.spawn(people.run())
     working = asyncio.ensure_future(clients.run())
     # A full log that blocks, and a link that is down: they may need the healing themselves.
     await asyncio.wait([working], timeout=CLIENT_SECONDS)
