@@ -118,10 +118,13 @@ class Node:
         )
         self.log.on_failed = self.store.on_failed = self.housekeeper.on_failed = self._fail
         self.housekeeper.facet_lost = self._facet_lost
+        self.restorer = Restorer(self)
+        await self.restorer.open()
         if self.role == "primary":
             await self._start_primary(recovered)
         else:
             await self._start_secondary(recovered)
+        self.restorer.start()
         self.events.emit(
             "started",
             role=self.role,
@@ -182,8 +185,6 @@ class Node:
         group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick
         self.housekeeper.on_full = config.log.on_full
-        self.restorer = Restorer(self, self.primary)
-        await self.restorer.open()
         self.primary.start()
 
     def _begin_epoch(self, recovered: Recovered) -> None:

@@ -70,6 +70,16 @@ class VolumeRestore:
         self.unreadable: dict[int, str] = {}
         """Regions that the snapshot cannot give: reads and writes of them fail until it can."""
 
+    @property
+    def sources(self) -> list[str]:
+        """The uuids of the layers that it reads, oldest first."""
+        return [member.uuid for member in self._members]
+
+    @property
+    def left_bytes(self) -> int:
+        """What is not copied yet."""
+        return self.left.map.count * self.volume.region_size
+
     def install(self) -> None:
         """From this step on the volume reads as the snapshot."""
         self.volume.overlay = self
@@ -239,6 +249,6 @@ class VolumeRestore:
         why = next(iter(self.unreadable.values()), None)
         return {
             "volume": self.volume.name,
-            "left_bytes": self.left.map.count * self.volume.region_size,
+            "left_bytes": self.left_bytes,
             "why": why,
         }

@@ -23,6 +23,7 @@ from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import NbdmirrorError, Refused, StateError, VolumeFailed
 
 if TYPE_CHECKING:
+    from nbdmirror.engine.facet import LocalFacet
     from nbdmirror.engine.node import Node
     from nbdmirror.engine.primary import Primary
 
@@ -31,11 +32,10 @@ RETRY_SECONDS = 60.0
 
 
 class Restorer:
-    """The restores of one primary; one at a time."""
+    """The restores of one node; one at a time."""
 
-    def __init__(self, node: Node, primary: Primary) -> None:
+    def __init__(self, node: Node) -> None:
         self._node = node
-        self._primary = primary
         self._snapshots = node.snapshots
         self._store = node.store
         self._running: list[VolumeRestore] = []
@@ -65,7 +65,13 @@ class Restorer:
                 raise StateError(f"a restore was under way and its map is lost: {left.damage}")
             members = [await self._member(index, uuid) for uuid in uuids]
             self._running.append(self._volume_restore(index, members, left))
-        self._go()
+        for one in self._running:
+            one.install()
+
+    def start(self) -> None:
+        """Begins to copy what ``open`` found."""
+        if self._running:
+            self._go()
 
     async def _member(self, index: int, uuid: str) -> Member:
         for member in self._snapshots.chains[index].members:
@@ -84,11 +90,30 @@ class Restorer:
 
     def _volume_restore(self, index: int, members: list[Member], left: DcmFile) -> VolumeRestore:
         chain = self._snapshots.chains[index]
-        failed = self._primary.group.facets_failed
-        return VolumeRestore(chain, members, left, self._settled, failed)
+        return VolumeRestore(chain, members, left, self._settled, self._facets_failed)
+
+    async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+        if self._node.primary is not None:
+            await self._node.primary.group.facets_failed(volume, facets)
+        elif facets[0].failed is not None:
+            raise facets[0].failed
 
     async def _settled(self) -> None:
-        await self._node.housekeeper.settle(self._store.state["restore"]["seq"])
+        if self._node.primary is not None:  # the log of a secondary was emptied
+            await self._node.housekeeper.settle(self._store.state["restore"]["seq"])
+
+    def _fail(self, error: NbdmirrorError) -> None:
+        if self._node.primary is not None:
+            self._node.primary.group.fail(error)
+        elif self._node.secondary is not None:
+            self._node.secondary.fail(error)
+
+    def _need_primary(self) -> Primary:
+        if self._node.primary is None:
+            raise Refused(
+                f"{self._node.config.node} is a secondary", hint="run this on the primary"
+            )
+        return self._node.primary
 
     # -- restoring -----------------------------------------------------------------------------
 
@@ -105,23 +130,26 @@ class Restorer:
             raise Refused("clients may be writing into the snapshot", hint="detach them first")
         self._check_idle()
         undo = None
-        if keep:
+        if keep and self._node.primary is not None:
             undo = await self._node.people.take(indices, "restore", protected=False)
         await self._snapshots.lock.acquire()
         try:
             self._check_idle()
             self._snapshots.busy = f"snapshot {entry['number']} is being restored"
             try:
-                await self._begin(entry, indices, undo, force=force)
+                if self._node.secondary is not None:
+                    await self._begin_alone(entry, indices)
+                else:
+                    await self._begin(entry, indices, undo, force=force)
             except BaseException:
-                self._snapshots.release_restore()
+                self._release()
                 raise
         finally:
             self._snapshots.lock.release()
         return self.status() or {"undo": undo["uuid"] if undo else None}
 
     def _check_clients(self, indices: list[int], while_attached: bool) -> None:
-        names = [v.name for v in self._primary.group.volumes if v.index in indices and v.clients]
+        names = [v.name for v in self._snapshots.volumes if v.index in indices and v.clients]
         if names and not while_attached:
             raise Refused(
                 f"clients are attached to {', '.join(names)}: what they have read or mounted would "
@@ -136,48 +164,73 @@ class Restorer:
     async def _begin(
         self, entry: Entry, indices: list[int], undo: Entry | None, *, force: bool
     ) -> None:
-        uuid, why = entry["uuid"], f"snapshot {entry['number']} was restored"
-        async with bypass(self._primary, indices, why, force=force) as way:
-            if not self._snapshots.shown(entry):
-                raise VolumeFailed("the snapshot is gone: its space was needed")
-            # Whatever is given up for space from here on, the restore can read it.
-            chains = [self._snapshots.chains[index] for index in indices]
-            needed = [m.uuid for chain in chains for m in chain.members[chain.index(uuid) :]]
-            self._snapshots.kept_for_restore = tuple(dict.fromkeys(needed))
-            maps = {i: restore_map(self._snapshots.chains[i], uuid) for i in indices}
-            sources: dict[str, list[str]] = {}
-            running = []
-            for index in indices:
-                chain = self._snapshots.chains[index]
-                members = chain.members[chain.index(uuid) :]
-                sources[str(index)] = [member.uuid for member in members]
-                left = self._map(index)
-                left.open(True)
-                left.clear()
-                left.merge(maps[index])
-                await left.sync()
-                running.append(self._volume_restore(index, members, left))
-            seq = await way.commit(Mark(marks.RESTORE, uuid, tuple(indices)), maps)
-            self._store.state["restore"] = {
-                "snapshot": uuid,
-                "undo": undo["uuid"] if undo else None,
-                "seq": seq,
-                "sources": sources,
-                "total_bytes": sum(r.left.map.count * r.volume.region_size for r in running),
-                "began_ns": self._node.env.clock.time_ns(),
-            }
+        """On a primary: beside the log, with the mark and the maps of V11."""
+        why = f"snapshot {entry['number']} was restored"
+        async with bypass(self._need_primary(), indices, why, force=force) as way:
+            running = await self._prepare_maps(entry, indices)
+            maps = {one.volume.index: one.left.map for one in running}
+            seq = await way.commit(Mark(marks.RESTORE, entry["uuid"], tuple(indices)), maps)
+            state = self._state(entry, undo, seq, running)
+            self._store.state["restore"] = state
             await self._store.save()
             # Complete: from this step on the volumes read as the snapshot.
-            self._running = running
-            self._go()
-            self._node.events.emit(
-                "restored",
-                uuid=uuid,
-                number=entry["number"],
-                seq=seq,
-                volumes=[r.volume.name for r in running],
-                total_bytes=self._store.state["restore"]["total_bytes"],
-            )
+            self._started(entry, running)
+
+    async def _begin_alone(self, entry: Entry, indices: list[int]) -> None:
+        """On a secondary whose link is inactive (V14): its primary will compare everything."""
+        secondary = self._node.secondary
+        assert secondary is not None
+        await secondary.detach({})
+        running = await self._prepare_maps(entry, indices)
+        state = self._state(entry, None, self._node.log.next_seq - 1, running)
+        await secondary.detach({"restore": state})
+        self._started(entry, running)
+
+    async def _prepare_maps(self, entry: Entry, indices: list[int]) -> list[VolumeRestore]:
+        """What is to be restored, durably; the volumes must not change meanwhile."""
+        if not self._snapshots.shown(entry):
+            raise VolumeFailed("the snapshot is gone: its space was needed")
+        uuid = entry["uuid"]
+        # Whatever is given up for space from here on, the restore can read it.
+        chains = [self._snapshots.chains[index] for index in indices]
+        members = [chain.members[chain.index(uuid) :] for chain in chains]
+        maps = [restore_map(chain, uuid) for chain in chains]
+        needed = [member.uuid for some in members for member in some]
+        self._snapshots.kept_for_restore = tuple(dict.fromkeys(needed))
+        running = []
+        for index, some, regions in zip(indices, members, maps, strict=True):
+            left = self._map(index)
+            left.open(True)
+            left.clear()
+            left.merge(regions)
+            await left.sync()
+            running.append(self._volume_restore(index, some, left))
+        return running
+
+    def _state(
+        self, entry: Entry, undo: Entry | None, seq: int, running: list[VolumeRestore]
+    ) -> dict[str, Any]:
+        return {
+            "snapshot": entry["uuid"],
+            "undo": undo["uuid"] if undo else None,
+            "seq": seq,
+            "sources": {str(one.volume.index): one.sources for one in running},
+            "total_bytes": sum(one.left_bytes for one in running),
+            "began_ns": self._node.env.clock.time_ns(),
+        }
+
+    def _started(self, entry: Entry, running: list[VolumeRestore]) -> None:
+        self._running = running
+        self._go()
+        state = self._store.state["restore"]
+        self._node.events.emit(
+            "restored",
+            uuid=entry["uuid"],
+            number=entry["number"],
+            seq=state["seq"],
+            volumes=[one.volume.name for one in running],
+            total_bytes=state["total_bytes"],
+        )
 
     def _go(self) -> None:
         self._snapshots.busy = "a restore is being copied"
@@ -197,7 +250,7 @@ class Restorer:
                     one.unreadable.clear()
             await self._finish()
         except NbdmirrorError as error:
-            self._primary.group.fail(error)
+            self._fail(error)
 
     async def _finish(self) -> None:
         state, self._store.state["restore"] = self._store.state["restore"], None
@@ -207,8 +260,13 @@ class Restorer:
             one.remove()
             one.close()
             one.left.close(unlink=True)
-        self._snapshots.release_restore()
+        self._release()
         self._node.events.emit("restore-copied", uuid=state["snapshot"])
+
+    def _release(self) -> None:
+        self._snapshots.release_restore()
+        if self._node.secondary is not None:
+            self._node.secondary.detached = False
 
     async def stop(self) -> None:
         """Ends the copy; the next start goes on with it."""
@@ -244,6 +302,7 @@ class Restorer:
         """Takes in that a facet's content was changed in (offset, length) ranges, by whoever it
         was: other facets and remotes follow. Snapshots that do not have the regions' old content
         are lost by it, with ``force``."""
+        primary = self._need_primary()
         self._check_idle()
         regions = Dcm(volume.regions)
         for offset, length in ranges:
@@ -253,7 +312,7 @@ class Restorer:
             regions.mark(offset // volume.region_size, last)
         await self._drop_spoilt(volume, ranges, force=force)
         why = f"ranges of {volume.name} were changed beside the log"
-        async with bypass(self._primary, [volume.index], why, force=force) as way:
+        async with bypass(primary, [volume.index], why, force=force) as way:
             mark = Mark(marks.CHANGED, None, (volume.index,))
             seq = await way.commit(mark, {volume.index: regions})
             size = volume.region_size

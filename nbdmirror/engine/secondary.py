@@ -25,7 +25,7 @@ from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
+from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError, Refused
 from nbdmirror.ports import Buffer, Clock
 
 COMMIT_PAUSE_SECONDS = 0.02
@@ -62,6 +62,7 @@ class Secondary:
         self.applier = Applier(volumes, log, store, events, follower)
         self.applier.caught_up = self._tell
         self.current: Receiver | None = None
+        self.detached = False
         self.failed: NbdmirrorError | None = None
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
@@ -151,6 +152,8 @@ class Secondary:
         """(rule, reason) why this primary is not for us; ``None`` if it is (T1, T12)."""
         if self.failed is not None:
             return "failed", f"{self.node_name} failed: {self.failed.message}"
+        if self.detached or self.store.state.get("restore") is not None:
+            return "V14", f"a snapshot is being restored on {self.node_name}"
         low, high = repl.PROTOCOL_VERSIONS
         versions = hello.get("versions")
         if not isinstance(versions, list) or [type(v) for v in versions] != [int, int]:
@@ -225,6 +228,7 @@ class Secondary:
             "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
             "consistent": bool(upstream and upstream["consistent"]),
+            "altered": bool(state.get("altered")),
         }
 
     async def adopt(self, hello: dict[str, Any], reset_seq: int | None, resync: bool) -> None:
@@ -256,11 +260,33 @@ class Secondary:
             "consistent": bool(former.get("consistent")) and not resync,
             "since": former.get("since"),
         }
+        state["altered"] = False
         if reset_seq is not None:
             self._reset(reset_seq)
         await self.store.save()
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
+
+    async def detach(self, change: dict[str, Any]) -> None:
+        """The volumes are about to be changed by something else than the primary (V14): everything
+        is applied and durable, no redo comes by it, and the primary will compare everything.
+        ``change`` goes into the superblock in the same save. No primary is let in until
+        ``detached`` is taken back. Refused while the link is active."""
+        if self.current is not None:
+            raise Refused(
+                f"{self.node_name} is connected to its primary: what is restored here would be "
+                "replaced",
+                hint="pause this remote on the primary first",
+            )
+        self.detached = True
+        await self.drain()
+        state = self.store.state
+        if state["upstream"] is not None:
+            state["upstream"]["consistent"] = False
+        state.update(change, altered=True)
+        self._reset(self.log.next_seq)
+        await self.store.save()
+        self.log.confirm_tail(self.log.ring.tail)
 
     def _reset(self, seq: int) -> None:
         """Empties the log, to go on with ``seq``; what it held is in the facets, durably."""

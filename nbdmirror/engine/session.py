@@ -6,7 +6,7 @@ the terms (an overflow, a command, a lost link) ends the session; the next hands
 
 HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, volumes, session}
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
-          consistent}
+          consistent, altered}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
           eager: clients wait for its acknowledgements}
@@ -137,6 +137,7 @@ class Session:
             run=None if welcome.get("run") is None else fields.text(welcome, "run"),
             durable_seq=fields.integer(welcome, "durable_seq"),
             consistent=welcome.get("consistent") is True,
+            altered=welcome.get("altered") is True,
             history=fields.history(welcome),
         )
 

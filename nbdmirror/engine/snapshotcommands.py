@@ -133,11 +133,7 @@ class SnapshotCommands:
         return await self._restorer().changed(self.volume(volume), ranges, force=force)
 
     def _restorer(self) -> Restorer:
-        if self._node.restorer is None:
-            raise Refused(
-                f"{self._node.config.node} is a secondary: what it holds follows its primary (V14)",
-                hint="restore on the primary, and this node follows",
-            )
+        assert self._node.restorer is not None  # made before anybody can ask
         return self._node.restorer
 
     # -- looking -----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     snapshots      see ``engine.snapshots``; snapshot_number: the last that was given out;
                    marked_seq: on a secondary, the last marker of a snapshot that it followed
     restore        what is being copied behind: see ``engine.restore``; null if nothing is
+    altered        on a secondary: its volumes were changed by something else than its primary (V14)
     upstream       on a secondary: {name, consistent, since}; null before the first session
 """
 

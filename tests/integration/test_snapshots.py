@@ -35,7 +35,7 @@ def test_a_snapshot_is_the_same_on_both_sides_while_writing_goes_on(
     primary, secondary = cluster.primary, cluster.secondary
     handle = connect(primary.uri())
     handle.pwrite(pattern(4 * MIB, 1), 0)
-    with Writer(primary.uri()):
+    with Writer(primary.uri(), offset=16 * MIB):
         made = primary.ok("snapshot", "create", "--json").json
         handle.pwrite(pattern(4 * MIB, 2), 2 * MIB)
         wait_status(
@@ -128,3 +128,27 @@ def test_what_changed_a_facet_by_itself_is_taken_in(make_cluster: MakeCluster) -
     with cluster.secondary.facets("data")[0].open("rb") as file:
         file.seek(512 * KIB)
         assert file.read(64 * KIB) == pattern(64 * KIB, 2)
+
+
+def test_a_secondary_is_restored_only_while_its_link_is_inactive(make_cluster: MakeCluster) -> None:
+    """V14: and what was restored there is compared, not believed, when the primary is back."""
+    cluster = make_cluster().start()
+    primary, secondary = cluster.primary, cluster.secondary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(2 * MIB, 1), 0)
+    primary.ok("snapshot", "create")
+    handle.pwrite(pattern(2 * MIB, 2), MIB)
+    handle.flush()
+    cluster.wait_in_sync()
+    wait_status(secondary, "has it", lambda status: status["snapshots"])
+    refused = secondary.cli("restore", "1")
+    assert refused.code == 4 and "pause this remote" in str(refused)
+    primary.ok("pause", "beta")
+    wait_status(secondary, "is alone", lambda s: s["upstream"]["link"] == "disconnected")
+    secondary.ok("restore", "1")
+    wait_status(secondary, "is copied", lambda status: status["restore"] is None)
+    secondary.restart()
+    with secondary.facets("data")[0].open("rb") as file:
+        assert file.read(2 * MIB) == pattern(2 * MIB, 1)
+    primary.ok("resume", "beta")
+    cluster.check_in_sync()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.sim import marks, mutants, swarm
+from tests.sim import marks, mutants, snapshotmutants, swarm
 from tests.sim.options import FAULTS, draw
 from tests.sim.swarm import Result
 
@@ -102,6 +102,7 @@ def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
 
 
 def _mutants(only: str, seeds: range, jobs: int) -> int:
+    assert snapshotmutants  # imported for its mutants
     names = [name for name in mutants.MUTANTS if only in name]
     alive = 0
     with ProcessPoolExecutor(jobs) as pool:
