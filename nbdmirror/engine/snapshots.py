@@ -401,4 +401,5 @@ class Snapshots:
 
 
 def name_of(entry: Entry) -> dict[str, Any]:
+    """What an event says of which snapshot it is about."""
     return {"uuid": entry["uuid"], "number": entry["number"], "snapshot_kind": entry["kind"]}
