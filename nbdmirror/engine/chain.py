@@ -73,7 +73,15 @@ class Chain:
 
     def stops(self, changes: Sequence[Change]) -> bool:
         """Whether any of a batch has to wait."""
-        return any(self.holds(offset, length) for _, _, offset, length, _ in changes)
+        size = self.volume.region_size
+        is_marked = self.members[-1].layer.map.kept.is_marked
+        for _, _, offset, length, _ in changes:
+            first = offset // size
+            if not is_marked(first):
+                return True
+            if (offset + length - 1) // size != first and self.holds(offset, length):
+                return True
+        return False
 
     async def make_way(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Returns when every region in (offset, length) ranges is kept that the newest snapshot

@@ -36,7 +36,13 @@ def _options() -> argparse.Namespace:
 
 def _rate(cluster: Cluster, directory: Path, seconds: float) -> float:
     """4 KiB random writes a second at depth 16."""
-    load = {"rw": "randwrite", "bs": "4k", "iodepth": 16, "time_based": 1, "runtime": seconds}
+    load: dict[str, Any] = {
+        "rw": "randwrite",
+        "bs": "4k",
+        "iodepth": 16,
+        "time_based": 1,
+        "runtime": seconds,
+    }
     result = fio(cluster.primary.uri(), directory, **load)
     return float(result["write"]["iops"])
 
@@ -58,6 +64,7 @@ def throughput(directory: Path, size: int, seconds: float) -> dict[str, Any]:
             handle.pwrite(pattern(MIB, at + 1), at)
         handle.flush()
         handle.shutdown()
+        cluster.wait_in_sync(300)  # the secondary has copied every region too
     try:
         for _ in range(ROUNDS):
             for count, cluster in clusters.items():
