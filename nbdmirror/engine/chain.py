@@ -138,7 +138,7 @@ class Chain:
             unreadable: list[int] = []
             for region in needed:
                 try:
-                    contents.append((region, await self._content(region)))
+                    contents.append((region, await self._content_twice(region)))
                 except VolumeFailed:
                     unreadable.append(region)  # as it is for who reads the volume
             try:
@@ -146,6 +146,13 @@ class Chain:
                 return
             except OSError as error:
                 await self._give_up(self, error)
+
+    async def _content_twice(self, region: int) -> Buffer | None:
+        """As ``_content``; an error of the moment does not cost the snapshots the region."""
+        try:
+            return await self._content(region)
+        except VolumeFailed:
+            return await self._content(region)
 
     async def _content(self, region: int) -> Buffer | None:
         """A region of the volume as it is; ``None``: nothing but zeros."""

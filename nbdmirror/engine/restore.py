@@ -119,15 +119,18 @@ class VolumeRestore:
     async def _source(self, region: int) -> Buffer:
         """A region as the snapshot has it; it never is where the facets have it."""
         snapshot = self._members[0]
+        layers = [m.layer for m in self._members if m.layer.map.kept.is_marked(region)]
+        if snapshot.own is not None and snapshot.own.map.kept.is_marked(region):
+            layers.insert(0, snapshot.own)
+        if not layers:
+            raise VolumeFailed(f"region {region} of {self.volume.name} is in no layer", number=5)
         try:
-            if snapshot.own is not None and snapshot.own.map.kept.is_marked(region):
-                return await snapshot.own.read(region)
-            for member in self._members:
-                if member.layer.map.kept.is_marked(region):
-                    return await member.layer.read(region)
+            try:
+                return await layers[0].read(region)
+            except OSError:  # of the moment, perhaps
+                return await layers[0].read(region)
         except (FormatError, OSError) as error:
             raise VolumeFailed(f"restoring {self.volume.name}: {error}", number=5) from error
-        raise VolumeFailed(f"region {region} of {self.volume.name} is in no layer", number=5)
 
     # -- guard -------------------------------------------------------------------------------
 

@@ -141,6 +141,12 @@ class Restorer:
                     await self._begin_alone(entry, indices)
                 else:
                     await self._begin(entry, indices, undo, force=force)
+            except OSError as error:
+                self._release()
+                raise NbdmirrorError(
+                    f"the restore cannot begin: {error.strerror or error}",
+                    hint="the volumes are as they were; mend the disk of state_dir",
+                ) from error
             except BaseException:
                 self._release()
                 raise

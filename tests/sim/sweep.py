@@ -29,6 +29,7 @@ from tests.sim.checks import Checks
 from tests.sim.loop import SimLoop
 from tests.sim.oracle import Entry, Violation, compare
 from tests.sim.scenarios import OPTIONS, SCENARIOS, Script
+from tests.sim.snapshots import look
 from tests.sim.world import Gone, Host, World, constants
 
 NODES = ("a", "b")
@@ -283,8 +284,11 @@ class Run:
         except NbdmirrorError as error:
             status = node.status()["remotes"]
             raise Violation(f"never in sync ({error}): {status}") from None
+        while node.status()["restore"] is not None:  # the script's time bounds it
+            await asyncio.sleep(RESTART_SECONDS)
         self._compare("in sync")
         self.checks.look()
+        await look(world)
         for host in world.hosts.values():
             await world.stop(host)
         self._compare("stopped")
