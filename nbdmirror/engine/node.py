@@ -138,9 +138,7 @@ class Node:
         self.snapshots.start()
         served = SnapshotExports(self.snapshots)
         self.people = SnapshotCommands(self, served)
-        self.exports = await self.doors.open(
-            self, self.primary, self.secondary, served, nbd=nbd
-        )
+        self.exports = await self.doors.open(self, self.primary, self.secondary, served, nbd=nbd)
 
     @property
     def role(self) -> str:

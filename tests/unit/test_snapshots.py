@@ -267,10 +267,16 @@ def test_a_writable_snapshot_has_its_own_map_and_leaves_the_volume_alone() -> No
         await world.take()
         await world.take()
         assert world.node.exports is not None
+
+        def read_only() -> bool:
+            assert world.node.exports is not None
+            (found,) = [i for i in world.node.exports.exports() if i.name == name]
+            return found.read_only
+
         name = "v@1"
-        assert world.node.exports.find(name).read_only  # type: ignore[union-attr]
+        assert read_only()
         await world.node.people.export("1", True)
-        assert not world.node.exports.find(name).read_only  # type: ignore[union-attr]
+        assert not read_only()
         snapshot = world.served(name)
         change = Change(codec.WRITE, 0, REGION + 512, REGION, b"\7" * REGION)
         rest = snapshot.write(snapshot, [change])
