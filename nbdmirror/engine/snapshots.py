@@ -116,7 +116,11 @@ class Snapshots:
             for index in range(len(self.volumes)):
                 for own in (False, True):
                     if uuid not in there and self.has_file(uuid, index, own=own):
-                        self._disk.unlink(self.path(uuid, index) + (".own" if own else ""))
+                        self._remove(self.path(uuid, index) + (".own" if own else ""))
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(OSError):  # a stray: the next start removes it
+            self._disk.unlink(path)
 
     async def sync_directory(self) -> None:
         """Makes the names of layers durable."""
@@ -157,7 +161,7 @@ class Snapshots:
         known = {entry["uuid"] for entry in self.usable()} | {*self.kept_for_restore}
         for name in self._disk.list(self.directory):
             if name.partition(".")[0] not in known:
-                self._disk.unlink(f"{self.directory}/{name}")
+                self._remove(f"{self.directory}/{name}")
 
     def recovered(self, end_seq: int) -> None:
         """After redo: plans without a marker, and snapshots of records that were lost, go. The
@@ -340,7 +344,7 @@ class Snapshots:
         for index in entry["volumes"]:
             for path in (self.path(entry["uuid"], index), self.path(entry["uuid"], index) + ".own"):
                 if self._disk.exists(path):
-                    self._disk.unlink(path)
+                    self._remove(path)
 
     # -- when space ends ---------------------------------------------------------------------
 
