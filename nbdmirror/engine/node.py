@@ -103,6 +103,7 @@ class Node:
             self.env.random,
             self.config.snapshots,
         )
+        await self.store.settle()
         Restorer.prepare(self)
         await self.snapshots.open()
         self._follower = Follower(self.snapshots)

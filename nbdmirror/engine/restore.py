@@ -217,6 +217,7 @@ class VolumeRestore:
                 lost.append(facet)
         if lost:
             await self._failed(volume, lost)
+        volume.source()  # raises if no facet is left that has taken it, whoever saw it fail
         self.left.unmark(done)
         await self.left.sync()
         self._resolve(done, None)

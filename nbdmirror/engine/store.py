@@ -110,22 +110,36 @@ class Store:
         slot = 1 - self._slot
         data = slots.encode(self._counter + 1, self.state)
         try:
-            if self._doubtful is not None:
-                self._file.pwrite(self._slot * slots.SLOT_SIZE, self._doubtful)
-                await self._file.sync()
-                self._doubtful = None
+            await self._settle()
             self._file.pwrite(slot * slots.SLOT_SIZE, data)
             await self._file.sync()
         except OSError as error:
-            failure = DiskFailed(
-                f"cannot save {self._file.path}: {error.strerror or error}",
-                number=error.errno or 5,
-                hint="replace or free the disk of state_dir, then restart the node",
-            )
-            self.on_failed(failure)
-            raise failure from error
+            raise self._failed(error) from error
         self._counter += 1
         self._slot = slot
+
+    async def settle(self) -> None:
+        """Makes durable what was read, before anything is done that relies on it: a former process
+        may have left it in the page cache only (O16). DiskFailed if it cannot be."""
+        try:
+            await self._settle()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    async def _settle(self) -> None:
+        if self._doubtful is not None:
+            self._file.pwrite(self._slot * slots.SLOT_SIZE, self._doubtful)
+            await self._file.sync()
+            self._doubtful = None
+
+    def _failed(self, error: OSError) -> DiskFailed:
+        failure = DiskFailed(
+            f"cannot save {self._file.path}: {error.strerror or error}",
+            number=error.errno or 5,
+            hint="replace or free the disk of state_dir, then restart the node",
+        )
+        self.on_failed(failure)
+        return failure
 
     def close(self) -> None:
         """Closes the file."""

@@ -47,6 +47,9 @@ async def read_all(node: Node) -> list[Found]:
                 images.append(bytes(await chain.read(entry["uuid"], 0, chain.volume.size)))
         except VolumeFailed as error:
             lost = any(not volume.in_service() for volume in node.volumes)
+            lost = lost or "could not be read for it" in str(
+                error
+            )  # the disk refused, and it says so
             if node.snapshots.shown(entry) and not lost:
                 raise Violation(f"snapshot {entry['uuid']} cannot be read: {error}") from error
             continue
@@ -66,7 +69,7 @@ class Album:
         self._released: dict[str, None] = {}
 
     def marked(self, seq: int, mark: Mark) -> None:
-        """The primary has logged a mark."""
+        """The primary logs a mark behind the record ``seq``."""
         if mark.do == marks.SNAPSHOT:
             assert mark.uuid is not None
             image = self._world.history.lines[-1].image(seq)

@@ -376,10 +376,11 @@ class World:
 
         def observed(mark: Mark) -> int:
             self.history.attempted = [NOTHING]
+            # An append that fails may have brought it into the log nevertheless.
+            self.album.marked(self.history.head, mark)
             seq = log_mark(mark)
             try:
                 self.history.append(seq, [NOTHING])
-                self.album.marked(seq, mark)
             except Violation as error:
                 self.fail(error)
             return seq

@@ -185,7 +185,8 @@ def test_only_owners_change_anything(path: Path) -> None:
         for name, method in METHODS.items():
             if not method.changing:
                 continue
-            params = {key: "x" for key, param in method.params.items() if param.required}
+            required = [key for key, param in method.params.items() if param.required]
+            params: dict[str, Any] = dict.fromkeys(required, "x")
             if "address" in params:
                 params["address"] = "tcp:b:1"
             if "ranges" in params:
