@@ -5,7 +5,8 @@
 #   make check             format, lint, types, fast tests: before every commit, under 2 minutes
 #   make test              all that CI runs
 #   make sim SEEDS=N       the simulation over N seeds; SEED=N replays one with a trace; MUTANTS=1
-#   make guest             the tests in a QEMU guest; make bench: the measurements
+#   make guest             the tests in a QEMU guest; CUTS=N: so many power cuts a side
+#   make bench             the measurements
 #   make fuzz SECONDS=N    every parser and whole nodes, N seconds each (3600), guided by coverage
 #   make clean             removes what any of these made
 
@@ -19,6 +20,7 @@ FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/f
 SLOW := $(wildcard tests/faults) tests/integration tests/guest
 SEEDS ?= 1000
 CHECK_SEEDS ?= 50
+CUTS ?= 2
 SECONDS ?= 3600
 
 RUN_PACKAGES := python3 python3-venv python3-libnbd
@@ -33,9 +35,10 @@ run: setup-run
 	$(BIN)/python -m nbdmirror.cli.demo --state run
 
 # One pytest run for all, so that its last line counts all. The units under a real systemd in a
-# guest take four minutes of their own: `make guest` has them.
+# guest take four minutes of their own, and so would more power cuts: `make guest` has them.
 test: setup lint sim-if-any
-	$(PYTEST) $(FAST) $(SLOW) --ignore=tests/guest/test_service.py
+	POWER_CUTS=1 $(PYTEST) $(FAST) $(SLOW) --ignore=tests/guest/test_service.py \
+		--deselect tests/guest/test_power_cuts.py::test_a_disk_that_ignores_flushes_is_seen
 
 check: lint
 	$(PYTEST) -q $(FAST)
@@ -54,7 +57,7 @@ sim-if-any: .venv/stamp
 	$(if $(wildcard tests/sim/__main__.py),$(BIN)/python -m tests.sim --seeds $(SEEDS))
 
 guest: setup
-	$(PYTEST) tests/guest
+	POWER_CUTS=$(CUTS) $(PYTEST) tests/guest
 
 bench: setup
 	$(BIN)/python -m tests.bench

@@ -28,6 +28,8 @@ LOG_SIZE_MAX = 16 * TIB
 LOG_SIZE_STEP = 4 * KIB
 EXTENT_SIZE_MIN = 64 * KIB
 EXTENT_SIZE_MAX = 1 * GIB
+RATE_MIN = 16 * KIB
+RATE_MAX = 1 * TIB
 WINDOW_BYTES_MIN = 64 * KIB
 WINDOW_BYTES_MAX = 1 * GIB
 
@@ -146,7 +148,12 @@ class VolumeConfig:
 
 @dataclass(frozen=True, slots=True)
 class RemoteConfig:
-    """One ``[[remote]]``: who gets the data while this node is primary."""
+    """One ``[[remote]]``: who gets the data while this node is primary.
+
+    ``on_link_loss`` is what a ``sync`` remote's clients get while it cannot be reached.
+    ``max_rate`` caps what is sent to it, in bytes a second: records and resync together.
+    ``verify_interval``: seconds from one verify to the next, 0: none by itself; ``verify_rate``:
+    bytes of the volume a second; ``verify_repair``: what differs is then sent."""
 
     name: str
     address: str
@@ -154,6 +161,10 @@ class RemoteConfig:
     compression: str = "off"
     max_rate: int | None = None
     apply_delay: float = 0.0
+    on_link_loss: str = "continue"
+    verify_interval: float = 0.0
+    verify_rate: int | None = None
+    verify_repair: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +182,7 @@ class ReplicationConfig:
     heartbeat_seconds: float = 2.0
     timeout_seconds: float = 10.0
     reconnect_max_seconds: float = 10.0
-    window_bytes: int = 8 * MIB
+    window_bytes: int = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,9 +54,7 @@ _REMOTE_TLS_HINT = "leave it out: [replication] tls or secret_file secures these
 _NOT_YET: tuple[tuple[str, str, Callable[[object], bool], str], ...] = (
     ("log", "mode", lambda value: value == "spill", 'use "disk"'),
     ("log", "spill_threshold", _always, "leave it out"),
-    ("remote", "mode", lambda value: value in ("sync", "checkpoint"), 'use "async"'),
-    ("remote", "max_rate", _always, "leave it out"),
-    ("remote", "on_link_loss", _always, "leave it out: an async remote never holds a client"),
+    ("remote", "mode", lambda value: value == "checkpoint", 'use "async" or "sync"'),
     ("remote", "tls", _always, _REMOTE_TLS_HINT),
 )
 
@@ -262,15 +260,33 @@ def _power_of_two(table: Table, key: str, default: int, low: int, high: int) -> 
     return size
 
 
+def _rate(table: Table, key: str) -> int | None:
+    """Bytes a second; None if the key is not there: no cap."""
+    return table.size(key, None, c.RATE_MIN, c.RATE_MAX) if key in table else None
+
+
 def _remote(table: Table) -> RemoteConfig:
     default = RemoteConfig(name="", address="")
+    table.raw("max_rate", None)
+    table.raw("verify_rate", None)
     result = RemoteConfig(
         name=_name(table, "name"),
         address=str(_address(table, "address", table.text("address"))),
-        mode=table.choice("mode", ("async",), default.mode),
+        mode=table.choice("mode", ("async", "sync"), default.mode),
+        on_link_loss=table.choice(
+            "on_link_loss", ("continue", "hold", "fail"), default.on_link_loss
+        ),
         compression=table.choice("compression", ("off", "lz4"), default.compression),
+        max_rate=_rate(table, "max_rate"),
         apply_delay=table.seconds("apply_delay", default.apply_delay, 0.0, _SECONDS_MAX),
+        verify_interval=table.seconds(
+            "verify_interval", default.verify_interval, 0.0, 366 * _SECONDS_MAX
+        ),
+        verify_rate=_rate(table, "verify_rate"),
+        verify_repair=table.flag("verify_repair", default.verify_repair),
     )
+    if result.mode == "async" and "on_link_loss" in table:
+        table.fail("on_link_loss", "is for a sync remote: an async one never holds a client")
     table.finish()
     return result
 

@@ -34,6 +34,10 @@ class File(Protocol):
     def size(self) -> int:
         """The length in bytes (of a block device: its capacity)."""
 
+    def identity(self) -> str:
+        """The same for the same file, over restarts and boots, and another for another file, under
+        whatever name it is; empty if that cannot be told."""
+
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes; bytes past the end of the file read as zeros.
 
@@ -44,6 +48,9 @@ class File(Protocol):
 
     async def read(self, offset: int, length: int) -> bytes:
         """As ``pread``, without stalling the event loop."""
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of the range, read and computed without stalling the loop."""
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes all of ``data`` into the page cache."""
@@ -173,6 +180,9 @@ class Clock(Protocol):
 
     def time_ns(self) -> int:
         """Nanoseconds since 1970."""
+
+    def monotonic_ns(self) -> int:
+        """Nanoseconds since some moment, exact: for how long a step took, and nothing else."""
 
     def boot_id(self) -> str:
         """An id that is new with each boot of the machine, and only then."""

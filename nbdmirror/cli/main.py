@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nbdmirror import __version__
-from nbdmirror.cli import local, online, snapshot
+from nbdmirror.cli import facets, local, online, snapshot
 from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError
 from nbdmirror.tomltable import parse_duration
+
+CONDITIONS = ("in-sync", "connected", "consistent", "verified")
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -125,7 +127,7 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     status = _command(commands, "status", online.status, talks=True)
     status.add_argument("--watch", action="store_true", help="again every second")
     wait = _command(commands, "wait", online.wait, talks=True)
-    wait.add_argument("--until", required=True, choices=("in-sync", "connected", "consistent"))
+    wait.add_argument("--until", required=True, choices=CONDITIONS)
     wait.add_argument("--remote", metavar="R", help="only this remote; default: all")
     _timeout_option(wait)
     resync = _command(commands, "resync", online.resync, talks=True)
@@ -133,9 +135,16 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     resync.add_argument("--full", action="store_true", help="every region, not only the marked")
     resync.add_argument("--wait", action="store_true", help="until the remote is in sync")
     _timeout_option(resync)
+    verify = _command(commands, "verify", online.verify, talks=True)
+    verify.add_argument("remote", metavar="R")
+    verify.add_argument("--repair", action="store_true", help="send what differs")
+    verify.add_argument("--wait", action="store_true", help="until all is compared (and repaired)")
+    _timeout_option(verify)
     for name, run in (("pause", online.pause), ("resume", online.resume)):
         _command(commands, name, run, talks=True).add_argument("remote", metavar="R")
     _add_remote(commands)
+    _add_facet(commands)
+    _add_log(commands)
     _add_apply(commands)
     _add_snapshot(commands)
     _add_restore(commands)
@@ -154,10 +163,43 @@ def _add_remote(commands: argparse._SubParsersAction[Parser]) -> None:
     add = _command(actions, "add", online.remote_add, talks=True)
     add.add_argument("name", metavar="NAME")
     add.add_argument("address", metavar="ADDRESS", help="tcp:HOST:PORT")
-    add.add_argument("--mode", default="async")
+    add.add_argument("--mode", default="async", help="async (the default) or sync")
+    add.add_argument("--on-link-loss", metavar="POLICY", help="continue, hold or fail (sync)")
     _command(actions, "remove", online.remote_remove, talks=True).add_argument(
         "name", metavar="NAME"
     )
+
+
+def _add_log(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "moves the log"
+    parser = commands.add_parser("log", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    replace = _command(actions, "replace", facets.log_replace, talks=True)
+    replace.add_argument("path", metavar="PATH", help="a file that does not exist yet")
+
+
+def _add_facet(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "lists and changes the local facets"
+    parser = commands.add_parser("facet", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    _command(actions, "list", facets.listing, talks=True)
+    _command(actions, "offline", facets.offline, talks=True).add_argument("path", metavar="PATH")
+    _command(actions, "remove", facets.remove, talks=True).add_argument("path", metavar="PATH")
+    online = _command(actions, "online", facets.online, talks=True)
+    online.add_argument("path", metavar="PATH")
+    add = _command(actions, "add", facets.add, talks=True)
+    add.add_argument("volume", metavar="VOLUME")
+    add.add_argument("path", metavar="PATH")
+    replace = _command(actions, "replace", facets.replace, talks=True)
+    replace.add_argument("path", metavar="PATH")
+    replace.add_argument("new", metavar="NEW", nargs="?", help="default: a new disk at PATH")
+    for one in (online, add, replace):
+        one.add_argument("--wait", action="store_true", help="until the facet is synchronised")
+        _timeout_option(one)
 
 
 def _add_apply(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -19,6 +19,7 @@ from nbdmirror.cli.render import (
     seconds_text,
     status_line,
     status_text,
+    verify_text,
 )
 from nbdmirror.errors import NbdmirrorError, NoDaemon, TimedOut
 
@@ -72,6 +73,34 @@ def resync(args: argparse.Namespace) -> int:
     return 0
 
 
+def verify(args: argparse.Namespace) -> int:
+    """``verify``: starts it; with --wait, fails if something differs and was not repaired."""
+    with _client(args) as client:
+        result = client.call("verify", {"remote": args.remote, "repair": args.repair})
+        if args.wait:
+            progress = Progress(not args.json)
+            for condition in ("verified", "in-sync") if args.repair else ("verified",):
+                _await_condition(
+                    client, condition, args.remote, args.timeout, progress, STUCK_STATES
+                )
+            (result,) = _remotes(client, args.remote)
+    if args.json:
+        print_json(result)
+    elif not args.wait:
+        print(f"{args.remote}: verify started")
+    if not args.wait:
+        return 0
+    found = result.get("verify") or {}
+    if found.get("differing", 0) > found.get("repaired", 0):
+        raise NbdmirrorError(
+            f"{args.remote}: {count_text(found['differing'], 'region')} differ",
+            hint=f"nbdmirror events has them; nbdmirror verify {args.remote} --repair sends them",
+        )
+    if not args.json:
+        print(f"{args.remote}: {verify_text(found)}")
+    return 0
+
+
 def pause(args: argparse.Namespace) -> int:
     """``pause``: stops replication to one remote."""
     return _change(args, "pause", {"remote": args.remote}, f"{args.remote}: paused")
@@ -96,6 +125,8 @@ def remote_list(args: argparse.Namespace) -> int:
 def remote_add(args: argparse.Namespace) -> int:
     """``remote add``: a new remote starts with a full synchronisation."""
     params = {"name": args.name, "address": args.address, "mode": args.mode}
+    if args.on_link_loss is not None:
+        params["on_link_loss"] = args.on_link_loss
     return _change(args, "remote.add", params, f"{args.name}: added")
 
 
@@ -188,12 +219,15 @@ def _await_condition(
 ) -> Any:
     """The daemon's answer once the condition is true. TimedOut tells state and next action."""
     end = None if timeout is None else time.monotonic() + timeout
+    # What is written while this side looks at the progress does not prolong the wait.
+    log = client.call("status").get("log") or {} if until == "in-sync" else {}
+    changes = {"seq": log["next_seq"] - 1} if "next_seq" in log else {}
     try:
         while True:
             step = WAIT_STEP_SECONDS
             if end is not None:
                 step = max(0.0, min(step, end - time.monotonic()))
-            params = {"until": until, "remote": remote, "timeout": step}
+            params = {"until": until, "remote": remote, "timeout": step, **changes}
             try:
                 return client.call("wait", params, answer_seconds=step + ANSWER_SECONDS)
             except TimedOut:

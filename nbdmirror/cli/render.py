@@ -88,6 +88,19 @@ def lag_text(lag: Json) -> str:
     return f"{records}, {size_text(lag.get('bytes', 0))}, {seconds_text(lag.get('seconds') or 0.0)}"
 
 
+def verify_text(verify: Json) -> str:
+    """What the last verify found, and when."""
+    if verify.get("age_s") is None:
+        return "verify running" if verify.get("running") else "never verified"
+    parts = [f"verified {seconds_text(verify['age_s'])} ago"]
+    for key, word in (("differing", "differed"), ("unsettled", "changed too fast to tell")):
+        if verify.get(key):
+            parts.append(f"{count_text(verify[key], 'region')} {word}")
+    if verify.get("repaired"):
+        parts.append(f"{verify['repaired']} repaired")
+    return ", ".join(parts) + (", running again" if verify.get("running") else "")
+
+
 def status_text(status: Json) -> str:
     """The whole status on one screen."""
     lines = [_head(status)]
@@ -156,13 +169,35 @@ def _volume(volume: Json) -> list[str]:
         facts.append(count_text(volume["clients"], "client"))
     lines = ["", _row("volume", ", ".join(facts))]
     lines += [_inner("uri", uri) for uri in volume.get("uris", [])]
-    return lines + [_facet(facet) for facet in volume.get("facets", [])]
+    for facet in volume.get("facets", []):
+        lines += _facet(facet)
+    return lines
 
 
-def _facet(facet: Json) -> str:
+def _facet(facet: Json) -> list[str]:
+    lines = [_inner("facet", facet_text(facet))]
+    return lines + ([_inner("next", facet["next_action"])] if facet.get("next_action") else [])
+
+
+def facet_text(facet: Json) -> str:
+    """One line about a local facet: state, errors, what it lacks, progress, why."""
+    parts = [f"{facet.get('path')}: {facet.get('state')}"]
     errors = facet.get("errors", 0)
-    suffix = f", {count_text(errors, 'error')}" if errors else ""
-    return _inner("facet", f"{facet.get('path')}: {facet.get('state')}{suffix}")
+    if errors:
+        parts.append(count_text(errors, "error"))
+    if facet.get("state") == "synchronised":
+        return ", ".join(parts)
+    queued = (facet.get("queue") or {}).get("count", 0)
+    dirty = facet.get("dirty") or {}
+    if queued:
+        parts.append(f"{count_text(queued, 'record')} behind")
+    if dirty.get("regions"):
+        parts.append(f"{count_text(dirty['regions'], 'region')} ({size_text(dirty['bytes'])})")
+    if facet.get("resync"):
+        parts.append(progress_text(facet["resync"]))
+    if facet.get("why"):
+        parts.append(str(facet["why"]))
+    return ", ".join(parts)
 
 
 def _log(log: Json) -> list[str]:
@@ -173,7 +208,10 @@ def _log(log: Json) -> list[str]:
         for word, key in (("first", "first_seq"), ("next", "next_seq"), ("durable", "durable_seq"))
         if key in log
     ]
-    lines = ["", _row("log", f"{usage}, mode {log.get('mode')}")]
+    mode = "in memory only" if log.get("in_memory") else f"mode {log.get('mode')}"
+    lines = ["", _row("log", f"{usage}, {mode}")]
+    if log.get("in_memory"):
+        lines.append(_inner("next", "on a good disk: nbdmirror log replace PATH"))
     return lines + ([_inner("seq", ", ".join(seqs))] if seqs else [])
 
 
@@ -203,6 +241,8 @@ def _remote(remote: Json) -> list[str]:
         lines.append(_inner("dirty", f"{regions}, {size_text(dirty.get('bytes', 0))}"))
     if remote.get("resync"):
         lines.append(_inner("resync", progress_text(remote["resync"])))
+    if remote.get("verify"):
+        lines.append(_inner("verify", verify_text(remote["verify"])))
     return lines + _advice(remote)
 
 

@@ -15,21 +15,30 @@ Every frame is checked before it is used and bounded before it is stored. Little
     40      n     payload
 
 A session: HELLO (primary) - WELCOME or REFUSE (secondary) - START (primary) - READY or REFUSE
-(secondary, after what it decided is durable); then RECORDS, REGION, HASHES, RESYNC_END one way and
-ACK, WANT, DONE, CONSISTENT the other, PING both ways. The JSON payloads are described where they
-are made, in ``engine.session`` and ``engine.receiver``; the binary ones here.
+(secondary, after what it decided is durable); then RECORDS, REGION, HASHES, VERIFY, RESYNC_END one
+way and ACK, WANT, DONE, VERIFIED, CONSISTENT the other, PING both ways; and READ, answered by DATA.
+A START (and its READY) may come again during a resync: the records of the stream begin anew there.
+The JSON payloads are described where they are made, in ``engine.session`` and ``engine.receiver``;
+the binary ones here.
 
     RECORDS      whole records, seqs ascending without a gap
     ACK          received, durable, applied seq (8 bytes each)
-    REGION       token 8, volume 4, flags 4 (1: zeros, no data; 2: more of this token follows),
-                 offset 8, length 8, data
-    HASHES       token 8, volume 4, region size 4, offset 8, length 8, 16 bytes for each region:
-                 the first half of its SHA-256
-    WANT         token 8, then one byte for each region of that HASHES: 1 differs, 0 is the same
+    REGION       token 8, volume 4, flags 4 (1: more of this token follows), count 4, reserved 4;
+                 then ``count`` extents: offset 8, length 8, flags 4 (1: zeros), reserved 4; then
+                 the data of those extents that are not zeros, one behind the other
+    HASHES       token 8, volume 4, region size 4, offset 8, length 8; then a hash for each region
+                 (see ``codec.hashing``), or none at all: then every region counts as different
+    WANT         token 8; a byte for each region of that HASHES: 1 differs, 0 is the same; then,
+                 if regions are larger than a block, the hashes of the blocks of each that differs
+    VERIFY       as HASHES, with seq 8 before the hashes: they are to be compared once every record
+                 up to there is applied
+    VERIFIED     token 8; a byte for each region of that VERIFY: 1 differs, 0 is the same
     DONE         tokens (8 bytes each) of REGION and HASHES whose content is durable
     RESYNC_END   seq 8: durable past it, the secondary is consistent again
     CONSISTENT   seq 8: and it says so, durably
     PING         nothing
+    READ         token 8, volume 4, reserved 4, offset 8, length 8: what the facets hold is wanted
+    DATA         token 8, seq 8, errno 8, data: every record up to seq is in it; no data if errno
 """
 
 from __future__ import annotations
@@ -40,18 +49,18 @@ from enum import IntEnum
 from typing import Any
 
 import lz4.block
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from nbdmirror.codec.slabs import SlabPool
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 
-PROTOCOL_VERSIONS = (1, 1)
+PROTOCOL_VERSIONS = (2, 2)
 """Lowest and highest version that this program speaks."""
 FRAME_MAX = 4 << 20
 JSON_MAX = 1 << 20
-HASH_SIZE = 16
-ZEROS, MORE = 1, 2
+MORE = 1
+ZEROS = 1
 _LZ4 = 1
 
 _HEAD = struct.Struct("<4sBBHIIQQ")
@@ -63,10 +72,14 @@ _MAGIC = b"NMF1"
 _POOL = SlabPool(1 << 20)
 
 ACK = struct.Struct("<QQQ")
-REGION = struct.Struct("<QIIQQ")
+REGION = struct.Struct("<QIIII")
+EXTENT = struct.Struct("<QQII")
 HASHES = struct.Struct("<QIIQQ")
+VERIFY = struct.Struct("<QIIQQQ")
 TOKEN = struct.Struct("<Q")
 SEQ = struct.Struct("<Q")
+READ = struct.Struct("<QIIQQ")
+DATA = struct.Struct("<QQQ")
 
 
 class Type(IntEnum):
@@ -86,6 +99,10 @@ class Type(IntEnum):
     RESYNC_END = 12
     CONSISTENT = 13
     PING = 14
+    READ = 15
+    DATA = 16
+    VERIFY = 17
+    VERIFIED = 18
 
 
 class Frame:
@@ -141,7 +158,10 @@ def encode(
     assert length <= FRAME_MAX
     payload_sum = 0
     if kind is not Type.RECORDS and length:
-        payload_sum = xxh3_64_intdigest(parts[0] if len(parts) == 1 else b"".join(parts))
+        hasher = xxh3_64()
+        for part in parts:
+            hasher.update(part)
+        payload_sum = hasher.intdigest()
     head = _HEAD.pack(_MAGIC, kind, flags, 0, length, 0, session, payload_sum)
     return [head + _SUM.pack(xxh3_64_intdigest(head)), *parts]
 

@@ -57,7 +57,10 @@ class Dcm:
     def mark(self, first: int, last: int) -> list[int]:
         """Sets the bits of regions first..last; returns the pages that changed."""
         assert 0 <= first <= last < self.regions
-        if self._in_flight:
+        if last - first < len(self._in_flight):
+            for region in range(first, last + 1):
+                self._in_flight.pop(region, None)
+        elif self._in_flight:
             for region in [r for r in self._in_flight if first <= r <= last]:
                 del self._in_flight[region]
         changed = []

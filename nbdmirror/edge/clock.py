@@ -22,6 +22,10 @@ class LinuxClock:
         """Nanoseconds since 1970; may step in either direction."""
         return time.time_ns()
 
+    def monotonic_ns(self) -> int:
+        """CLOCK_MONOTONIC, to the nanosecond; the event loop's own time has only milliseconds."""
+        return time.monotonic_ns()
+
     def boot_id(self) -> str:
         """A uuid that the kernel draws once per boot."""
         return self._boot_id

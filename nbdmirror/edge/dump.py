@@ -40,7 +40,13 @@ def dump(what: str, config: Config) -> Json | Iterator[Json]:
 
 def _log(disk: LinuxDisk, config: Config, state: Json) -> Iterator[Json]:
     tail = state["tail"]
-    log = Log.open(disk, log_path(config), tail["position"], tail["seq"], read_only=True)
+    log = Log.open(
+        disk,
+        state.get("log_path") or log_path(config),
+        tail["position"],
+        tail["seq"],
+        read_only=True,
+    )
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     names = [volume["name"] for volume in state["volumes"]]
     for found in log.scan(forks, int(state["epoch"])):

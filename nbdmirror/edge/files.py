@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from os import fdatasync, pread, preadv, pwrite, pwritev
 from typing import ParamSpec, TypeVar
 
+from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
 from nbdmirror.ports import Buffer
 
@@ -35,11 +36,13 @@ IOV_MAX = 1024  # parts that Linux takes in one vectored call
 NOWAIT = os.RWF_NOWAIT
 CLOSED_FD = (1 << 31) - 1  # no descriptor: every system call answers EBADF
 BLKGETSIZE64 = 0x80081272
+FS_IOC_GETVERSION = 0x80087601
 KEEP_SIZE = 0x01
 PUNCH_HOLE = 0x02
 ZERO_RANGE = 0x10
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 ZEROS = bytes(MIB)
+HASH_PIECE = 256 << 10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
@@ -63,6 +66,15 @@ def _read_all(fd: int, offset: int, length: int) -> bytes:
         done += len(data)
     parts.append(bytes(length - done))
     return b"".join(parts)
+
+
+def _hash_all(fd: int, offset: int, length: int, step: int) -> bytes:
+    """The hashes of a range, by pieces that stay in the processor's cache."""
+    size = max(step, HASH_PIECE - HASH_PIECE % step)
+    return b"".join(
+        digests(_read_all(fd, at, min(size, offset + length - at)), step)
+        for at in range(offset, offset + length, size)
+    )
 
 
 def _write_all(fd: int, offset: int, data: Buffer) -> None:
@@ -149,6 +161,17 @@ class LinuxFile:
         """The length in bytes; of a block device its capacity."""
         return _size(self._fd, self.block_device)
 
+    def identity(self) -> str:
+        """Of a file: its file system, inode and the inode's generation; a device has none, nor a
+        file on a file system that keeps no generation."""
+        if self.block_device:
+            return ""
+        try:
+            (generation,) = struct.unpack("=Q", fcntl.ioctl(self._fd, FS_IOC_GETVERSION, bytes(8)))
+        except OSError:
+            return ""
+        return f"{os.fstatvfs(self._fd).f_fsid:x}:{os.fstat(self._fd).st_ino}:{generation:x}"
+
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes, zeros past the end; may block."""
         return _read_all(self._fd, offset, length)
@@ -177,6 +200,10 @@ class LinuxFile:
     async def read(self, offset: int, length: int) -> bytes:
         """As ``pread``, in a thread."""
         return await self._offload(self._disk.io_threads, _read_all, self._fd, offset, length)
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        """``digests`` of the range, in a thread, in bounded memory."""
+        return await self._offload(self._disk.io_threads, _hash_all, self._fd, offset, length, step)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes all of ``data`` into the page cache; OSError if not all of it fits."""

@@ -9,7 +9,7 @@ resumes by itself; replication is not stopped for it, and only what is marked tr
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from nbdmirror.core.propagation import Link, Step, decide
 from nbdmirror.errors import Refused
 
 if TYPE_CHECKING:
+    from nbdmirror.engine.facets import Facets
     from nbdmirror.engine.primary import Primary
     from nbdmirror.engine.remote import Remote
 
@@ -26,27 +27,46 @@ if TYPE_CHECKING:
 class Bypass:
     """An open bypass: the volumes are locked, no remote reads the log."""
 
-    def __init__(self, primary: Primary) -> None:
+    def __init__(self, primary: Primary, facets: Facets) -> None:
         self._primary = primary
+        self._facets = facets
 
     async def commit(self, mark: Mark, maps: Mapping[int, Dcm]) -> int:
         """Marks the regions of ``maps`` {volume index: regions} in every DCM, and the point in the
         log; all durable. Returns its seq. What follows must be made durable by the caller."""
-        group = self._primary.group
-        await group.admit_mark(mark)
         for remote in self._primary.remotes:
             for index, regions in maps.items():
                 remote.dcms[index].merge(regions)
-        seq = group.mark(mark)
-        for remote in self._primary.remotes:
             await remote.sync_maps()
-        await group.log.sync(seq)
-        return seq
+        for index, regions in maps.items():
+            size = self._facets.group.volumes[index].region_size
+            ranges = [(first * size, count * size) for first, count in regions.runs()]
+            await note_beside(self._facets, index, ranges)
+        return await self._primary.group.put_mark(mark)
+
+
+async def relieve_log(facets: Facets) -> None:
+    """Local facets that are out of service have what they lack in their maps, not in the log."""
+    for member in facets.members:
+        if not member.facet.writable:
+            await member.to_map()
+
+
+async def note_beside(facets: Facets, volume: int, ranges: Iterable[tuple[int, int]]) -> None:
+    """(offset, length) ranges of a volume were, or are about to be, changed beside the log: local
+    facets that are out of service lack them too, and their maps say so, durably."""
+    ranges = list(ranges)
+    for member in facets.members:
+        if member.volume.index == volume and not member.facet.writable:
+            await member.to_map()
+            for offset, length in ranges:
+                member.mark(volume, offset, min(length, member.volume.size - offset))
+            await member.sync_map()
 
 
 @asynccontextmanager
 async def bypass(
-    primary: Primary, volumes: list[int], why: str, *, force: bool
+    primary: Primary, facets: Facets, volumes: list[int], why: str, *, force: bool
 ) -> AsyncIterator[Bypass]:
     """Takes the remotes out of the log and locks the volumes; Refused names a remote that may not
     be (V14), before anything is done."""
@@ -70,11 +90,12 @@ async def bypass(
                 await remote.overflow(why)
             while remote.marked_seq is not None:  # an overflow of before is still marking
                 await remote.changed.wait()
+        await relieve_log(facets)
         async with AsyncExitStack() as stack:
             for index in volumes:
                 volume = primary.group.volumes[index]
                 await stack.enter_async_context(volume.locked(0, volume.size, exclusive=True))
-            yield Bypass(primary)
+            yield Bypass(primary, facets)
     finally:
         for remote in held:
             remote.go_on()

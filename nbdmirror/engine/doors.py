@@ -81,6 +81,8 @@ class Doors:
             tls=self._env.nbd_tls,
             refused=self.refusals.tell,
         )
+        if primary is not None:
+            primary.serve_beside(exports)
         self._control = ControlServer(
             node, limits, self._peer_uid, room=self._admin_room, owners=self._owners
         )

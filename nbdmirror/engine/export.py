@@ -24,6 +24,7 @@ from nbdmirror.engine.access import OPEN, Client, Rules
 from nbdmirror.engine.admission import Gate, Room
 from nbdmirror.engine.arrival import Arrival
 from nbdmirror.engine.budget import Budget, Holder
+from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, Writer
@@ -65,6 +66,9 @@ class ExportServer:
         self.refused = refused
         self.gate = Gate.of(room or Room(), limits.connections_max, limits)
         self.budget = Budget(limits.memory_bytes_max, limits.handshake_seconds)
+        self.batches = 0
+        """Receives that held requests: whether clients are active."""
+        self.governor: Governor | None = None
 
     @property
     def session_limits(self) -> Limits:
@@ -309,6 +313,7 @@ class ExportConnection(asyncio.BufferedProtocol):
     def _execute(self, requests: list[Request]) -> None:
         volume, group = self._volume, self._group
         assert volume is not None and group is not None
+        self._server.batches += 1
         writes: list[Request] = []
         changes: list[Change] = []
         answered = 0
@@ -456,8 +461,14 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     async def _guard(self, requests: list[Request], work: Coroutine[Any, Any, None]) -> None:
         """Whatever goes wrong with a request is its reply, never silence (I8)."""
+        governor = self._server.governor
         try:
-            await work
+            if governor is None:
+                await work
+            else:
+                began = governor.now_ns()
+                await work
+                governor.observe(governor.now_ns() - began)
         except NbdmirrorError as error:
             number = getattr(error, "errno", 5)
             for request in requests:

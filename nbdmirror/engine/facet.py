@@ -27,58 +27,92 @@ class FacetState(Enum):
 class LocalFacet:
     """An open facet; offsets and lengths in bytes, checked by the caller."""
 
-    def __init__(self, file: File, path: str, size: int, state: FacetState) -> None:
-        self.file = file
+    def __init__(self, file: File | None, path: str, size: int, state: FacetState) -> None:
+        """``file`` is None for one that cannot be opened; its state must say so."""
         self.path = path
         self.size = size
         self.state = state
         self.errors = 0
+        self.read_errors = 0
+        """Reads that failed since it was opened."""
         self.failed: DiskFailed | None = None
+        self.writable = state is FacetState.SYNCHRONISED
+        """Whether it takes every write: in service, or being synchronised."""
+        self.kept_seq: int | None = None
+        """Out of service: what it lacks is in the log after this seq; ``None``: nothing of the
+        log is needed for it."""
         self.written_seq = 0
         """The last record that was applied."""
         self.synced_seq = 0
         """Every record up to here is durable in this facet (O5)."""
         self.pending: dict[int, None] = {}
         """Records being applied off the loop: a sync does not cover them."""
+        self.outstanding = 0
+        """Reads that wait for the disk."""
+        self.next_offset = -1
+        """Where the last read ended: a sequential stream goes on here."""
+        self._file = file
+        if file is not None:
+            self.attach(file)
+
+    def attach(self, file: File) -> None:
+        """Goes on with this open file; what failed before was another one's."""
+        self._file = file
         self.pwrite = file.pwrite
         self.try_pread = file.try_pread
+        self.failed = None
+        self.read_errors = 0
+
+    @property
+    def file(self) -> File:
+        """The open file; only of a facet that is written to or read."""
+        assert self._file is not None, f"the facet {self.path} is not open"
+        return self._file
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its file is open."""
+        return self._file is not None
 
     @classmethod
     def open(cls, disk: Disk, path: str, size: int, state: FacetState) -> LocalFacet:
         """Opens an existing file or device that must hold ``size`` bytes; StateError if not."""
-        if not disk.exists(path):
-            raise StateError(
-                f"the facet {path} is missing", hint="restore it, or create the node anew"
-            )
-        file = disk.open(path, scattered=True)
-        if file.size() < size:
-            found = file.size()
-            file.close()
-            raise StateError(
-                f"the facet {path} has {found} bytes, the volume {size}",
-                hint="a facet must not be smaller than its volume",
-            )
-        return cls(file, path, size, state)
+        return cls(open_facet(disk, path, size), path, size, state)
 
     @property
     def in_service(self) -> bool:
         """Whether it takes writes and serves reads."""
         return self.state is FacetState.SYNCHRONISED and self.failed is None
 
+    def leave(self) -> None:
+        """Takes no more writes; from this step on the log is kept for what it lacks."""
+        if self.writable:
+            self.writable = False
+            self.kept_seq = self.synced_seq
+
     def fail(self, what: str, error: OSError) -> DiskFailed:
         """Takes the facet out for good (O16); returns what to raise or report."""
         self.errors += 1
-        self.failed = DiskFailed(
-            f"{what} of facet {self.path} failed: {error.strerror or error}",
-            number=error.errno or 5,
-            hint="replace its disk, then restart the node",
-        )
+        if self.failed is None:
+            self.failed = DiskFailed(
+                f"{what} of facet {self.path} failed: {error.strerror or error}",
+                number=error.errno or 5,
+                hint="replace its disk, then restart the node",
+            )
+        self.leave()
         return self.failed
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes of a range; OSError if the disk cannot give them."""
-        data = self.file.try_pread(offset, length)
-        return data if data is not None else await self.file.read(offset, length)
+        data = self.try_pread(offset, length)
+        if data is None:
+            self.outstanding += 1
+            try:
+                data = await self.file.read(offset, length)
+            finally:
+                self.outstanding -= 1
+        self.next_offset = offset + length
+        return data
 
     async def clear(self, seq: int, offset: int, length: int, *, keep_space: bool) -> None:
         """Record ``seq``: the range reads as zeros; gives space back unless ``keep_space``."""
@@ -114,7 +148,9 @@ class LocalFacet:
 
     def floor(self, applied_seq: int) -> int:
         """The log up to here is not needed for this facet, all up to ``applied_seq`` being in."""
-        if self.failed is not None or self.written_seq > self.synced_seq or self.pending:
+        if not self.writable:
+            return applied_seq if self.kept_seq is None else self.kept_seq
+        if self.written_seq > self.synced_seq or self.pending:
             return self.synced_seq
         return applied_seq
 
@@ -123,15 +159,36 @@ class LocalFacet:
         if self.failed is not None:
             raise self.failed
         upto = min([self.written_seq, *(seq - 1 for seq in self.pending)])
+        file = self.file
         try:
-            await self.file.sync()
+            await file.sync()
         except OSError as error:
-            raise self.fail("sync", error) from error
-        self.synced_seq = max(self.synced_seq, upto)
+            if file is self._file:
+                raise self.fail("sync", error) from error
+            raise DiskFailed(f"sync of facet {self.path} failed: it was closed") from error
+        if file is self._file:
+            self.synced_seq = max(self.synced_seq, upto)
 
     def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
+        """Closes the file, if it is open."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def open_facet(disk: Disk, path: str, size: int) -> File:
+    """Opens a file or device that must hold ``size`` bytes; StateError says why it cannot be."""
+    if not disk.exists(path):
+        raise StateError(f"the facet {path} is missing", hint="restore it, or create the node anew")
+    file = disk.open(path, scattered=True)
+    if file.size() < size:
+        found = file.size()
+        file.close()
+        raise StateError(
+            f"the facet {path} has {found} bytes, the volume {size}",
+            hint="a facet must not be smaller than its volume",
+        )
+    return file
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:

@@ -5,7 +5,8 @@ goes through ``write`` in one step of the event loop: one append to the log, the
 that order (V5). Whatever has to wait, waits in a coroutine, and takes the same step afterwards.
 The order of records in the log is the order of the steps, over all volumes of the group (V4).
 
-Asynchronous remotes are never waited for (M2): they read the log at their own rate.
+Asynchronous remotes are never waited for (M2): they read the log at their own rate. Synchronous
+ones are: see ``engine.gate``.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from nbdmirror.codec.mark import Mark
 from nbdmirror.core.active import key_of
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
-from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, VolumeFailed
 
 if TYPE_CHECKING:
+    from nbdmirror.engine.gate import SyncGate
     from nbdmirror.engine.log import Log
     from nbdmirror.ports import Buffer, Clock
 
 
 CLEAR_EXTENTS_MAX = 32
 """Extents that one TRIM or WRITE_ZEROES record may touch."""
+
+
+class LogLost(Exception):
+    """Nothing was appended, nor done to a facet; there will be another log (M13)."""
 
 
 class Tracker(Protocol):
@@ -52,10 +58,16 @@ class Group:
         self._clock = clock
         self.trackers: list[Tracker] = []
         """Remotes in DCM logging: marked with every change instead of reading it from the log."""
+        self.gates: list[SyncGate] = []
+        """Synchronous remotes: replies wait for them."""
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
         """Awaited when the log is full; returns when there may be room. Set by housekeeping."""
         self.facet_lost: Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]] = _nothing
         """Awaited, before the reply, when a facet went out of service (M12)."""
+        self.log_back: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """Awaited when the log has failed: returns when there is another (M13)."""
+        self.goes_on: Callable[[Volume], bool] = lambda volume: False
+        """Whether a volume with no local facet in service is of use: a remote follows (M11)."""
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         """Called once, when no write is taken any more; the node then ends."""
         self.failed: NbdmirrorError | None = None
@@ -79,10 +91,12 @@ class Group:
             return self._write_later(volume, changes, durable)
         try:
             after = self._commit(volume, changes)
+        except LogLost:
+            return self._write_later(volume, changes, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
-        if durable or after is not None:
-            return self._finish(after, self.log.next_seq - 1 if durable else 0)
+        if durable or after is not None or self.gates:
+            return self._finish(after, self.log.next_seq - 1, durable)
         return None
 
     async def clear(self, volume: Volume, change: Change, *, durable: bool = False) -> None:
@@ -91,22 +105,29 @@ class Group:
         try:
             for piece in self._clear_pieces(change):
                 await self._clear(volume, piece)
-            if durable:
-                await self.log.sync(self.log.next_seq - 1)
+            await self._reach(self.log.next_seq - 1, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
 
     async def _clear(self, volume: Volume, change: Change) -> None:
         async with volume.locked(change.offset, change.length, exclusive=True) as lock:
-            await self._admit(volume, change, locked=True)
-            self._append(volume, [change])
+            while True:
+                await self._admit(volume, change, locked=True)
+                try:
+                    self._append(volume, [change])
+                    break
+                except LogLost:
+                    continue
             volume.landing(lock)
             keep_space = change.kind == codec.ZERO and bool(change.flags & codec.NO_HOLE)
             seq = self.log.next_seq - 1
-            facets = volume.in_service()
+            facets = volume.writable()
             for facet in facets:
                 facet.pending[seq] = None  # from this step on no sync covers it (O5)
             for facet in facets:
+                if not facet.writable:
+                    del facet.pending[seq]
+                    continue
                 try:
                     await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
                 except OSError as error:
@@ -127,10 +148,9 @@ class Group:
         if self.failed is not None:
             raise self._client_error(self.failed)
         for volume in self.volumes:
-            if not any(facet.in_service for facet in volume.facets):
-                volume.source()  # raises: the node is about to end
+            self._check_served(volume)
         try:
-            await self.log.sync(self.log.next_seq - 1)
+            await self._reach(self.log.next_seq - 1, True)
         except DiskFailed as error:
             raise self._client_error(error) from error
 
@@ -142,6 +162,8 @@ class Group:
         hot, extent_size = self.active.hot, self.active.extent_size
         base = key_of(volume.index, 0)
         held = volume.locks.held
+        if self.gates and any(gate.shut for gate in self.gates):
+            return True
         size = largest = 0
         for _, _, offset, length, _ in changes:
             first, last = offset // extent_size, (offset + length - 1) // extent_size
@@ -162,6 +184,13 @@ class Group:
         first = change.offset // self.active.extent_size
         last = (change.offset + change.length - 1) // self.active.extent_size
         while True:
+            if self.log.failed is not None and self.log_back is not None:
+                await self.log_back()
+                continue
+            if self.gates and any(gate.shut for gate in self.gates):
+                for gate in self.gates:
+                    await gate.admit()
+                continue
             if not locked:
                 end = change.offset + change.length
                 if volume.locks.conflict(change.offset, end, exclusive=True) is not None:
@@ -169,7 +198,11 @@ class Group:
                     continue
             keys = [key_of(volume.index, extent) for extent in range(first, last + 1)]
             if any(key not in self.active.hot for key in keys):
-                await self.active.activate(keys)
+                try:
+                    await self.active.activate(keys)
+                except DiskFailed:
+                    if self.log.failed is None or self.log_back is None:
+                        raise
                 continue
             if not self.log.fits(size, size):
                 await self.need_space()
@@ -184,12 +217,21 @@ class Group:
         try:
             for change in changes:
                 for piece in self._pieces(change):
-                    await self._admit(volume, piece)
-                    await self._finish(self._commit(volume, [piece]), 0)
-            if durable:
-                await self.log.sync(self.log.next_seq - 1)
+                    await self._write_piece(volume, piece)
+            await self._reach(self.log.next_seq - 1, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
+
+    async def _write_piece(self, volume: Volume, piece: Change) -> None:
+        while True:
+            await self._admit(volume, piece)
+            try:
+                after = self._commit(volume, [piece])
+            except LogLost:
+                continue
+            if after is not None:
+                await after
+            return
 
     def _pieces(self, change: Change) -> list[Change]:
         """A change cut to records that a log of this size can hold."""
@@ -219,7 +261,7 @@ class Group:
         seq = self.log.next_seq - 1
         lost: list[LocalFacet] = []
         for facet in volume.facets:
-            if not facet.in_service:
+            if not facet.writable:
                 continue
             pwrite = facet.pwrite
             try:
@@ -236,8 +278,7 @@ class Group:
         """Encodes and appends; marks the maps of remotes in DCM logging."""
         if self.failed is not None:
             raise self._client_error(self.failed)
-        if not volume.in_service():
-            volume.source()  # raises
+        self._check_served(volume)
         log, active = self.log, self.active
         hot, extent_size, base = active.hot, active.extent_size, key_of(volume.index, 0)
         epoch, index = self.epoch, volume.index
@@ -269,6 +310,8 @@ class Group:
         try:
             log.append(parts, total, len(changes), sizes)
         except DiskFailed as error:
+            if self.log_back is not None:
+                raise LogLost from error
             raise self._client_error(error) from error
         self.timeline.add(seq - len(changes), now)
         self.bytes_written += total
@@ -277,15 +320,26 @@ class Group:
             self._written_since = 0
             self.on_pressure()
 
-    async def admit_mark(self, mark: Mark) -> None:
-        """Returns in a step in which there is room in the log for ``mark``."""
+    async def put_mark(self, mark: Mark, done: Callable[[int], None] = lambda seq: None) -> int:
+        """Puts a point into the write order (see ``codec.mark``); durable on return. ``done`` is
+        called with its seq in the very step in which it is logged."""
         size = codec.stored_size(codec.MARK, len(mark.encode()))
-        while not self.log.fits(size, size):
-            await self.need_space()
+        while True:
+            if self.log.failed is not None and self.log_back is not None:
+                await self.log_back()
+            elif not self.log.fits(size, size):
+                await self.need_space()
+            else:
+                try:
+                    seq = self.mark(mark)
+                except LogLost:
+                    continue
+                done(seq)
+                await self._sync_log(seq)
+                return seq
 
     def mark(self, mark: Mark) -> int:
-        """Appends a point in the write order (see ``codec.mark``), after ``admit_mark``; returns
-        its seq. Like any write it is durable after a ``log.sync``."""
+        """Appends a mark, for which there must be room; returns its seq."""
         if self.failed is not None:
             raise self._client_error(self.failed)
         payload, seq, now = mark.encode(), self.log.next_seq, self._clock.time_ns()
@@ -294,25 +348,52 @@ class Group:
         try:
             self.log.append(codec.encode(record), size, 1, [size])
         except DiskFailed as error:
+            if self.log_back is not None:
+                raise LogLost from error
             raise self._client_error(error) from error
         self.timeline.add(seq, now)
         return seq
 
+    def _check_served(self, volume: Volume) -> None:
+        """VolumeFailed if there is no facet that a write could be on: the node is about to end."""
+        for facet in volume.facets:
+            if facet.in_service:
+                return
+        if not self.goes_on(volume):
+            raise volume.no_facet()
+
     async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Out of service, durably, before the write that saw it is acknowledged (M12)."""
         for facet in facets:
-            facet.state = FacetState.NOT_SYNCHRONISED
             await self.facet_lost(volume, facet)
-        if not volume.in_service() and facets[-1].failed is not None:
+        if facets[-1].failed is not None and not (volume.in_service() or self.goes_on(volume)):
             self.fail(facets[-1].failed)
-        volume.source()  # no facet left: the client's error
+        self._check_served(volume)  # no facet left: the client's error
 
-    async def _finish(self, after: Coroutine[Any, Any, None] | None, sync_seq: int) -> None:
+    async def _reach(self, seq: int, durable: bool) -> None:
+        """Returns when record ``seq`` is wherever a reply promises it to be."""
+        if durable:
+            await self._sync_log(seq)
+        for gate in list(self.gates):
+            await gate.wait(seq, durable)
+
+    async def _sync_log(self, seq: int) -> None:
+        while True:
+            try:
+                await self.log.sync(seq)
+                return
+            except DiskFailed:
+                if self.log.failed is None or self.log_back is None:
+                    raise
+            await self.log_back()
+
+    async def _finish(
+        self, after: Coroutine[Any, Any, None] | None, seq: int, durable: bool
+    ) -> None:
         try:
             if after is not None:
                 await after
-            if sync_seq:
-                await self.log.sync(sync_seq)
+            await self._reach(seq, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
 

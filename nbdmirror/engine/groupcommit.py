@@ -15,20 +15,36 @@ class GroupCommit:
 
     def __init__(self, commit: Callable[[], Awaitable[None]]) -> None:
         self._commit = commit
-        self._running: asyncio.Task[None] | None = None
-        self._next: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._asking: list[asyncio.Future[None]] = []
+        """Those for whom the next commit will be."""
 
     async def __call__(self) -> None:
         """Returns when a commit that began after this call has ended; raises what it raised."""
-        if self._next is None:
-            self._next = asyncio.ensure_future(self._run_after(self._running))
-            # Askers may all be cancelled; what failed once fails for the next one too.
-            self._next.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # The commit outlives an asker that is cancelled: others wait for it too.
-        await asyncio.shield(self._next)
+        waiter = asyncio.get_running_loop().create_future()
+        self._asking.append(waiter)
+        if self._task is None:
+            # A task of its own: it outlives an asker that is cancelled, others wait for it too.
+            self._task = asyncio.ensure_future(self._run())
+        await waiter
 
-    async def _run_after(self, previous: asyncio.Task[None] | None) -> None:
-        if previous is not None:
-            await asyncio.wait([previous])
-        self._running, self._next = self._next, None
-        await self._commit()
+    async def _run(self) -> None:
+        waiters: list[asyncio.Future[None]] = []
+        try:
+            while self._asking:
+                waiters, self._asking = self._asking, []
+                try:
+                    await self._commit()
+                except Exception as error:
+                    for waiter in waiters:
+                        if not waiter.done():  # else its asker was cancelled
+                            waiter.set_exception(error)
+                else:
+                    for waiter in waiters:
+                        if not waiter.done():
+                            waiter.set_result(None)
+        finally:
+            self._task = None
+            # Nobody is left waiting but when this very task is cancelled: the process ends.
+            for waiter in waiters + self._asking:
+                waiter.cancel()

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError
@@ -31,6 +33,25 @@ HIGH_WATER = 0.9
 """Of the log: a remote that holds more is forced out before writes have to wait for it."""
 
 FacetLost = Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]]
+
+
+class Holder(Protocol):
+    """Whoever the log may be kept for, and can do with a map instead."""
+
+    @property
+    def name(self) -> str:
+        """What events call it."""
+
+    @property
+    def tracking(self) -> bool:
+        """Whether the log is not kept for it."""
+
+    @property
+    def durable_seq(self) -> int:
+        """The log is kept for it after this seq."""
+
+    async def overflow(self, why: str) -> None:
+        """Marks what is pending in its map, piece by piece, and then needs the log no more."""
 
 
 async def _ignore(volume: Volume, facet: LocalFacet) -> None:
@@ -59,9 +80,13 @@ class Housekeeper:
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.facet_lost: FacetLost = _ignore
         """Awaited when a facet failed: makes that durable (O16)."""
+        self.facets: Facets | None = None
+        """On a primary: facets out of service hold the log too, and have maps."""
+        self.rescue: Rescue | None = None
+        """On a primary: whether remotes stand in for local facets."""
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
-        self._releasing = asyncio.Lock()
+        self.releasing = asyncio.Lock()
         self._waiting = 0
         self._synced_at = 0.0
         self._stalled = False
@@ -113,8 +138,9 @@ class Housekeeper:
             try:
                 await self.cycle()
             except NbdmirrorError as error:
-                self._fail(error)
-                return
+                if self._log.failed is None:
+                    self._fail(error)
+                    return
 
     def _fail(self, error: NbdmirrorError) -> None:
         self.failed = error
@@ -124,44 +150,65 @@ class Housekeeper:
     async def cycle(self) -> None:
         """Syncs what is dirty, releases what is not needed, and applies the policy if that does
         not leave room."""
+        if self._log.failed is not None or self._log.frozen:
+            return  # it is being replaced
         await self._release()
         now = asyncio.get_running_loop().time()
         pressed = self._waiting or self._log.ring.used > self._log.capacity * SYNC_AT
         if pressed or now - self._synced_at >= SYNC_SECONDS:
             self._synced_at = now
-            await self._sync_facets()
+            await self.sync_facets()
             await self._release()
         self._police()
 
-    async def _sync_facets(self) -> None:
+    def wake(self) -> None:
+        """The log was replaced: whoever waits for space looks again."""
+        self._released.set()
+        self._released.clear()
+        self._kick.set()
+
+    async def sync_log(self) -> int:
+        """For a log in memory: syncs the facets, and returns the seq up to which they have all."""
+        upto = self._log.next_seq - 1
+        await self.sync_facets()
+        return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
+
+    async def sync_facets(self, *, everything: bool = False) -> None:
+        """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did."""
         dirty = [
             (volume, facet)
             for volume in self._volumes
-            for facet in volume.in_service()
-            if facet.written_seq > facet.synced_seq
+            for facet in volume.writable()
+            if everything or facet.written_seq > facet.synced_seq or facet.pending
         ]
         syncs = (facet.sync() for _, facet in dirty)
         results = await asyncio.gather(*syncs, return_exceptions=True)
         for (volume, facet), result in zip(dirty, results, strict=True):
             if isinstance(result, DiskFailed):
                 await self.facet_lost(volume, facet)
-                if not volume.in_service():
+                if not volume.in_service() and not self._goes_on(volume):
                     raise result  # nobody else holds what was promised
             elif isinstance(result, BaseException):
                 raise result
 
+    def _goes_on(self, volume: Volume) -> bool:
+        return self.rescue is not None and self.rescue.goes_on(volume)
+
     def _floor(self) -> int:
         applied = self._applied_seq()
-        # The last facet that a volume had comes back from the log, if the log is kept for it.
-        floors = [f.floor(applied) for v in self._volumes for f in v.in_service() or v.facets]
+        floors = [facet.floor(applied) for v in self._volumes for facet in v.facets]
         floors += [remote.floor(applied) for remote in self.remotes]
+        if self.rescue is not None and self.rescue.leans():
+            # What their facets lack is laid over what is read from them.
+            floors += [r.applied_seq for r in self.remotes if not r.tracking]
         return min([applied, *floors])
 
-    async def settle(self, seq: int) -> None:
+    async def settle(self, seq: int, relieve: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Returns when records up to ``seq`` are in the facets, durably, and released: no redo
-        comes by them any more, whatever happens."""
+        comes by them any more, whatever happens. ``relieve``: takes out of the log who holds it."""
         while True:
-            await self._sync_facets()
+            await relieve()
+            await self.sync_facets()
             await self._release()
             if self._store.state["tail"]["seq"] > seq:
                 return
@@ -169,7 +216,7 @@ class Housekeeper:
 
     async def _release(self) -> None:
         # One at a time: what one has released the next must not look for records in.
-        async with self._releasing:
+        async with self.releasing:
             ring = self._log.ring
             seq = self._floor() + 1
             if seq > ring.tail_seq:
@@ -178,7 +225,7 @@ class Housekeeper:
                     return  # the log was reset meanwhile
                 self._log.release(seq, position)
                 for volume in self._volumes:
-                    for facet in volume.in_service():
+                    for facet in volume.writable():
                         facet.synced_seq = max(facet.synced_seq, seq - 1)
             if ring.durable_tail < ring.tail:
                 await self._confirm()
@@ -189,6 +236,8 @@ class Housekeeper:
         for remote in self.remotes:
             if remote.tracking:
                 await remote.sync_maps()  # what was pending is in the DCM before it goes (O12)
+        if self.facets is not None:
+            await self.facets.sync_maps()
         if self._log.ring is not ring:
             return  # the log was reset meanwhile
         position = ring.tail
@@ -212,14 +261,17 @@ class Housekeeper:
         )
         if not full or (self._forcing is not None and not self._forcing.done()):
             return
-        holding = [r for r in self.remotes if not r.tracking or r.starting]
-        behind = min(holding, key=lambda r: r.durable_seq, default=None)
+        behind = self._furthest_behind()
         if behind is None or behind.durable_seq + 1 > ring.tail_seq:
             return  # it is not a remote that holds the tail
-        if self.on_full == "block":
+        if not isinstance(behind, Remote):
+            self._forcing = asyncio.ensure_future(self._force(behind))
+            return
+        needed = self.rescue is not None and self.rescue.needed(behind)
+        if self.on_full == "block" or needed:
             if self._waiting and not self._stalled:
                 self._stalled = True
-                self._events.emit("log-full", remote=behind.name, policy="block")
+                self._events.emit("log-full", remote=behind.name, policy="block", needed=needed)
             return
         if behind.tracking:
             behind.cancel_start()
@@ -227,12 +279,19 @@ class Housekeeper:
         else:
             self._forcing = asyncio.ensure_future(self._force(behind))
 
-    async def _force(self, remote: Remote) -> None:
-        work = asyncio.ensure_future(remote.overflow("the log was full"))
+    def _furthest_behind(self) -> Holder | None:
+        holding: list[Holder] = [r for r in self.remotes if not r.tracking or r.starting]
+        if self.facets is not None:
+            holding += self.facets.holding()
+        return min(holding, key=lambda one: one.durable_seq, default=None)
+
+    async def _force(self, one: Holder) -> None:
+        work = asyncio.ensure_future(one.overflow("the log was full"))
         try:
             while not work.done():
                 await asyncio.wait([work], timeout=0.05)
-                await self._release()
+                if self._log.failed is None:
+                    await self._release()
             work.result()
             await self._release()
         except NbdmirrorError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from nbdmirror.codec import record as codec
@@ -36,6 +36,9 @@ SEARCH_BYTES = 2 * codec.PAYLOAD_MAX + (64 << 10)
 _HEADER = struct.Struct("<8sQ")
 _MAGIC = b"NMLOG001"
 _ZEROS = bytes(PAGE)
+
+
+StandIn = Callable[[], Awaitable[int]]
 
 
 @dataclass(slots=True)
@@ -79,6 +82,11 @@ class Log:
         self.failed: DiskFailed | None = None
         self.on_failed: Callable[[DiskFailed], None] = lambda error: None
         """Called once, when the log has failed; whoever holds the node together sets it."""
+        self.stand_in: StandIn | None = None
+        """Of a log in memory: makes durable elsewhere what was appended, and says up to where
+        (``engine.logloss``)."""
+        self.frozen = False
+        """Nothing fits: the log is being moved."""
         self.appended = asyncio.Event()
         """Set with every append; readers at the head clear it and wait."""
 
@@ -99,6 +107,12 @@ class Log:
         cls, disk: Disk, path: str, tail_position: int, tail_seq: int, *, read_only: bool = False
     ) -> Log:
         """Opens with an empty content at the tail; ``recover`` finds what follows."""
+        file, capacity = cls.open_file(disk, path, read_only=read_only)
+        return cls(file, capacity, tail_position, tail_seq)
+
+    @staticmethod
+    def open_file(disk: Disk, path: str, *, read_only: bool = False) -> tuple[File, int]:
+        """The file of a log, and its capacity; StateError if it is none."""
         if not disk.exists(path):
             raise StateError(
                 f"the log {path} is missing", hint="restore it, or create the node anew"
@@ -108,7 +122,20 @@ class Log:
         if magic != _MAGIC or not 0 < capacity <= file.size() - RING_AT or capacity % 4096:
             file.close()
             raise StateError(f"{path} is not a log of this program, or was cut short")
-        return cls(file, capacity, tail_position, tail_seq)
+        return file, capacity
+
+    def go_on(self, file: File, capacity: int, stand_in: StandIn | None) -> None:
+        """Goes on in another file, empty, with the next seq. Everything before is durable where
+        it is needed, nobody reads, and the superblock says so already."""
+        seq = self.ring.next_seq
+        self._file.close()
+        self._file, self.stand_in = file, stand_in
+        self.ring = Ring(capacity, 0, seq)
+        self.payload_max = min(codec.PAYLOAD_MAX, capacity // 8 // 4096 * 4096)
+        self.durable_seq = seq - 1
+        self._recent.clear()
+        self._recent_bytes = 0
+        self.failed = None
 
     # -- state -------------------------------------------------------------------------------
 
@@ -134,7 +161,7 @@ class Log:
     def fits(self, size: int, largest: int) -> bool:
         """Whether records of ``size`` bytes in all, none above ``largest``, can be appended now."""
         rest = self.ring.capacity - self.ring.head % self.ring.capacity
-        return size + (largest if size > rest else 0) <= self.ring.room()
+        return size + (largest if size > rest else 0) <= self.ring.room() and not self.frozen
 
     # -- appending ---------------------------------------------------------------------------
 
@@ -209,9 +236,15 @@ class Log:
             raise self.failed
         if upto <= self.durable_seq:
             return
+        file = self._file
         try:
-            await self._file.sync()
+            if self.stand_in is not None:
+                upto = min(upto, await self.stand_in())
+            else:
+                await file.sync()
         except OSError as error:
+            if file is not self._file:
+                return  # of the file that the log was in before
             raise self._fail("sync", error) from error
         if self.ring is ring:  # not reset meanwhile: ``upto`` would be of a former stream
             self.durable_seq = max(self.durable_seq, upto)

@@ -86,11 +86,13 @@ class DcmFile:
             self.map.mark(offset // self.region_size, (offset + length - 1) // self.region_size)
         )
 
-    def finish(self, region: int, token: int) -> None:
-        """The remote has this region on disk, as read under ``token``."""
-        page = self.map.finish(region, token)
-        if page is not None:
-            self._write([page])
+    def finish(self, first: int, count: int, token: int) -> None:
+        """The remote has these regions on disk, as read under ``token``."""
+        finish = self.map.finish
+        pages = [finish(region, token) for region in range(first, first + count)]
+        changed = list(dict.fromkeys(page for page in pages if page is not None))
+        if changed:
+            self._write(changed)
 
     def merge(self, regions: Dcm) -> None:
         """Marks every region that is set in another map; DiskFailed as ``mark``."""

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 from nbdmirror.codec.admin import INVALID_PARAMS, Json, RpcError
 from nbdmirror.config import check_name, parse_address
 from nbdmirror.engine.events import EventLog, Page
+from nbdmirror.engine.gate import POLICIES
 from nbdmirror.errors import ConfigError
 
 TIMEOUT_SECONDS_MAX = 1e9
 CURSOR_MAX = 1 << 62
 RANGES_MAX = 1000
 
-CONDITIONS = ("in-sync", "connected", "consistent")
+CONDITIONS = ("in-sync", "connected", "consistent", "verified")
 
 
 class SnapshotApi(Protocol):
@@ -65,12 +66,18 @@ class NodeApi(Protocol):
     def status(self) -> Json:
         """The state of everything, schema 1 of the interface (X4); never waits (I7)."""
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> Json:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> Json:
         """Returns when a remote (None: every one) is in the condition ``until``, one of
-        ``CONDITIONS``; TimedOut after ``timeout`` seconds, at once for 0."""
+        ``CONDITIONS``; TimedOut after ``timeout`` seconds, at once for 0. In sync is what has
+        every change up to ``seq`` (None: up to now)."""
 
     async def resync(self, remote: str, full: bool) -> Json:
         """Starts a resync, of every region if ``full``; returns when its state is durable."""
+
+    async def verify(self, remote: str, repair: bool) -> Json:
+        """Has a remote compared by hash with this node; ``repair``: and what differs sent."""
 
     async def pause(self, remote: str) -> Json | None:
         """Stops replicating to a remote; its changes are tracked."""
@@ -81,7 +88,9 @@ class NodeApi(Protocol):
     def remote_list(self) -> list[Json]:
         """The remotes, as in ``status``."""
 
-    async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
+    async def remote_add(
+        self, name: str, address: str, mode: str, on_link_loss: str
+    ) -> Json | None:
         """Adds a remote while volumes are in use (M17)."""
 
     async def apply(self, frozen: bool) -> Json | None:
@@ -93,6 +102,16 @@ class NodeApi(Protocol):
 
     async def remote_remove(self, name: str) -> Json | None:
         """Forgets a remote; what was kept for it is freed (M17)."""
+
+    async def log_replace(self, path: str) -> Json:
+        """Goes on with the log in a new file at ``path`` (M13)."""
+
+    def facet_list(self) -> list[Json]:
+        """The local facets, as in ``status``, each with its volume."""
+
+    async def facet(self, action: str, path: str, other: str | None = None) -> list[Json]:
+        """offline, online, add (``other``: the volume), remove, replace (``other``: the new path)
+        of a local facet (M8, M17); returns the facets. What is copied then is copied behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +151,15 @@ async def _status(call: Call) -> Json:
 
 async def _wait(call: Call) -> Json:
     params = call.params
-    return await call.node.wait(params["until"], params["remote"], params["timeout"])
+    return await call.node.wait(params["until"], params["remote"], params["timeout"], params["seq"])
 
 
 async def _resync(call: Call) -> Json:
     return await call.node.resync(call.params["remote"], call.params["full"])
+
+
+async def _verify(call: Call) -> Json:
+    return await call.node.verify(call.params["remote"], call.params["repair"])
 
 
 async def _pause(call: Call) -> Json:
@@ -153,11 +176,43 @@ async def _remote_list(call: Call) -> list[Json]:
 
 async def _remote_add(call: Call) -> Json:
     params = call.params
-    return await call.node.remote_add(params["name"], params["address"], params["mode"]) or {}
+    policy = params["on_link_loss"]
+    if policy != "continue" and params["mode"] != "sync":
+        raise RpcError(INVALID_PARAMS, "remote.add: on_link_loss is for a remote of mode sync")
+    result = await call.node.remote_add(params["name"], params["address"], params["mode"], policy)
+    return result or {}
 
 
 async def _remote_remove(call: Call) -> Json:
     return await call.node.remote_remove(call.params["name"]) or {}
+
+
+async def _facet_list(call: Call) -> list[Json]:
+    return call.node.facet_list()
+
+
+def _facet(action: str, other: str | None = None) -> Method:
+    """A command on a facet; ``other`` names its second parameter."""
+
+    async def handler(call: Call) -> list[Json]:
+        value = call.params[other] if other is not None else None
+        return await call.node.facet(action, call.params["path"], value)
+
+    params = {"path": Param(str, required=True, check=_absolute)}
+    if other == "volume":
+        params[other] = Param(str, required=True)
+    elif other is not None:
+        params[other] = Param(str, check=_absolute)
+    return Method(handler, params, changing=True)
+
+
+def _absolute(path: Any) -> str | None:
+    good = path.startswith("/") and "\0" not in path and not path.endswith("/")
+    return None if good else f"must be an absolute path of a file or device, not {path!r}"
+
+
+async def _log_replace(call: Call) -> Json:
+    return await call.node.log_replace(call.params["path"])
 
 
 async def _freeze(call: Call) -> Json:
@@ -281,11 +336,15 @@ METHODS: dict[str, Method] = {
             "until": Param(str, required=True, check=_one_of(*CONDITIONS)),
             "remote": Param(str),
             "timeout": Param(float, check=_within(0, TIMEOUT_SECONDS_MAX)),
+            "seq": Param(int, check=_within(0, CURSOR_MAX)),
         },
         waiting=True,
     ),
     "resync": Method(
         _resync, {"remote": _REMOTE, "full": Param(bool, default=False)}, changing=True
+    ),
+    "verify": Method(
+        _verify, {"remote": _REMOTE, "repair": Param(bool, default=False)}, changing=True
     ),
     "pause": Method(_pause, {"remote": _REMOTE}, changing=True),
     "resume": Method(_resume, {"remote": _REMOTE}, changing=True),
@@ -295,11 +354,21 @@ METHODS: dict[str, Method] = {
         {
             "name": _REMOTE_NAME,
             "address": Param(str, required=True, check=_valid(parse_address)),
-            "mode": Param(str, default="async", check=_one_of("async")),
+            "mode": Param(str, default="async", check=_one_of("async", "sync")),
+            "on_link_loss": Param(str, default="continue", check=_one_of(*POLICIES)),
         },
         changing=True,
     ),
     "remote.remove": Method(_remote_remove, {"name": _REMOTE_NAME}, changing=True),
+    "log.replace": Method(
+        _log_replace, {"path": Param(str, required=True, check=_absolute)}, changing=True
+    ),
+    "facet.list": Method(_facet_list, {}),
+    "facet.offline": _facet("offline"),
+    "facet.online": _facet("online"),
+    "facet.add": _facet("add", "volume"),
+    "facet.remove": _facet("remove"),
+    "facet.replace": _facet("replace", "new"),
     "apply.freeze": Method(_freeze, {}, changing=True),
     "apply.thaw": Method(_thaw, {}, changing=True),
     "snapshot.create": Method(

@@ -16,23 +16,23 @@ from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.control import PeerUid
 from nbdmirror.engine.create import MARK, log_path, snapshot_directory
 from nbdmirror.engine.doors import Doors
+from nbdmirror.engine.doubt import mark_doubtful
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
-from nbdmirror.engine.log import Log
-from nbdmirror.engine.opening import check_state, open_volumes
+from nbdmirror.engine.logloss import LogKeeper, open_log
 from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.recovery import (
     Recovered,
-    doubtful_ranges,
-    level,
     note_fork,
-    pending,
+    open_volumes,
     redo,
 )
+from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshotcommands import SnapshotCommands
@@ -70,6 +70,7 @@ class Node:
         self.primary: Primary | None = None
         self.secondary: Secondary | None = None
         self.restorer: Restorer | None = None
+        self.facets: Facets | None = None
         self.exports: ExportServer | None = None
         self._started_at = 0.0
         self._access = {volume.name: volume.access for volume in config.volumes}
@@ -90,10 +91,9 @@ class Node:
                 hint="run nbdmirror create CONFIG --force",
             )
         self.store = Store.open(disk, directory)
-        check_state(self.store, self.config)
+        self.store.check(self.config)
         self.volumes = open_volumes(disk, self.store)
-        tail = self.store.state["tail"]
-        self.log = Log.open(disk, log_path(self.config), tail["position"], tail["seq"])
+        self.log = open_log(disk, self.config, self.store.state)
         self.snapshots = Snapshots(
             disk,
             snapshot_directory(self.config),
@@ -173,17 +173,28 @@ class Node:
         self.primary = Primary(self.env, config, group, self.store, self.events, self.housekeeper)
         active.safe_seq = self._safe_seq
         active.make_safe = self._make_safe
-        await self._mark_doubtful(recovered, active)
+        self.facets = Facets(group, self.store, self.events, self.env.disk, config.state_dir)
+        await mark_doubtful(self.store, self.primary.remotes, self.facets, recovered, active)
         await active.settle()
         state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
         state["durable_seq"] = self.log.durable_seq
         # The new epoch is durable before the first append (O10).
         await self.store.save()
         group.need_space = self.housekeeper.need_space
-        group.facet_lost = self._facet_lost
+        group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
+        self.housekeeper.facets = self.facets
+        self.rescue = Rescue(self.volumes, self.primary.remotes, self.events, self.facets.lost)
+        keeper = self.logkeeper = LogKeeper(
+            self.log, config.log.size, self.primary, self.facets, self.housekeeper, self.env.disk
+        )
+        keeper.on_failed = self._fail
+        self.log.on_failed, group.log_back = keeper.lost, keeper.back
+        group.goes_on = self.rescue.goes_on
+        self.housekeeper.rescue = self.rescue
         group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick
         self.housekeeper.on_full = config.log.on_full
+        self.facets.start()
         self.primary.start()
 
     def _begin_epoch(self, recovered: Recovered) -> None:
@@ -199,36 +210,6 @@ class Node:
         state["epoch"] += 1
         runs.append([state["epoch"], f"{self.env.random.getrandbits(64):016x}"])
         del runs[:-RUNS_MAX]
-
-    async def _mark_doubtful(self, recovered: Recovered, active: ActiveMapFile) -> None:
-        """What each remote's DCM has to hold after a crash, made durable."""
-        assert self.primary is not None
-        doubtful = doubtful_ranges(active, self.volumes) if recovered.power_loss else []
-        await level(self.volumes, doubtful)
-        changes = []
-        if any(remote.tracking for remote in self.primary.remotes):
-            changes = await pending(self.log)
-        for remote in self.primary.remotes:
-            if not recovered.clean:
-                for dcm in remote.dcms:
-                    dcm.rewrite()
-            if remote.tracking:
-                # Whether an overflow was finished or not: what the log holds is marked again.
-                for volume, offset, length in changes:
-                    remote.mark(volume, offset, length)
-            for place, offset, length in doubtful:
-                remote.mark(place.index, offset, length)
-            if recovered.lost:
-                await remote.fill(f"the log lost {recovered.lost} records: it was damaged")
-            elif self.store.damaged is not None:
-                await remote.fill(f"the superblock may be out of date: {self.store.damaged}")
-            elif doubtful:
-                # Records past the end are not in the history: the remote may be set back to there.
-                base_seq = min(remote.facts["base_seq"], recovered.end_seq)
-                remote.facts.update(compare=True, consistent=False, base_seq=base_seq)
-                remote.facts["why"] = remote.facts["why"] or "the primary lost power"
-            remote.save_defaults()
-            await remote.sync_maps()
 
     async def _start_secondary(self, recovered: Recovered) -> None:
         config = self.config
@@ -268,20 +249,21 @@ class Node:
         assert self.primary is not None
         upto = self.log.next_seq - 1
         await self.log.sync(upto)
+        await self.logkeeper.make_safe(upto)
         for remote in self.primary.remotes:
             await remote.sync_maps()
+        assert self.facets is not None
+        await self.facets.sync_maps()
         self.store.state["durable_seq"] = upto
         await self.store.save()
         self._safe = upto
 
     async def _facet_lost(self, volume: Volume, facet: LocalFacet) -> None:
-        """A facet went out of service: durable before the write that saw it is acknowledged."""
-        saved = self.store.state["volumes"][volume.index]["facets"]
-        for entry in saved:
+        """On a secondary: a facet went out of service; durable before anything relies on it."""
+        for entry in self.store.state["volumes"][volume.index]["facets"]:
             if entry["path"] == facet.path:
                 # From here on the log holds what the facet may lack, as long as it is kept.
-                entry["state"] = FacetState.NOT_SYNCHRONISED.value
-                entry["since"] = facet.synced_seq
+                entry.update(state=FacetState.NOT_SYNCHRONISED.value, since=facet.kept_seq)
         why = facet.failed.message if facet.failed else None
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
@@ -311,6 +293,9 @@ class Node:
             await self.exports.stop(STOP_SECONDS)
         if self.primary is not None:
             await self.primary.stop()
+        if self.facets is not None:
+            await self.rescue.stop()
+            await self.facets.stop()
         await self.doors.end_upstreams()
         if self.secondary is not None:
             await self.secondary.stop()
@@ -329,23 +314,23 @@ class Node:
     async def _settle(self) -> None:
         """Everything durable, the log released as far as remotes allow, marked clean."""
         await self.log.sync(self.log.next_seq - 1)
-        for volume in self.volumes:
-            for facet in volume.in_service():
-                await facet.sync()
+        await self.housekeeper.sync_facets()
+        if self.primary is not None:
+            await self.logkeeper.stop()
         await self.housekeeper.cycle()
         if self.primary is not None:
             await self._make_safe()
             await self.primary.group.active.drop_safe()
         # A failed log may hold a record that nobody was told of: redo decides about it.
-        if self.log.failed is None and all(
-            facet.failed is None for volume in self.volumes for facet in volume.facets
-        ):
+        if self.log.failed is None and all(volume.in_service() for volume in self.volumes):
             self.store.state.update(clean=True, end_seq=self.log.next_seq - 1)
             await self.store.save()
 
     def _close(self) -> None:
         if self.primary is not None:
             self.primary.close()
+            if self.facets is not None:
+                self.facets.close()
             self.primary.group.active.close()
         for volume in self.volumes:
             for facet in volume.facets:
@@ -373,6 +358,7 @@ class Node:
             "volumes": [self._volume_status(volume) for volume in self.volumes],
             "log": {
                 "mode": config.log.mode,
+                "in_memory": bool(state.get("log_volatile")),
                 "on_full": config.log.on_full,
                 **self.housekeeper.status(),
             },
@@ -396,13 +382,11 @@ class Node:
             "clients": volume.clients,
             "clients_max": self._access[volume.name].connections_max,
             "uris": uris(self.config, volume.name) if primary else [],
-            "facets": [
-                {
-                    "path": facet.path,
-                    "state": self._facet_word(facet),
-                    "errors": facet.errors,
-                }
-                for facet in volume.facets
+            "facets": self.facets.status(volume)
+            if self.facets is not None
+            else [
+                {"path": f.path, "state": self._facet_word(f), "errors": f.errors}
+                for f in volume.facets
             ],
         }
 
@@ -425,14 +409,20 @@ class Node:
             )
         return self.primary
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> dict[str, Any]:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> dict[str, Any]:
         """Returns when the remotes (or this secondary) are ``until``; TimedOut otherwise."""
-        await wait_until(self, until, remote, timeout)
+        await wait_until(self, until, remote, timeout, seq)
         return self.status()
 
     async def resync(self, remote: str, full: bool) -> dict[str, Any]:
         """Begins a resync now."""
         return await self._need_primary().resync(remote, full)
+
+    async def verify(self, remote: str, repair: bool) -> dict[str, Any]:
+        """Begins a verify now, or as soon as the remote is consistent."""
+        return await self._need_primary().verify(remote, repair)
 
     async def pause(self, remote: str) -> None:
         """Ends replication to a remote until ``resume``."""
@@ -446,11 +436,11 @@ class Node:
         """The remotes, as in the status."""
         return self._need_primary().status()
 
-    async def remote_add(self, name: str, address: str, mode: str) -> None:
+    async def remote_add(self, name: str, address: str, mode: str, on_link_loss: str) -> None:
         """Adds a remote while the volumes are in use."""
         primary = self._need_primary()
         self.doors.check_link(address)
-        await primary.add(name, address, mode)
+        await primary.add(name, address, mode, on_link_loss)
 
     async def apply(self, frozen: bool) -> dict[str, Any]:
         """Freezes or thaws the facets of a secondary (V8)."""
@@ -461,6 +451,33 @@ class Node:
             )
         await self.secondary.applier.change(frozen=frozen)
         return self.secondary.applier.status()
+
+    async def facet(self, action: str, path: str, other: str | None = None) -> list[dict[str, Any]]:
+        """One of the commands on local facets; returns all facets as in the status."""
+        await self._need_facets().command(action, path, other)
+        return self.facet_list()
+
+    def facet_list(self) -> list[dict[str, Any]]:
+        """The local facets, as in the status, each with its volume."""
+        facets = self._need_facets()
+        return [
+            {"volume": volume.name, **entry}
+            for volume in self.volumes
+            for entry in facets.status(volume)
+        ]
+
+    async def log_replace(self, path: str) -> dict[str, Any]:
+        """Moves the log to a new file, or brings it back to a disk."""
+        self._need_primary()
+        return await self.logkeeper.replace(path)
+
+    def _need_facets(self) -> Facets:
+        if self.facets is None:
+            raise Refused(
+                f"{self.config.node} is a secondary: its facets follow its log",
+                hint="run this on the primary",
+            )
+        return self.facets
 
     async def remote_remove(self, name: str) -> None:
         """Forgets a remote."""

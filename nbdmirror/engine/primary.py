@@ -11,11 +11,15 @@ from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.export import ExportServer
+from nbdmirror.engine.gate import SyncGate
+from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.remote import NEW_FACTS, Remote
 from nbdmirror.engine.session import Context, Session
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.verify import request
 from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, UsageError
 from nbdmirror.ports import Env
 
@@ -48,7 +52,18 @@ class Primary:
         self.remotes: list[Remote] = []
         housekeeper.remotes = self.remotes
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._context = Context(env, store, events, config.replication, config.group, config.node)
+        self._exports: ExportServer | None = None
+        self.governor = Governor(env.clock, self._activity)
+        self._context = Context(
+            env,
+            store,
+            events,
+            config.replication,
+            config.group,
+            config.node,
+            self.governor,
+            config.log.on_full,
+        )
         for name, facts in self._merged_facts().items():
             self._make(name, facts)
 
@@ -56,6 +71,16 @@ class Primary:
     def on_full(self) -> str:
         """The policy when the log is full (M7)."""
         return self._config.log.on_full
+
+    def serve_beside(self, exports: ExportServer) -> None:
+        """What clients ask of the exports is what resyncs yield to."""
+        self._exports = exports
+        exports.governor = self.governor
+
+    def _activity(self) -> int:
+        """Grows with what clients ask for."""
+        batches = self._exports.batches if self._exports is not None else 0
+        return self.group.bytes_written + batches
 
     # -- making remotes ----------------------------------------------------------------------
 
@@ -70,6 +95,11 @@ class Primary:
                 mode=remote.mode,
                 compression=remote.compression,
                 apply_delay=remote.apply_delay,
+                on_link_loss=remote.on_link_loss,
+                max_rate=remote.max_rate,
+                verify_interval=remote.verify_interval,
+                verify_rate=remote.verify_rate,
+                verify_repair=remote.verify_repair,
                 added=False,
             )
             wanted[remote.name] = facts
@@ -91,8 +121,21 @@ class Primary:
         )
         remote.open()
         remote.on_moved = self._housekeeper.remote_moved
+        if facts["mode"] == "sync":
+            self._make_gate(remote)
         self.remotes.append(remote)
         return remote
+
+    def _make_gate(self, remote: Remote) -> None:
+        def changed(engaged: bool) -> None:
+            self._events.emit("in-step" if engaged else "out-of-step", remote=remote.name)
+
+        policy = remote.facts.get("on_link_loss", "continue")
+        gate = SyncGate(remote.name, policy, self.group.log.bytes_between)
+        gate.excuse(bool(remote.facts["paused"]))
+        gate.on_change = changed
+        remote.gate = gate
+        self.group.gates.append(gate)
 
     def start(self) -> None:
         """Starts connecting."""
@@ -190,9 +233,34 @@ class Primary:
                 f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
             )
         if full:
+            self._check_needed(remote)
             remote.drop.set()  # before the log may be released that the session reads
             await remote.fill("asked for by a person")
         remote.kick.set()
+        return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
+
+    def _check_needed(self, remote: Remote) -> None:
+        """Refused if it is what a volume without a local facet is read from (M11)."""
+        rescue = self._housekeeper.rescue
+        if rescue is not None and rescue.needed(remote):
+            raise Refused(
+                f"remote {remote.name} holds the only copy of a volume that may be trusted",
+                hint="bring a local facet back first: see nbdmirror facet list",
+            )
+
+    async def verify(self, name: str, repair: bool) -> dict[str, Any]:
+        """Begins a verify as soon as the remote is consistent, or has one that runs repair."""
+        remote = self.remote(name)
+        if remote.facts["paused"]:
+            raise NbdmirrorError(
+                f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
+            )
+        if remote.facts.get("verify") is None:
+            remote.facts["verify"] = request(repair, self._env.clock.time_ns())
+        elif repair:
+            remote.facts["verify"]["repair"] = True
+        await self._store.save()
+        remote.verify_wanted.set()
         return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
 
     async def pause(self, name: str) -> None:
@@ -201,6 +269,8 @@ class Primary:
         remote.facts["paused"] = True
         await self._store.save()
         remote.drop.set()
+        if remote.gate is not None:
+            remote.gate.excuse(True)
         self._events.emit("paused", remote=name)
 
     async def resume(self, name: str) -> None:
@@ -208,10 +278,12 @@ class Primary:
         remote = self.remote(name)
         remote.facts["paused"] = False
         await self._store.save()
+        if remote.gate is not None:
+            remote.gate.excuse(False)
         remote.kick.set()
         self._events.emit("resumed", remote=name)
 
-    async def add(self, name: str, address: str, mode: str) -> None:
+    async def add(self, name: str, address: str, mode: str, on_link_loss: str = "continue") -> None:
         """A new remote, while the volumes are in use (M17): first synchronisation follows."""
         if any(remote.name == name for remote in self.remotes):
             raise UsageError(f"there is a remote {name!r} already")
@@ -220,6 +292,7 @@ class Primary:
             "defaults": {},
             "address": address,
             "mode": mode,
+            "on_link_loss": on_link_loss,
             "compression": "off",
             "added": True,
         }
@@ -233,10 +306,14 @@ class Primary:
     async def remove(self, name: str) -> None:
         """Forgets a remote and its map (M17)."""
         remote = self.remote(name)
+        self._check_needed(remote)
         task = self._tasks.pop(name)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         self.remotes.remove(remote)
+        if remote.gate is not None:
+            self.group.gates.remove(remote.gate)
+            remote.gate.excuse(True)
         if remote in self.group.trackers:
             self.group.trackers.remove(remote)
         del self._store.state["remotes"][name]

@@ -12,7 +12,6 @@ Frames are handled in their order by one task; what may wait there holds back th
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +19,11 @@ from typing import Any
 from nbdmirror.codec import fields, repl
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
+from nbdmirror.codec.regions import parse_hashes, parse_region
 from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.link import Link
+from nbdmirror.engine.readserver import ReadServer
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
 
@@ -55,11 +57,14 @@ class Receiver:
         self._synced_tokens: list[int] = []
         self._sync_task: asyncio.Task[None] | None = None
         self._end_seq: int | None = None
+        self._reads = ReadServer(secondary, self.link)
+        self._comparer = Comparer(secondary, self.link, self._sync_soon)
 
     async def run(self) -> None:
         """Handles frames until the link is gone; returns its cause."""
         tasks = [
             asyncio.ensure_future(self._pump()),
+            asyncio.ensure_future(self._comparer.run()),
             asyncio.ensure_future(self.link.closed.wait()),
         ]
         try:
@@ -73,6 +78,7 @@ class Receiver:
         finally:
             if self._sync_task is not None:
                 tasks.append(self._sync_task)
+            tasks += self._reads.tasks
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -111,8 +117,12 @@ class Receiver:
                         await self._on_records(frame)
                     elif frame.type is Type.REGION:
                         await self._on_region(frame)
-                    elif frame.type is Type.HASHES:
-                        await self._on_hashes(frame)
+                    elif frame.type in (Type.HASHES, Type.VERIFY):
+                        self._comparer.put(parse_hashes(frame))
+                    elif frame.type is Type.READ:
+                        await self._reads.on_frame(frame)
+                    elif frame.type is Type.START:
+                        await self._start(frame)
                     elif frame.type is Type.RESYNC_END:
                         (self._end_seq,) = frame.unpack(repl.SEQ)
                         await self._check_end()
@@ -185,6 +195,7 @@ class Receiver:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
         if delay != self.secondary.applier.settings["delay"]:
             await self.secondary.applier.change(delay=float(delay))
+        self.secondary.eager = start.get("eager") is True
         await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
         self._started = True
         self._eager = start.get("eager") is True
@@ -279,40 +290,15 @@ class Receiver:
     # -- regions -----------------------------------------------------------------------------
 
     async def _on_region(self, frame: Frame) -> None:
-        token, volume, flags, offset, length = frame.unpack(repl.REGION)
-        data = frame.payload[repl.REGION.size :]
-        zeros = bool(flags & repl.ZEROS)
-        if len(data) != (0 if zeros else length):
-            raise PeerError(f"REGION of {length} bytes carries {len(data)}")
-        self.secondary.check_range(volume, offset, length)
-        self.secondary.check_resyncing()
-        await self.secondary.place(volume, offset, length, None if zeros else data)
-        if not flags & repl.MORE:
-            self._sync_soon(token)
-
-    async def _on_hashes(self, frame: Frame) -> None:
-        token, volume, region, offset, length = frame.unpack(repl.HASHES)
-        hashes = frame.payload[repl.HASHES.size :]
-        self.secondary.check_range(volume, offset, length)
-        if region != self.secondary.volumes[volume].region_size:
-            raise PeerError(f"HASHES of regions of {region} bytes")
-        count = -(-length // region)
-        if len(hashes) != count * repl.HASH_SIZE:
-            raise PeerError(f"HASHES of {length} bytes carries {len(hashes)} bytes of hashes")
-        self.secondary.check_resyncing()
-        flags = bytearray(count)
-        for index in range(count):
-            at = offset + index * region
-            data = await self.secondary.read(volume, at, min(region, offset + length - at))
-            digest = hashlib.sha256(data).digest()[: repl.HASH_SIZE]
-            start = index * repl.HASH_SIZE
-            flags[index] = digest != hashes[start : start + repl.HASH_SIZE]
-            if not flags[index] and self.secondary.store.state.get("cache_doubt"):
-                # Equal in the page cache, and perhaps only there: written once more (O16).
-                await self.secondary.place(volume, at, len(data), data)
-            await asyncio.sleep(0)  # acknowledgements go on meanwhile
-        self.link.send(Type.WANT, [repl.TOKEN.pack(token), bytes(flags)])
-        self._sync_soon(token)
+        region = parse_region(frame)
+        secondary = self.secondary
+        secondary.check_resyncing()
+        for offset, length, _ in region.extents:
+            secondary.check_range(region.volume, offset, length)
+        for offset, length, data in region.extents:
+            await secondary.place(region.volume, offset, length, data)
+        if not region.more:
+            self._sync_soon(region.token)
 
     def _sync_soon(self, token: int) -> None:
         self._synced_tokens.append(token)
@@ -324,7 +310,7 @@ class Receiver:
         while self._synced_tokens:
             tokens, self._synced_tokens = self._synced_tokens, []
             try:
-                await self.secondary.sync_facets()
+                await self.secondary.sync_placed()
             except DiskFailed as error:
                 self.link.close(error)
                 return
@@ -336,6 +322,7 @@ class Receiver:
     async def progress(self) -> None:
         """Called by the secondary when its durable or applied position moved."""
         self.acknowledge()
+        self._comparer.moved()
         await self._check_end()
 
     async def _check_end(self) -> None:

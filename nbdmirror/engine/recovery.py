@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nbdmirror.codec.record import MARK, Record
+from nbdmirror.codec.record import Record
 from nbdmirror.core.active import volume_extent
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
@@ -25,7 +25,8 @@ from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.log import Cursor, Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed
+from nbdmirror.errors import DiskFailed, StateError
+from nbdmirror.ports import Disk
 
 LEVEL_BYTES = 1 << 20
 """Facets are compared in pieces of this size after a power loss."""
@@ -55,16 +56,20 @@ async def redo(
 ) -> Recovered:
     """Brings the facets to the end of the log. On return everything that will be relied on is
     durable; the superblock is changed in memory only, and saved by the caller. ``before`` is
-    awaited before each record: snapshots may need what it overwrites.
-
-    A facet that failed is brought back too, if the log still holds all that it had not synced
+    awaited before each record: snapshots may need what it overwrites. A facet that failed is brought back too, if the log still holds all that it had not synced
     then: its disk is tried again, and what the page cache may have lost is written anew (O16)."""
     state = store.state
     clean = bool(state["clean"])
     # A failed sync of the log may have cost as much of it as a power loss (O16).
-    power_loss = not clean and (state["boot_id"] != boot_id or bool(state.get("log_failed")))
+    volatile = bool(state.get("log_volatile"))  # what it held is gone with the process
+    power_loss = not clean and (
+        volatile or state["boot_id"] != boot_id or bool(state.get("log_failed"))
+    )
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     healing = _healing(store, volumes, log.ring.tail_seq)
+    for volume in volumes:
+        for facet in volume.facets:
+            facet.synced_seq = log.ring.tail_seq - 1
     timeline = Timeline()
     records = 0
     # The damaged slot of the superblock may have told of a newer epoch.
@@ -85,19 +90,27 @@ async def redo(
     until = end_seq if limit is None else min(limit, end_seq)
     # Within one boot the page cache holds all that was written, so what is behind the damage is in
     # the facets; redoing what lies before it would only bring back what it had replaced.
-    behind = 0 if power_loss else log.seq_behind(forks)
+    behind = 0 if power_loss or end_seq == state.get("cut_seq") else log.seq_behind(forks)
+    if power_loss:
+        # What lies behind is left from before, and proves nothing until more is appended.
+        state["cut_seq"] = end_seq
+    if behind:
+        healing = []
     if not behind and (not clean or healing):
-        await _apply(log, until, volumes, healing, before, only_healing=clean)
+        await _apply(store, log, until, volumes, healing, before, only_healing=clean)
     for volume in volumes:
         for facet in volume.facets:
-            facet.written_seq = max(until, log.ring.tail_seq - 1)
-            # Redo may have brought back older versions of blocks: nothing counts as synced (O23).
-            redone = records and (not clean or facet in healing)
-            facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
-            if facet in healing or (power_loss and facet.in_service):
-                await facet.sync()
-    _trust_again(store, healing)
-    known = max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
+            if facet.failed is None:
+                facet.written_seq = max(until, log.ring.tail_seq - 1)
+                # Redo may have brought back older versions of blocks: nothing counts as synced
+                # (O23).
+                redone = records and (not clean or facet in healing)
+                facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
+                if facet in healing or (power_loss and facet.in_service):
+                    await _sync(store, volume, facet)
+    _trust_again(store, [facet for facet in healing if facet.failed is None])
+    _note_failed(store, volumes)
+    known = 0 if volatile else max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
     return Recovered(
         clean=clean,
         power_loss=power_loss,
@@ -110,6 +123,7 @@ async def redo(
 
 
 async def _apply(
+    store: Store,
     log: Log,
     until: int,
     volumes: list[Volume],
@@ -127,22 +141,34 @@ async def _apply(
             if not only_healing:
                 await before(record)
             volume = volumes[record.volume]
-            facets = [facet for facet in volume.facets if facet in healing]
-            for facet in facets if only_healing else volume.in_service() + facets:
+            facets = [f for f in volume.facets if f in healing and f.failed is None]
+            for facet in facets if only_healing else volume.writable() + facets:
                 try:
                     await facet.apply(record)
                 except OSError as error:
-                    raise facet.fail("redo", error) from error
+                    failure = facet.fail("redo", error)
+                    if not volume.in_service() and not _followed(store):
+                        raise failure from error
 
 
-async def pending(log: Log) -> list[tuple[int, int, int]]:
-    """(volume, offset, length) of every change that the log holds."""
-    cursor, found = Cursor(log.ring.tail_seq), []
-    while cursor.seq < log.next_seq:
-        for record in (await log.read(cursor)).parsed():
-            if record.kind != MARK:
-                found.append((record.volume, record.offset, record.length))
-    return found
+async def _sync(store: Store, volume: Volume, facet: LocalFacet) -> None:
+    """Raises DiskFailed if the volume has no other facet, and no remote to stand in."""
+    try:
+        await facet.sync()
+    except DiskFailed:
+        if not volume.in_service() and not _followed(store):
+            raise
+
+
+def _note_failed(store: Store, volumes: list[Volume]) -> None:
+    """Facets that failed in the redo are out of service; the caller saves (M12)."""
+    for volume, saved in zip(volumes, store.state["volumes"], strict=True):
+        for facet, entry in zip(volume.facets, saved["facets"], strict=True):
+            if facet.failed is not None and facet.state is not FacetState.NOT_SYNCHRONISED:
+                facet.state = FacetState.NOT_SYNCHRONISED
+                entry.update(
+                    state=facet.state.value, since=facet.kept_seq, why=facet.failed.message
+                )
 
 
 def _entries(store: Store) -> Iterator[dict[str, Any]]:
@@ -152,20 +178,29 @@ def _entries(store: Store) -> Iterator[dict[str, Any]]:
 
 def _healing(store: Store, volumes: list[Volume], tail_seq: int) -> list[LocalFacet]:
     """The failed facets for which the log holds everything since their last sync."""
-    since = {entry["path"]: entry.get("since") for entry in _entries(store)}
+    entries = {
+        entry["path"]: entry
+        for entry in _entries(store)
+        if not entry.get("tracking") and not entry.get("offline")
+    }
 
     def held(facet: LocalFacet) -> bool:
-        synced = since.get(facet.path)
-        return synced is not None and synced + 1 >= tail_seq
+        entry = entries.get(facet.path, {})
+        synced = entry.get("since")
+        if synced is None or synced + 1 < tail_seq:
+            return False
+        # Another file in its place has not what the log is added to.
+        return entry.get("identity") in (None, facet.file.identity())
 
     facets = (facet for volume in volumes for facet in volume.facets)
-    return [facet for facet in facets if not facet.in_service and held(facet)]
+    return [facet for facet in facets if facet.is_open and not facet.writable and held(facet)]
 
 
 def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
     paths = [facet.path for facet in healed]
     for facet in healed:
         facet.state = FacetState.SYNCHRONISED
+        facet.writable, facet.kept_seq = True, None
     for entry in _entries(store):
         if entry["path"] in paths:
             entry.update(state=FacetState.SYNCHRONISED.value, since=None)
@@ -193,11 +228,18 @@ def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[
     return ranges
 
 
-async def level(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
+async def level(
+    volumes: list[Volume], ranges: list[tuple[Volume, int, int]], healed: tuple[str, ...]
+) -> None:
     """Makes the facets of each volume equal in the ranges, durably: writes that the log lost may
-    have reached one facet and not another, and a read must not depend on which one serves it."""
+    have reached one facet and not another, and a read must not depend on which one serves it.
+
+    One that was healed is not what others are made equal to: a write that it failed in the middle
+    of may be in it in part, and not in the log."""
     for volume, offset, length in ranges:
-        facets = volume.in_service()
+        facets = sorted(volume.in_service(), key=lambda facet: facet.path in healed)
+        if len(facets) < 2:
+            continue
         for at in range(offset, offset + length, LEVEL_BYTES):
             size = min(LEVEL_BYTES, offset + length - at)
             for first, other in ((facets[0], other) for other in facets[1:]):
@@ -216,3 +258,55 @@ def facet_state(word: str) -> FacetState:
         return FacetState(word)
     except ValueError:
         raise DiskFailed(f"unknown facet state {word!r} in the superblock") from None
+
+
+def open_volumes(disk: Disk, store: Store) -> list[Volume]:
+    """The volumes with their facets, as the superblock names them.
+
+    A facet that cannot be opened is out of service, and nothing is known of its content, if
+    another one is in service; else StateError or OSError says why it cannot be."""
+    volumes = []
+    for index, saved in enumerate(store.state["volumes"]):
+        facets: list[LocalFacet] = []
+        failures: list[Exception] = []
+        for entry in saved["facets"]:
+            state = facet_state(entry["state"])
+            try:
+                facet = LocalFacet.open(disk, entry["path"], saved["size"], state)
+            except (StateError, OSError) as error:
+                failures.append(error)
+                facet = _absent(entry, saved["size"], str(error))
+            if state is FacetState.NOT_SYNCHRONISED and not entry.get("tracking"):
+                facet.kept_seq = entry.get("since")
+            facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
+            facets.append(facet)
+        served = any(facet.in_service for facet in facets) or _followed(store)
+        if failures and not served:
+            raise failures[0]
+        volumes.append(
+            Volume(index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets)
+        )
+    return volumes
+
+
+def _followed(store: Store) -> bool:
+    """Whether a remote had all that was written, or gets it from the log: it can be read (M11)."""
+    return any(
+        facts["initialised"] and facts["consistent"] and not facts["tracking"]
+        for facts in store.state["remotes"].values()
+    )
+
+
+def _absent(entry: dict[str, Any], size: int, why: str) -> LocalFacet:
+    """A facet that cannot be opened. One that was trusted must be compared when it is back: it may
+    be another disk then."""
+    if entry["state"] != FacetState.NOT_SYNCHRONISED.value:
+        entry.update(
+            state=FacetState.NOT_SYNCHRONISED.value,
+            since=None,
+            tracking=True,
+            fill=True,
+            compare=True,
+            why=why,
+        )
+    return LocalFacet(None, entry["path"], size, FacetState.NOT_SYNCHRONISED)

@@ -3,7 +3,8 @@
 Decides nothing about the wire (``engine.session``) and nothing about when space is needed
 (``engine.housekeeper``); it is what both act upon. The facts are part of the superblock:
 
-    address, mode, compression, added   what the configuration, or ``remote add``, says
+    address, mode, compression, on_link_loss, added
+                  what the configuration, or ``remote add``, says
     initialised   a stream was agreed upon once
     tracking      in DCM logging: the log keeps nothing for it
     base_seq      the DCM and the log together hold every change after this seq
@@ -13,6 +14,10 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     met_epoch     the epoch in which it last agreed to a stream
     paused        by a person
     why           the cause of the last resync or refusal, for people
+    behind_ns     wall clock: since when the remote lacks something that the log does not hold
+    verify        a verify that is wanted or runs: see ``engine.verify.request``; null if none
+    verified      what the last one found: {finished_ns, differing, ...}; null if there was none
+    max_rate, verify_interval, verify_rate, verify_repair    as configured
     defaults      {volume name: default bit of its DCM}
 """
 
@@ -20,13 +25,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import record as codec
+from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.core.meter import Meter
+from nbdmirror.core.progress import Progress
 from nbdmirror.core.remotestate import Facts, next_action, state_of
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile, dirty_runs
@@ -34,6 +41,9 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.remoteread import RemoteReads
 
 PENDING_SCAN_MAX = 64 << 20
 """Pending log bytes up to which a block status looks at each entry."""
@@ -48,34 +58,11 @@ NEW_FACTS: dict[str, Any] = {
     "met_epoch": 0,
     "paused": False,
     "why": None,
+    "behind_ns": None,
+    "verify": None,
+    "verified": None,
     "defaults": {},
 }
-
-
-class ResyncProgress:
-    """What a running resync has done; bytes never fall within a pass (X4)."""
-
-    def __init__(self, kind: str, total_bytes: int) -> None:
-        self.kind = kind
-        self.total_bytes = total_bytes
-        self.done_bytes = 0
-        self.sent_bytes = 0
-        self.skipped_bytes = 0
-        self.meter = Meter()
-
-    def status(self, now: float) -> dict[str, Any]:
-        """The ``resync`` object of the status."""
-        rate = self.meter.rate(now)
-        eta = self.meter.eta(now, self.total_bytes - self.done_bytes)
-        return {
-            "kind": self.kind,
-            "done_bytes": min(self.done_bytes, self.total_bytes),
-            "total_bytes": self.total_bytes,
-            "sent_bytes": self.sent_bytes,
-            "skipped_bytes": self.skipped_bytes,
-            "rate": round(rate),
-            "eta_s": None if eta is None else round(eta, 1),
-        }
 
 
 class Remote:
@@ -110,17 +97,27 @@ class Remote:
         self.engaged = False
         """A session agrees upon a stream, or runs one."""
         self.link = "disconnected"
+        self.reads: RemoteReads | None = None
+        """Reads through it, while there is a stream."""
+        self.gate: SyncGate | None = None
+        """What replies wait for, if it is a synchronous remote."""
         self.refused: str | None = None
         self.failed: str | None = None
         self.stall: str | None = None
-        self.progress: ResyncProgress | None = None
+        self.progress: Progress | None = None
         self.bytes_sent = 0
+        self.bucket = Bucket(facts.get("max_rate"))
+        self.order_failures = 0
+        """How often the log overflowed since the remote was last consistent, and when last."""
+        self.order_failed_at = float("-inf")
         self.on_moved: Callable[[], None] = lambda: None
         """Called when the remote acknowledged more; housekeeping sets it."""
         self.changed = asyncio.Event()
         """Set with every acknowledgement and change of state; waiters clear it."""
         self.kick = asyncio.Event()
         """Ends the pause before the next attempt to connect."""
+        self.verify_wanted = asyncio.Event()
+        """Set when a verify was asked for."""
         self.drop: asyncio.Event = asyncio.Event()
         """Ends the session that runs now; the next handshake decides anew."""
 
@@ -176,6 +173,17 @@ class Remote:
         return bool(self.facts["tracking"])
 
     @property
+    def follows(self) -> bool:
+        """Whether it has, or gets from the log in order, all that was ever written (M11)."""
+        facts = self.facts
+        return bool(
+            facts["initialised"]
+            and facts["consistent"]
+            and not self.tracking
+            and self.dirty_regions == 0
+        )
+
+    @property
     def dirty_regions(self) -> int:
         """Regions that are marked, over all volumes."""
         return sum(dcm.map.count for dcm in self.dcms)
@@ -222,11 +230,12 @@ class Remote:
         """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
         what is pending is marked piece by piece, and its space released as that is durable."""
         assert not self.tracking
-        log = self.group.log
+        group, log, facts = self.group, self.group.log, self.facts
         upto = log.next_seq
-        facts = self.facts
         self.marked_seq = self.durable_seq
+        behind_ns = facts.get("behind_ns") or group.timeline.time_of(self.durable_seq + 1)
         facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, why=why)
+        facts["behind_ns"] = behind_ns
         self.group.trackers.append(self)
         self.cancel_start()
         self._events.emit(
@@ -264,11 +273,19 @@ class Remote:
         self.received_seq = max(self.received_seq, received)
         self.durable_seq = max(self.durable_seq, durable)
         self.applied_seq = max(self.applied_seq, applied)
+        if self.gate is not None:
+            self.gate.moved(self.received_seq, self.durable_seq)
         self.on_moved()
         self.notify()
 
+    def _order_failed(self) -> None:
+        if self.progress is not None and self.progress.kind != "verify":
+            self.order_failures += 1
+            self.order_failed_at = asyncio.get_running_loop().time()
+
     def cancel_start(self) -> None:
         """The log is full while a stream is being agreed upon: it is not kept for that."""
+        self._order_failed()
         self.starting = False
         self.drop.set()
 
@@ -314,7 +331,7 @@ class Remote:
             full=facts["full"],
             dirty_regions=self.dirty_regions,
             connected=self.link == "connected",
-            resyncing=self.progress is not None,
+            resyncing=self.progress is not None and self.progress.kind != "verify",
             refused=self.refused,
             failed=self.failed,
         )
@@ -330,7 +347,9 @@ class Remote:
         state = state_of(facts)
         log = self.group.log
         pending = 0 if self.tracking else log.next_seq - 1 - self.durable_seq
-        oldest = self.group.timeline.time_of(self.durable_seq + 1) if pending else None
+        oldest = self.facts.get("behind_ns")
+        if oldest is None and pending:
+            oldest = self.group.timeline.time_of(self.durable_seq + 1)
         why = self.refused or self.failed or self.stall
         if why is None and state != "synchronised":
             why = self.facts["why"]
@@ -338,6 +357,7 @@ class Remote:
             "name": self.name,
             "address": self.facts["address"],
             "mode": self.facts["mode"],
+            "in_step": None if self.gate is None else self.gate.engaged,
             "link": self.link,
             "state": state,
             "received_seq": self.received_seq,
@@ -356,9 +376,26 @@ class Remote:
             "dirty": {"regions": facts.dirty_regions, "bytes": self.dirty_bytes},
             "bytes_sent": self.bytes_sent,
             "resync": None if self.progress is None else self.progress.status(now),
+            "verify": verify_status(self.facts, wall_ns),
             "why": why,
             "next_action": next_action(facts, self.name),
         }
+
+
+def verify_status(facts: dict[str, Any], wall_ns: int) -> dict[str, Any] | None:
+    """The ``verify`` object of a remote's status; ``None`` if none was ever asked for."""
+    last = facts.get("verified")
+    if last is None and facts.get("verify") is None:
+        return None
+    last = last or {}
+    finished = last.get("finished_ns")
+    return {
+        "running": facts.get("verify") is not None,
+        "age_s": None if finished is None else max(0.0, round((wall_ns - finished) / 1e9, 1)),
+        "differing": last.get("differing"),
+        "unsettled": last.get("unsettled"),
+        "repaired": last.get("repaired"),
+    }
 
 
 def volume_map(volumes: Sequence[Volume]) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 COPY_BYTES = 4 << 20
 """What is copied with one sync of the facets and one of the map."""
 
+Changing = Callable[["Volume", list[tuple[int, int]]], Awaitable[None]]
 FacetsFailed = Callable[["Volume", list["LocalFacet"]], Awaitable[None]]
 
 
@@ -57,6 +58,7 @@ class VolumeRestore:
         members: Sequence[Member],
         left: DcmFile,
         ready: Callable[[], Awaitable[None]],
+        changing: Changing,
         failed: FacetsFailed,
     ) -> None:
         self.chain = chain
@@ -65,6 +67,7 @@ class VolumeRestore:
         """Regions that are not in the facets yet."""
         self._members = list(members)
         self._ready = ready
+        self._changing = changing
         self._failed = failed
         self._wanted: dict[int, asyncio.Future[None]] = {}
         self.unreadable: dict[int, str] = {}
@@ -199,6 +202,7 @@ class VolumeRestore:
         ranges = [(r * size, min(size, volume.size - r * size)) for r in batch]
         while any(self._chain_holds(*one) for one in ranges):
             await self.chain.make_way(ranges)
+        await self._changing(volume, ranges)
         done: list[int] = []
         for region in batch:
             try:
@@ -210,14 +214,16 @@ class VolumeRestore:
             await self._place(region * size, data)
             done.append(region)
         lost = []
-        for facet in volume.in_service():
+        for facet in volume.writable():
             try:
                 await facet.sync()
             except DiskFailed:
                 lost.append(facet)
         if lost:
             await self._failed(volume, lost)
-        volume.source()  # raises if no facet is left that has taken it, whoever saw it fail
+        # A facet that went out of service meanwhile, whoever saw it fail, may lack some of it.
+        await self._changing(volume, ranges)
+        volume.source()  # raises if no facet is left
         self.left.unmark(done)
         await self.left.sync()
         self._resolve(done, None)
@@ -225,7 +231,7 @@ class VolumeRestore:
     async def _place(self, offset: int, data: Buffer) -> None:
         zeros = bytes(data).count(0) == len(data)
         lost = []
-        for facet in self.volume.in_service():
+        for facet in self.volume.writable():
             try:
                 if zeros:
                     await facet.punch(offset, len(data))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.engine.bypass import bypass
+from nbdmirror.engine.bypass import bypass, note_beside, relieve_log
 from nbdmirror.engine.chain import Member
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.recovery import level
@@ -24,6 +24,7 @@ from nbdmirror.errors import NbdmirrorError, Refused, StateError, VolumeFailed
 
 if TYPE_CHECKING:
     from nbdmirror.engine.facet import LocalFacet
+    from nbdmirror.engine.facets import Facets
     from nbdmirror.engine.node import Node
     from nbdmirror.engine.primary import Primary
 
@@ -90,7 +91,9 @@ class Restorer:
 
     def _volume_restore(self, index: int, members: list[Member], left: DcmFile) -> VolumeRestore:
         chain = self._snapshots.chains[index]
-        return VolumeRestore(chain, members, left, self._settled, self._facets_failed)
+        return VolumeRestore(
+            chain, members, left, self._settled, self._changing, self._facets_failed
+        )
 
     async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         if self._node.primary is not None:
@@ -98,9 +101,24 @@ class Restorer:
         elif facets[0].failed is not None:
             raise facets[0].failed
 
+    async def _changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
+        """The copy changes the facets in service: whoever watches or lacks the regions is told."""
+        if self._node.primary is not None:
+            for tracker in self._node.primary.group.trackers:
+                for offset, length in ranges:
+                    tracker.mark(volume.index, offset, length)
+            await note_beside(self._facets(), volume.index, ranges)
+
+    def _facets(self) -> Facets:
+        assert self._node.facets is not None
+        return self._node.facets
+
     async def _settled(self) -> None:
         if self._node.primary is not None:  # the log of a secondary was emptied
-            await self._node.housekeeper.settle(self._store.state["restore"]["seq"])
+            await self._settle(self._store.state["restore"]["seq"])
+
+    async def _settle(self, seq: int) -> None:
+        await self._node.housekeeper.settle(seq, lambda: relieve_log(self._facets()))
 
     def _fail(self, error: NbdmirrorError) -> None:
         if self._node.primary is not None:
@@ -126,6 +144,8 @@ class Restorer:
         if volume is not None and volume.index not in entry["volumes"]:
             raise Refused(f"the snapshot is not one of volume {volume.name}")
         self._check_clients(indices, while_attached)
+        for index in indices:
+            self._snapshots.volumes[index].source()  # raises: there is no facet to restore
         if self._node.people.clients(entry) and entry["writable"]:
             raise Refused("clients may be writing into the snapshot", hint="detach them first")
         self._check_idle()
@@ -172,7 +192,7 @@ class Restorer:
     ) -> None:
         """On a primary: beside the log, with the mark and the maps of V11."""
         why = f"snapshot {entry['number']} was restored"
-        async with bypass(self._need_primary(), indices, why, force=force) as way:
+        async with bypass(self._need_primary(), self._facets(), indices, why, force=force) as way:
             running = await self._prepare_maps(entry, indices)
             maps = {one.volume.index: one.left.map for one in running}
             seq = await way.commit(Mark(marks.RESTORE, entry["uuid"], tuple(indices)), maps)
@@ -247,16 +267,27 @@ class Restorer:
     async def _copy(self) -> None:
         """The copy behind; what ends it before its end ends the node, as for any facet or map."""
         try:
-            while True:
-                await asyncio.gather(*(one.run() for one in self._running))
-                if not any(one.unreadable for one in self._running):
-                    break
+            while not await self._copied():
                 await asyncio.sleep(RETRY_SECONDS)
                 for one in self._running:
                     one.unreadable.clear()
             await self._finish()
         except NbdmirrorError as error:
             self._fail(error)
+
+    async def _copied(self) -> bool:
+        """Copies what can be copied; whether that was all."""
+        works = [asyncio.ensure_future(one.run()) for one in self._running]
+        try:
+            await asyncio.gather(*works)
+        except VolumeFailed as error:  # no local facet is left, for now
+            self._node.events.emit("restore-stalled", why=error.message)
+            return False
+        finally:
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
+        return not any(one.unreadable for one in self._running)
 
     async def _finish(self) -> None:
         state, self._store.state["restore"] = self._store.state["restore"], None
@@ -318,20 +349,18 @@ class Restorer:
             regions.mark(offset // volume.region_size, last)
         await self._drop_spoilt(volume, ranges, force=force)
         why = f"ranges of {volume.name} were changed beside the log"
-        async with bypass(primary, [volume.index], why, force=force) as way:
+        async with bypass(primary, self._facets(), [volume.index], why, force=force) as way:
             mark = Mark(marks.CHANGED, None, (volume.index,))
             seq = await way.commit(mark, {volume.index: regions})
             size = volume.region_size
-            await level(
-                [volume],
-                [
-                    (volume, first * size, min(count * size, volume.size - first * size))
-                    for first, count in regions.runs()
-                ],
-            )
+            spans = [
+                (volume, first * size, min(count * size, volume.size - first * size))
+                for first, count in regions.runs()
+            ]
+            await level([volume], spans, ())
             await self._store.save()
         # Until then a redo could bring back what the log had before.
-        await self._node.housekeeper.settle(seq)
+        await self._settle(seq)
         self._node.events.emit("changed", volume=volume.name, regions=regions.count, seq=seq)
         return {"regions": regions.count, "bytes": regions.count * volume.region_size, "seq": seq}
 

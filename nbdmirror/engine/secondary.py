@@ -21,6 +21,7 @@ from nbdmirror.codec.record import Record
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
@@ -63,10 +64,14 @@ class Secondary:
         self.applier.caught_up = self._tell
         self.current: Receiver | None = None
         self.detached = False
+        self.eager = False
+        """The primary's clients wait for what is durable here."""
         self.failed: NbdmirrorError | None = None
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
         self._tasks: list[asyncio.Task[None]] = []
+        self._placed = self._placed_synced = 0
+        """Regions put into the facets, and how many of these are durable there."""
         log.on_failed = self.fail
 
     def start(self) -> None:
@@ -118,8 +123,9 @@ class Secondary:
             await log.sync(log.next_seq - 1)
             self.applier.wake()
             await self._tell()
-            # Nobody waits for an asynchronous secondary: larger commits cost its host less.
-            await asyncio.sleep(COMMIT_PAUSE_SECONDS)
+            if not self.eager:
+                # Nobody waits for an asynchronous secondary: larger commits cost its host less.
+                await asyncio.sleep(COMMIT_PAUSE_SECONDS)
 
     async def _tell(self) -> None:
         if self.current is not None:
@@ -339,6 +345,7 @@ class Secondary:
             return
         while (guard := self.volumes[volume].guard) is not None and guard.holds(offset, length):
             await guard.make_way([(offset, length)])
+        self._placed += 1
         for facet in facets:
             try:
                 if data is not None:
@@ -356,9 +363,38 @@ class Secondary:
         try:
             return await facet.read(offset, length)
         except OSError as error:
-            failure = facet.fail("read", error)
-            self.fail(failure)
-            raise failure from error
+            raise self._read_failed(facet, error) from error
+
+    async def hashes(self, volume: int, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of a range of a facet; errors as for ``read``."""
+        facet = self.volumes[volume].facets[0]
+        try:
+            return await facet.file.hashes(offset, length, step)
+        except OSError as error:
+            raise self._read_failed(facet, error) from error
+
+    def write_again(self, volume: int, offset: int, length: int) -> None:
+        """Writes what a facet holds over itself, in one step: what was in the page cache only is
+        then to be synced. DiskFailed if the disk refuses."""
+        self._placed += 1
+        facet = self.volumes[volume].facets[0]
+        try:
+            facet.pwrite(offset, facet.file.pread(offset, length))
+        except OSError as error:
+            raise self._read_failed(facet, error) from error
+
+    def _read_failed(self, facet: LocalFacet, error: OSError) -> DiskFailed:
+        failure = facet.fail("read", error)
+        self.fail(failure)
+        return failure
+
+    async def sync_placed(self) -> None:
+        """Makes durable what was placed; nothing to do where nothing was. What came from the log
+        is durable there, and what was there before a resync was synced when that began."""
+        placed = self._placed
+        if placed != self._placed_synced:
+            await self.sync_facets()
+            self._placed_synced = placed
 
     async def sync_facets(self) -> None:
         """Makes durable all that was put into the facets; DiskFailed is final (O16)."""

@@ -11,11 +11,15 @@ REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
           eager: clients wait for its acknowledgements}
 READY     {}
+
+While a resync goes over the map of a remote in DCM logging no records are sent. When it goes on in
+order a second START, with action "reset", says where they begin; its READY says so durably.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +27,20 @@ from typing import Any
 from nbdmirror.codec import fields, repl
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.config import ReplicationConfig
+from nbdmirror.core import convergence
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
+from nbdmirror.core.payoff import Payoff
+from nbdmirror.engine.copier import pay
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.peers import peers_of
 from nbdmirror.engine.remote import Remote, volume_map
-from nbdmirror.engine.resync import Resync
+from nbdmirror.engine.remoteread import RemoteReads
+from nbdmirror.engine.resync import LOG_SHARE, Resync, Terms
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.verify import Verify, request
 from nbdmirror.errors import FormatError, PeerError, Refused
 from nbdmirror.ports import Buffer, Env
 
@@ -38,6 +48,9 @@ FRAME_BYTES = 256 << 10
 """Records are gathered to frames of about this size while the link is busy."""
 LINGER_SECONDS = 0.002
 """An asynchronous remote's records wait so long for company: it spares the client's CPU."""
+
+DUE_SECONDS = 30.0
+"""Whether a verify is due is looked at so often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,8 @@ class Context:
     tuning: ReplicationConfig
     group_name: str
     node_name: str
+    governor: Governor
+    on_full: str
 
 
 class Session:
@@ -62,9 +77,15 @@ class Session:
         self.link.session = context.env.random.getrandbits(63) or 1
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self.resync: Resync | None = None
+        self._reads = RemoteReads(self.link)
+        self.verify: Verify | None = None
         self._streaming = False
         self._shipped_seq = 0
         self._compress = remote.facts.get("compression") == "lz4"
+        self._packing_pays = Payoff()
+        self._ordered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """The first record that is forwarded, once that is known."""
+        self._ready = asyncio.Event()
 
     async def run(self, connected: Callable[[], None]) -> None:
         """Runs until the link is lost or the session dropped; raises the cause.
@@ -77,14 +98,15 @@ class Session:
             async with asyncio.timeout(context.tuning.timeout_seconds):
                 target = await self._greet()
                 decision = self._decide(target)
-                seq = await self._start(decision, target)
+                await self._start(decision)
             connected()
-            await self._stream(seq)
+            await self._stream()
         finally:
             self.link.close()
             remote.engaged = remote.starting = False
             remote.notify()
-            remote.progress = None
+            if remote.progress is not None:
+                remote.progress = remote.stall = None
             for dcm in remote.dcms:
                 dcm.map.abandon()
 
@@ -170,9 +192,9 @@ class Session:
             raise Refused(f"{decision.rule}: {decision.why}")
         return decision
 
-    async def _start(self, decision: Decision, target: Target) -> int:
+    async def _start(self, decision: Decision) -> None:
         """Agrees on the first record of the stream, and makes that durable on both sides before
-        the first bit is cleared (O12). Returns its seq."""
+        the first bit is cleared (O12)."""
         remote, log, facts = self.remote, self.remote.group.log, self.remote.facts
         if remote.held:
             raise ConnectionResetError("a volume is being changed beside the log")
@@ -182,49 +204,88 @@ class Session:
         if decision.action is Action.FULL:
             await remote.fill(decision.why)
         reset = decision.action is not Action.CONTINUE
-        # From this step on the log is kept for the remote, whatever it answers.
         # Where the DCM has everything, the stream begins now: what was decided is older already.
         in_map = decision.action is Action.FULL or (reset and remote.tracking)
         seq = log.next_seq if in_map else decision.seq
         assert log.ring.tail_seq <= seq <= log.next_seq
-        remote.starting = True
-        remote.durable_seq = remote.received_seq = remote.applied_seq = seq - 1
+        ordered = not (in_map and self._passes_first())
+        self._begin_at(seq, keep=ordered)
         resync = remote.dirty_regions > 0
         if resync:
             facts["consistent"] = False
         remote.save_defaults()
         await remote.sync_maps()
         await self.context.store.save()
+        self._send_start("reset" if reset else "continue", seq, resync, decision.why)
+        await self._receive(Type.READY)
+        facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
+        if reset:
+            facts["base_seq"] = seq - 1
+        if ordered:
+            await self._resume(seq)
+        else:
+            await self.context.store.save()
+
+    def _passes_first(self) -> bool:
+        """Whether the resync goes over the map before the log is kept for the remote."""
+        remote, capacity = self.remote, self.remote.group.log.capacity
+        if self.context.on_full == "block":
+            return False
+        if remote.gate is not None and remote.gate.policy != "continue":
+            return False  # clients wait until the stream begins
+        room = int(capacity * LOG_SHARE) - remote.group.log.ring.used
+        return not convergence.begin_ordered(remote.dirty_bytes, room, remote.order_failures)
+
+    def _begin_at(self, seq: int, *, keep: bool) -> None:
+        """The stream begins at ``seq``. From this step on the log is kept for the remote, whatever
+        it answers; without ``keep`` what follows is in its map."""
+        remote = self.remote
+        remote.starting = keep
+        remote.durable_seq = remote.received_seq = remote.applied_seq = seq - 1
+        self._shipped_seq = seq - 1
+
+    def _send_start(self, action: str, seq: int, resync: bool, why: str) -> None:
+        facts = self.remote.facts
         self.link.send_json(
             Type.START,
             {
-                "action": "reset" if reset else "continue",
+                "action": action,
                 "seq": seq,
                 "resync": resync or not facts["consistent"],
-                "why": decision.why,
+                "why": why,
                 "apply_delay": facts.get("apply_delay", 0.0),
                 "eager": facts["mode"] == "sync",
             },
         )
-        await self._receive(Type.READY)
+
+    async def _resume(self, seq: int) -> None:
+        """The remote is READY for the log from ``seq`` on: it is out of DCM logging."""
+        remote = self.remote
         if not remote.starting:
             raise ConnectionResetError("the log was full before the stream began")
-        facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
-        if reset:
-            facts["base_seq"] = seq - 1
         remote.resume_log()
         await self.context.store.save()
         remote.starting = False
-        return seq
+        self._ordered.set_result(seq)
+
+    async def _order(self) -> None:
+        """From now on the log is kept for the remote, and forwarded; what is marked in its map by
+        now is still to be copied. As durable on both sides as the first START."""
+        seq = self.remote.group.log.next_seq
+        self._begin_at(seq, keep=True)
+        self._send_start("reset", seq, True, "the resync goes on in order")
+        await self._ready.wait()
+        self.remote.facts["base_seq"] = seq - 1
+        await self._resume(seq)
 
     # -- streaming ---------------------------------------------------------------------------
 
-    async def _stream(self, seq: int) -> None:
+    async def _stream(self) -> None:
         tuning = self.context.tuning
-        self._shipped_seq = seq - 1
         self._streaming = True
+        self.remote.reads = self._reads
         ends = [
-            asyncio.ensure_future(self._ship(Cursor(seq))),
+            asyncio.ensure_future(self._ship()),
             asyncio.ensure_future(
                 self.link.watch(tuning.heartbeat_seconds, tuning.timeout_seconds)
             ),
@@ -232,8 +293,9 @@ class Session:
             asyncio.ensure_future(self.remote.drop.wait()),
         ]
         if not self.remote.facts["consistent"]:
-            self.resync = Resync(self.remote, self.link, self.context.store, tuning, self._compress)
+            self.resync = Resync(self.remote, self.link, self._terms())
             ends.append(asyncio.ensure_future(self._resync(self.resync)))
+        ends.append(asyncio.ensure_future(self._verify()))
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -241,18 +303,70 @@ class Session:
             if self.link.cause is not None:
                 raise self.link.cause
         finally:
+            self.remote.reads = None
+            self._reads.close()
+            if self.remote.gate is not None:
+                self.remote.gate.lost()
             for task in ends:
                 task.cancel()
             await asyncio.wait(ends)
 
+    def _terms(self) -> Terms:
+        context = self.context
+        return Terms(
+            store=context.store,
+            events=context.events,
+            tuning=context.tuning,
+            governor=context.governor,
+            compress=self._compress,
+            waiting=context.on_full == "block",
+            order=None if self._ordered.done() else self._order,
+        )
+
     async def _resync(self, resync: Resync) -> None:
         await resync.run()
+        if self.remote.gate is not None:
+            self.remote.gate.completed()
         self.context.events.emit("synchronised", remote=self.remote.name)
+        self.remote.verify_wanted.set()
         await self.link.closed.wait()
 
-    async def _ship(self, cursor: Cursor) -> None:
-        """Sends the log from the cursor on, as it grows."""
+    async def _verify(self) -> None:
+        """Verifies the remote when that is asked for or due, once it is consistent."""
+        remote, context = self.remote, self.context
+        while True:
+            while not remote.facts["consistent"] or not self._verify_due():
+                remote.verify_wanted.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DUE_SECONDS):
+                        await remote.verify_wanted.wait()
+            self.verify = Verify(
+                remote,
+                self.link,
+                context.events,
+                context.env.clock,
+                context.governor,
+                context.store.save,
+            )
+            await self.verify.run()
+
+    def _verify_due(self) -> bool:
+        """Whether a verify was asked for, or the interval is over."""
+        facts, now_ns = self.remote.facts, self.context.env.clock.time_ns()
+        interval = facts.get("verify_interval") or 0.0
+        if facts.get("verify") is None and interval:
+            last = (facts.get("verified") or {}).get("finished_ns", 0)
+            if now_ns - last >= interval * 1e9:
+                facts["verify"] = request(bool(facts.get("verify_repair")), now_ns)
+        return facts.get("verify") is not None
+
+    async def _ship(self) -> None:
+        """Sends the log from where the stream begins, as it grows."""
         log, link, remote = self.remote.group.log, self.link, self.remote
+        linger = LINGER_SECONDS if remote.gate is None else 0.0
+        cursor = Cursor(await asyncio.shield(self._ordered))
+        if remote.gate is not None:
+            remote.gate.opened(cursor.seq, bool(remote.facts["consistent"]))
         while True:
             while cursor.seq >= log.next_seq:
                 log.appended.clear()
@@ -268,10 +382,15 @@ class Session:
                 parts += chunk.parts
                 size += chunk.size
             self._shipped_seq = cursor.seq - 1
-            remote.bytes_sent += link.send(Type.RECORDS, parts, compress=self._compress)
+            compress = self._compress and self._packing_pays.worth()
+            sent = link.send(Type.RECORDS, parts, compress=compress)
+            if compress:
+                self._packing_pays.result(sent < size)
+            remote.bytes_sent += sent
             await link.drain()
-            if size < FRAME_BYTES:
-                await asyncio.sleep(LINGER_SECONDS)
+            await pay(remote.bucket, sent)
+            if linger and size < FRAME_BYTES:
+                await asyncio.sleep(linger)
 
     async def _log_rotten(self, error: FormatError) -> None:
         """A pending record cannot be read back: the regions are copied from the facet instead."""
@@ -296,6 +415,14 @@ class Session:
             if self.resync is None:
                 raise PeerError(f"{kind.name} outside a resync")
             self.resync.on_frame(frame)
+        elif kind is Type.DATA:
+            self._reads.on_frame(frame)
+        elif kind is Type.VERIFIED:
+            if self.verify is None:
+                raise PeerError(f"{kind.name} outside a verify")
+            self.verify.on_frame(frame)
+        elif kind is Type.READY:
+            self._ready.set()
         elif kind is Type.REFUSE:
             raise Refused(str(frame.json().get("why")))
         elif kind is not Type.PING:

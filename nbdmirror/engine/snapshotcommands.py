@@ -81,8 +81,7 @@ class SnapshotCommands:
         if everywhere:
             group = self._group()
             mark = Mark(marks.DELETE, entry["uuid"], tuple(entry["volumes"]))
-            await group.admit_mark(mark)
-            await group.log.sync(group.mark(mark))
+            await group.put_mark(mark)
         await self._snapshots.delete(entry)
         self._exports.forget(entry)
         return {"uuid": entry["uuid"], "number": entry["number"]}

@@ -166,8 +166,11 @@ class Snapshots:
     def recovered(self, end_seq: int) -> None:
         """After redo: plans without a marker, and snapshots of records that were lost, go. The
         caller saves."""
+        # A log in memory ends wherever it was last released; what it held is in the facets (M13).
+        volatile = bool(self.store.state.get("log_volatile"))
         for entry in self.entries:
-            if entry.get("lost") is None and (entry["seq"] is None or entry["after"] > end_seq):
+            beyond = not volatile and (entry["after"] or 0) > end_seq
+            if entry.get("lost") is None and (entry["seq"] is None or beyond):
                 entry["deleting"] = True
 
     def start(self) -> None:
@@ -284,10 +287,7 @@ class Snapshots:
             entry["protected"],
             replaces,
         )
-        await group.admit_mark(mark)
-        seq = group.mark(mark)
-        self.begin(entry, made, seq, now)
-        await group.log.sync(seq)
+        await group.put_mark(mark, lambda seq: self.begin(entry, made, seq, now))
         await self.store.save()
         self.tell("snapshot", entry)
 

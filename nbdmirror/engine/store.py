@@ -19,8 +19,10 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     tail           {position, seq}: where the log's valid part begins
     durable_seq    the log was durable up to here when this was saved; 0 if that is not known
     end_seq        the log's last record at the last clean stop
+    cut_seq        the log's last record after the last power loss
     volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
+    log_path       where the log is, if it was moved; log_volatile: true while it is in memory only
     log_failed     true after a sync of the log failed: what it had not synced may be gone
     cache_doubt    on a secondary: a former process of this boot may have seen a sync fail, so what
                    is in the page cache may not be on disk (O16); false once it is consistent
@@ -37,6 +39,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.codec import slots
+from nbdmirror.config import Config
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.errors import DiskFailed, FormatError, StateError
 from nbdmirror.ports import Disk, File
@@ -100,7 +103,7 @@ class Store:
             file.close()
             raise StateError(f"{path} has format {state.get('format')}, this program has {FORMAT}")
         store = cls(file, counter, slot, state)
-        store._doubtful = images[slot]
+        store._doubtful = slots.trimmed(images[slot])
         damage = slots.damage(images)
         store.damaged = damage and f"{path}, {damage}"
         return store
@@ -140,6 +143,30 @@ class Store:
         )
         self.on_failed(failure)
         return failure
+
+    def check(self, config: Config) -> None:
+        """The state must be that of the configuration; StateError names both values."""
+        state = self.state
+        fixed: tuple[tuple[str, str | int], ...] = (
+            ("group", config.group),
+            ("node", config.node),
+            ("extent_size", config.log.extent_size),
+        )
+        for key, wanted in fixed:
+            if state[key] != wanted:
+                raise StateError(
+                    f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
+                    f"{wanted!r}",
+                    hint="point state_dir to the right directory, or restore the value",
+                )
+        kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
+        wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
+        if kept != wanted_volumes:
+            raise StateError(
+                f"{config.state_dir} holds volumes {kept}, the configuration says "
+                f"{wanted_volumes} (name, size, region_size)",
+                hint="volumes cannot be changed in the configuration of an existing node",
+            )
 
     def close(self) -> None:
         """Closes the file."""

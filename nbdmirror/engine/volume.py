@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from nbdmirror.codec.hashing import digests
 from nbdmirror.core.ranges import RangeLock, RangeLocks
 from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import Buffer
@@ -14,6 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
 
     from nbdmirror.engine.facet import LocalFacet
+
+
+AFFINITY_SHIFT = 22
+"""Where several facets are idle, stretches of 4 MiB are dealt out to them in turn: what one has
+in the page cache is not read again from another."""
+
+Rescue = Callable[["Volume", int, int, "LocalFacet | None", OSError | None], Awaitable[Buffer]]
+"""Gives the bytes that a facet failed to, or that no facet can: (volume, offset, length, the
+facet, its error)."""
 
 
 class Change(NamedTuple):
@@ -70,6 +81,7 @@ class Volume:
         self.guard: Guard | None = None
         self.overlay: Overlay | None = None
         self._landing: dict[RangeLock[asyncio.Future[None]], None] = {}
+        self.rescue: Rescue = _no_rescue
 
     @property
     def regions(self) -> int:
@@ -80,25 +92,56 @@ class Volume:
         """The facets that take writes and serve reads."""
         return [facet for facet in self.facets if facet.in_service]
 
+    def writable(self) -> list[LocalFacet]:
+        """The facets that take writes: those in service and those being synchronised."""
+        return [facet for facet in self.facets if facet.writable]
+
     def source(self) -> LocalFacet:
         """A facet to read from; VolumeFailed if none may be trusted (I5)."""
         for facet in self.facets:
             if facet.in_service:
                 return facet
-        raise VolumeFailed(
+        raise self.no_facet()
+
+    def no_facet(self) -> VolumeFailed:
+        """The error of a request that no facet can serve."""
+        return VolumeFailed(
             f"no facet of volume {self.name} is in service",
             hint="see the facets in status; replace the disk and restart the node",
         )
+
+    def choose(self, offset: int) -> LocalFacet | None:
+        """The facet to read from: the one where a sequential stream just was, else the one with
+        the fewest reads outstanding (M5); ``None`` if none is in service."""
+        facets = self.facets
+        if len(facets) == 1:
+            return facets[0] if facets[0].in_service else None
+        turn = offset >> AFFINITY_SHIFT
+        best: tuple[int, int] | None = None
+        chosen: LocalFacet | None = None
+        for index, facet in enumerate(facets):
+            if facet.in_service:
+                if facet.next_offset == offset:
+                    return facet
+                rank = facet.outstanding, (index - turn) % len(facets)
+                if best is None or rank < best:
+                    best, chosen = rank, facet
+        return chosen
 
     def try_read(self, offset: int, length: int) -> Buffer | None:
         """The bytes if they are in memory, else ``None``: then ``read`` is awaited."""
         if self.overlay is not None:
             return None
-        facet = self.source()
+        facet = self.choose(offset)
+        if facet is None:
+            return None
         try:
-            return facet.try_pread(offset, length)
+            data = facet.try_pread(offset, length)
         except OSError:
             return None  # the error, if it stays, is ``read``'s to report
+        if data is not None:
+            facet.next_offset = offset + length
+        return data
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes of a range; VolumeFailed with the disk's errno if no facet has them."""
@@ -108,19 +151,44 @@ class Volume:
 
     async def read_below(self, offset: int, length: int) -> Buffer:
         """As ``read``, from the facets as they are."""
-        facet = self.source()
-        try:
-            return await facet.read(offset, length)
-        except OSError as error:
-            facet.errors += 1
-            raise VolumeFailed(
-                f"read of {length} bytes at {offset} of {facet.path} failed: {error.strerror}",
-                number=error.errno or 5,
-                hint="the facet's disk has an error there",
-            ) from error
+        facet = self.choose(offset)
+        failure: OSError | None = None
+        if facet is not None:
+            try:
+                return await facet.read(offset, length)
+            except OSError as error:
+                failure = error
+        return await self.rescue(self, offset, length, facet, failure)
+
+    async def read_aside(self, offset: int, length: int) -> Buffer:
+        """As ``read``, always off the event loop: for large pieces that nobody waits for."""
+        if self.overlay is not None:
+            return await self.overlay.read(offset, length)
+        facet = self.choose(offset)
+        failure: OSError | None = None
+        if facet is not None:
+            try:
+                return await facet.file.read(offset, length)
+            except OSError as error:
+                failure = error
+        return await self.rescue(self, offset, length, facet, failure)
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        """``codec.hashing.digests`` of a range, off the event loop; errors as for ``read``."""
+        if self.overlay is not None:
+            return digests(await self.overlay.read(offset, length), step)
+        facet = self.choose(offset)
+        failure: OSError | None = None
+        if facet is not None:
+            try:
+                return await facet.file.hashes(offset, length, step)
+            except OSError as error:
+                failure = error
+        return digests(await self.rescue(self, offset, length, facet, failure), step)
 
     def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        """(offset, length, hole) pieces that cover the range, from the first trusted facet."""
+        """(offset, length, hole) pieces that cover the range, from the first trusted facet; all of
+        it is data where none is."""
         if self.overlay is not None:
             return [(offset, length, False)]
         return self.allocation_below(offset, length)
@@ -129,7 +197,10 @@ class Volume:
         """As ``allocation``, of the facets as they are."""
         pieces: list[tuple[int, int, bool]] = []
         at, end = offset, offset + length
-        for start, size in self.source().file.data_ranges(offset, length):
+        source = next((facet for facet in self.facets if facet.in_service), None)
+        if source is None:
+            return [(offset, length, False)]
+        for start, size in source.file.data_ranges(offset, length):
             if start > at:
                 pieces.append((at, start - at, True))
             pieces.append((start, size, False))
@@ -173,3 +244,22 @@ class Volume:
         if self._landing:
             for lock in [k for k in self._landing if k.start < offset + length and offset < k.end]:
                 await asyncio.shield(lock.waiter)
+
+
+async def _no_rescue(
+    volume: Volume, offset: int, length: int, facet: LocalFacet | None, error: OSError | None
+) -> Buffer:
+    """Where there is nobody else to ask."""
+    if facet is None or error is None:
+        raise volume.no_facet()
+    facet.errors += 1
+    raise read_failed(facet, offset, length, error) from error
+
+
+def read_failed(facet: LocalFacet, offset: int, length: int, error: OSError) -> VolumeFailed:
+    """The error of a read that a facet could not serve."""
+    return VolumeFailed(
+        f"read of {length} bytes at {offset} of {facet.path} failed: {error.strerror}",
+        number=error.errno or 5,
+        hint="the facet's disk has an error there",
+    )

@@ -3,6 +3,7 @@
 in-sync      every change that was there when the wait began is in the remote's facets, and the
              remote is synchronised; writes that come later do not prolong the wait
 connected    the link is up
+verified     no verify is wanted or running
 consistent   the remote may be trusted as an image of the group (X2)
 """
 
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
 SECONDARY_POLL_SECONDS = 0.2
 
 
-async def wait_until(node: Node, until: str, remote: str | None, timeout: float | None) -> None:
-    """Returns when the condition holds for the remote (``None``: for all); TimedOut if not."""
+async def wait_until(
+    node: Node, until: str, remote: str | None, timeout: float | None, seq: int | None
+) -> None:
+    """Returns when the condition holds for the remote (``None``: for all); TimedOut if not.
+
+    ``seq``: the last change that has to be there (``None``: the last there is now), so that who
+    waits in several steps does not wait for what was written between them."""
     try:
         async with asyncio.timeout(timeout):
             if node.secondary is not None:
@@ -31,7 +37,7 @@ async def wait_until(node: Node, until: str, remote: str | None, timeout: float 
             primary = node.primary
             assert primary is not None
             remotes = [primary.remote(remote)] if remote else list(primary.remotes)
-            seq = node.log.next_seq - 1
+            seq = node.log.next_seq - 1 if seq is None else seq
             for one in remotes:
                 while not _holds(one, until, seq):
                     await one.changed.wait()
@@ -42,6 +48,8 @@ async def wait_until(node: Node, until: str, remote: str | None, timeout: float 
 def _holds(remote: Remote, until: str, seq: int) -> bool:
     if until == "connected":
         return remote.link == "connected"
+    if until == "verified":
+        return remote.facts.get("verify") is None
     if until == "consistent":
         return bool(remote.facts["consistent"])
     return (

@@ -1,4 +1,4 @@
-"""The little of QEMU's monitor protocol that starting and watching a mirror job takes."""
+"""The little of QEMU's monitor protocol that it takes to watch a mirror job, or to halt a guest."""
 
 from __future__ import annotations
 

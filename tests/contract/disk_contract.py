@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
+from nbdmirror.codec.hashing import digests
 from nbdmirror.config import KIB, MIB
 from nbdmirror.ports import Disk, File
 
@@ -61,6 +62,32 @@ class FileContract:
             assert file.pread(offset, length) == expected
             assert world.run(file.read(offset, length)) == expected
             assert world.run(settled(file, offset, length)) == expected
+        file.close()
+
+    def test_identity_is_of_the_file_not_of_its_name(self, world: DiskWorld) -> None:
+        """Empty where it cannot be told; the name of a removed file may come back with another."""
+        path = f"{world.directory}/named"
+        file = world.disk.open(path, create=True)
+        first = file.identity()
+        file.pwrite(0, b"content")
+        world.run(file.sync())
+        file.close()
+        world.disk.rename(path, f"{world.directory}/moved")
+        file = world.disk.open(f"{world.directory}/moved")
+        assert file.identity() == first
+        file.close()
+        world.disk.unlink(f"{world.directory}/moved")
+        file = world.disk.open(path, create=True)
+        assert file.identity() != first or not first
+        file.close()
+
+    def test_hashes_are_those_of_what_is_read(self, world: DiskWorld) -> None:
+        content = random.Random(3).randbytes(700_000)
+        file = new_file(world, content)
+        cases = ((0, 700_000, 4096), (513, 8000, 4096), (0, 0, 512), (0, 700_000, 1 << 20))
+        for offset, length, step in (*cases, (699_000, 5000, 4096), (0, 600_000, 100_000)):
+            expected = digests(file.pread(offset, length), step)
+            assert world.run(file.hashes(offset, length, step)) == expected
         file.close()
 
     def test_bytes_past_the_end_read_as_zeros(self, world: DiskWorld) -> None:

@@ -95,20 +95,28 @@ class TracedDisk:
 
     def entries(self, upto: int) -> list[Entry]:
         """The trace up to a position; valid after ``close``."""
-        data = memoryview(self._trace.read_bytes())
-        magic, _, _, sector_size = _SUPER.unpack_from(data)
-        assert magic == _MAGIC and sector_size == SECTOR
-        found, at = [], SECTOR
-        while at + SECTOR <= upto:
-            sector, count, flags, _ = _ENTRY.unpack_from(data, at)
-            at += SECTOR
-            length = 0 if flags & DISCARD else count * SECTOR
-            assert not flags & DISCARD, "replay of discards is not known"
-            found.append(
-                Entry(sector * SECTOR, data[at : at + length], bool(flags & FLUSH), at + length)
-            )
-            at += length
-        return found
+        return read_trace(self._trace, upto)
+
+
+def read_trace(trace: Path, upto: int) -> list[Entry]:
+    """The entries of a trace up to a position in it."""
+    data = memoryview(trace.read_bytes())
+    if len(data) <= SECTOR:
+        return []
+    magic, _, _, sector_size = _SUPER.unpack_from(data)
+    # The head is written with the first flush.
+    assert (magic, sector_size) in ((_MAGIC, SECTOR), (0, 0))
+    found, at = [], SECTOR
+    while at + SECTOR <= upto:
+        sector, count, flags, _ = _ENTRY.unpack_from(data, at)
+        at += SECTOR
+        length = 0 if flags & DISCARD else count * SECTOR
+        assert not flags & DISCARD, "replay of discards is not known"
+        found.append(
+            Entry(sector * SECTOR, data[at : at + length], bool(flags & FLUSH), at + length)
+        )
+        at += length
+    return found
 
 
 class Replay:

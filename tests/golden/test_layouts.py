@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdmirror.codec import mappage, repl, slots
+from nbdmirror.codec import mappage, regions, repl, slots
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.mark import Mark
 from nbdmirror.codec.record import Record
@@ -38,7 +38,9 @@ def json(kind: Type, value: dict[str, object]) -> bytes:
 
 def layouts() -> dict[str, bytes]:
     bits = b"\x01\x80" + bytes(mappage.BITMAP_BYTES - 2)
-    region = repl.REGION.pack(7, 1, 0, 65536, 4)
+    zeros: regions.Extent = (0, 1 << 30, None)
+    data: regions.Extent = (1 << 30, 4, b"data")
+    verify = repl.VERIFY.pack(9, 1, 65536, 0, 131072, 77)
     hashes = repl.HASHES.pack(8, 1, 65536, 0, 131072)
     return {
         "record-write": record(WRITE),
@@ -54,21 +56,25 @@ def layouts() -> dict[str, bytes]:
         "active-sector": mappage.encode_sector(
             2, [1 + (1 << 40 | 5), *[0] * (mappage.SLOTS - 1)]
         ).rstrip(b"\0"),
-        "frame-hello": json(Type.HELLO, {"versions": [1, 1], "group": "g"}),
-        "frame-welcome": json(Type.WELCOME, {"version": 1}),
+        "frame-hello": json(Type.HELLO, {"versions": [2, 2], "group": "g"}),
+        "frame-welcome": json(Type.WELCOME, {"version": 2}),
         "frame-refuse": json(Type.REFUSE, {"rule": "T1", "why": "x"}),
         "frame-start": json(Type.START, {"action": "continue", "seq": 1}),
         "frame-ready": json(Type.READY, {}),
         "frame-records": frame(Type.RECORDS, *codec.encode(WRITE)),
         "frame-ack": frame(Type.ACK, repl.ACK.pack(3, 2, 1)),
-        "frame-region": frame(Type.REGION, region, b"data"),
-        "frame-region-zeros": frame(Type.REGION, repl.REGION.pack(7, 1, repl.ZEROS, 0, 1 << 30)),
+        "frame-region": frame(Type.REGION, *regions.pack_region(7, 1, [zeros, data], more=False)),
+        "frame-region-more": frame(Type.REGION, *regions.pack_region(7, 1, [data], more=True)),
+        "frame-verify": frame(Type.VERIFY, verify, bytes(range(32))),
+        "frame-verified": frame(Type.VERIFIED, repl.TOKEN.pack(9), b"\1\0"),
         "frame-hashes": frame(Type.HASHES, hashes, bytes(range(32))),
-        "frame-want": frame(Type.WANT, repl.TOKEN.pack(8), b"\1\0"),
+        "frame-want": frame(Type.WANT, repl.TOKEN.pack(8), b"\1\0", bytes(range(16)) * 16),
         "frame-done": frame(Type.DONE, repl.TOKEN.pack(7), repl.TOKEN.pack(8)),
         "frame-resync-end": frame(Type.RESYNC_END, repl.SEQ.pack(99)),
         "frame-consistent": frame(Type.CONSISTENT, repl.SEQ.pack(99)),
         "frame-ping": frame(Type.PING),
+        "frame-read": frame(Type.READ, repl.READ.pack(9, 1, 0, 65536, 4096)),
+        "frame-data": frame(Type.DATA, repl.DATA.pack(9, 41, 0), b"data"),
     }
 
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any, Self
 
 from tests.integration.process import Process, free_port, wait_until
 from tests.integration.proxy import Proxy
+from tests.integration.rpc import ask
 
 MIB = 1 << 20
 READY_S = 60.0
@@ -222,15 +222,7 @@ class Node:
 
     def rpc(self, method: str, **params: object) -> Any:
         """One request at the admin socket, answered without an error."""
-        request = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(30)
-            sock.connect(str(self.admin_socket))
-            sock.sendall(json.dumps(request).encode() + b"\n")
-            with sock.makefile("rb") as lines:
-                answer = json.loads(lines.readline())
-        assert answer.get("id") == 1 and "result" in answer, f"{method}: {answer}"
-        return answer["result"]
+        return ask(str(self.admin_socket), method, params)
 
     def status(self) -> Json:
         """``status --json``."""

@@ -172,13 +172,23 @@ def nbd_error() -> Any:
 
 
 class Writer:
-    """A client that writes stamped 4 KiB blocks, one at a time, and keeps the slowest's time.
+    """A client that writes stamped 4 KiB blocks, one at a time, and keeps the slowest's time;
+    ``rate``: about so many bytes a second, less if that is too fast.
 
     A context manager; leaving it stops the writing and raises what the client saw.
     """
 
-    def __init__(self, uri: str, *, seed: int = 1, blocks: int = 1024, offset: int = 0) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        seed: int = 1,
+        blocks: int = 1024,
+        offset: int = 0,
+        rate: float | None = None,
+    ) -> None:
         self._uri = uri
+        self._pause_s = 4096 / rate if rate else 0.0
         self._random = random.Random(seed)
         self._blocks = blocks
         self._offset = offset
@@ -209,6 +219,7 @@ class Writer:
                 handle.pwrite(data, self._offset + block * 4096)
                 self.slowest_s = max(self.slowest_s, time.monotonic() - began)
                 self.writes += 1
+                self._stop.wait(self._pause_s)
             handle.shutdown()
         except (nbd_error(), AssertionError, OSError) as error:
             self._error = error

@@ -6,12 +6,11 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from tests.sim import marks, mutants, snapshotmutants, swarm
 from tests.sim.options import FAULTS, draw
-from tests.sim.swarm import Result
+from tests.sim.pool import ordered, settle_memory
 
 BATCH = 20
 COMPLETE_SEEDS = 2000
@@ -53,30 +52,11 @@ def _one(seed: int, *, trace: bool) -> int:
     return 1 if result.problem else 0
 
 
-def _run_batch(seeds: range) -> list[Result]:
-    return [swarm.run(seed) for seed in seeds]
-
-
-def results(seeds: range, jobs: int) -> Iterator[Result]:
-    """The results of the seeds, in their order."""
-    batches = [seeds[at : at + BATCH] for at in range(0, len(seeds), BATCH)]
-    if jobs <= 1:
-        for batch in batches:
-            yield from _run_batch(batch)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        try:
-            for done in pool.map(_run_batch, batches):
-                yield from done
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
     began = time.monotonic()
     fired: Counter[str] = Counter()
     failed = done = steps = 0
-    for result in results(seeds, jobs):
+    for result in ordered(swarm.run, seeds, jobs=jobs, batch=BATCH):
         done += 1
         steps += result.steps
         if done % 1000 == 0:
@@ -105,7 +85,7 @@ def _mutants(only: str, seeds: range, jobs: int) -> int:
     assert snapshotmutants  # imported for its mutants
     names = [name for name in mutants.MUTANTS if only in name]
     alive = 0
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=settle_memory) as pool:
         fates = [pool.submit(mutants.kill, name, seeds) for name in names]
         for name, fate in zip(names, fates, strict=True):
             found = fate.result()

@@ -20,7 +20,7 @@ from tests.sim.disk import SimDisk
 from tests.sim.loop import Incarnation, SimLoop
 from tests.sim.oracle import Violation, compare
 from tests.sim.snapshots import Found, look, read_all
-from tests.sim.world import Host, World, logical
+from tests.sim.world import Host, World
 
 
 class Nobody:
@@ -81,7 +81,7 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         consistent=bool(upstream and upstream["consistent"]),
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
-        volumes=await logical(node),
+        volumes=[bytes(await v.read(0, v.size)) if v.in_service() else b"" for v in node.volumes],
         pending=pending,
         node=node,
         snapshots=await read_all(node),
@@ -95,6 +95,10 @@ class Checks:
         self._world = world
         self._random = random.Random(f"{world.seed}:checks")
         self._done: dict[str, tuple[object, int]] = {}
+        self._cloned: dict[str, list[tuple[int, int]]] = {}
+        """What the disks that the last clone of a host was made of had done by then."""
+        self._looked = (-1, -1)
+        """What the primary's disk and history had come to when they were last compared."""
         world.on_moment.append(self._moment)
 
     async def run(self) -> None:
@@ -104,11 +108,19 @@ class Checks:
             await asyncio.sleep(gap * self._random.random() * 2)
             self.look()
             await look(self._world)
-            if self._random.random() < 0.3:
+            if self._random.random() < 0.2:
                 host = self._random.choice(list(self._world.hosts.values()))
-                if host.created:
+                if host.created and self._has_changed(host):
                     self.crash_clone(host)
                 gap = min(gap * 1.1, 2.0)
+
+    def _has_changed(self, host: Host) -> bool:
+        """Whether a clone can show something new: since the last one a disk was written to."""
+        hosts = self._world.hosts.values() if host.role == "primary" else [host]
+        state = [(other.disk.operations, other.disk.boots) for other in hosts]
+        former = self._cloned.get(host.name)
+        self._cloned[host.name] = state
+        return state != former
 
     def _moment(self, host: Host, kind: str) -> None:
         """After a handshake the primary relies on what it was told: is it true? And what a remote
@@ -141,9 +153,13 @@ class Checks:
             if remote["state"] == "synchronised" and remote["dirty"]["regions"]:
                 raise Violation(f"{remote['name']} is synchronised with marked regions (I5)")
         restoring = any(volume.overlay is not None for volume in node.volumes)
-        if not restoring and not any(f.pending for v in node.volumes for f in v.facets):
+        flying = any(facet.pending for volume in node.volumes for facet in volume.facets)
+        state = (world.a.disk.operations, world.history.head)
+        if state != self._looked and not restoring and not flying:
+            self._looked = state
             line = world.history.lines[-1]
             compare(world.a.images(), line.image(line.head), "the primary (V5)")
+            world.check_facets(world.a, node)
 
     def _progress(self, remote: dict[str, Any]) -> None:
         """Bytes done never fall within a pass; no more is sent than what is marked (I4)."""
@@ -154,11 +170,13 @@ class Checks:
             return
         node = self._world.a.node
         assert node is not None and node.primary is not None
-        progress = node.primary.remote(name).progress
-        identity, done = self._done.get(name, (progress, 0))
-        if identity is progress and resync["done_bytes"] < done:
+        run = (node.primary.remote(name).progress, resync["pass"])
+        known, done = self._done.get(name, (run, 0))
+        if known == run and resync["done_bytes"] < done:
             raise Violation(f"progress of {name} fell from {done} to {resync['done_bytes']}")
-        self._done[name] = (progress, resync["done_bytes"])
+        if resync["done_bytes"] > resync["total_bytes"]:
+            raise Violation(f"progress of {name} is above 100 %: {resync}")
+        self._done[name] = (run, resync["done_bytes"])
 
     def _bounds(self, host: Host, node: Node) -> None:
         """I6: queues have limits, whatever happens."""
@@ -171,16 +189,24 @@ class Checks:
 
     # -- crash clones ----------------------------------------------------------------------------
 
+    def crash_clone_of_one(self) -> None:
+        """Of a host that is drawn."""
+        self.crash_clone(self._random.choice(list(self._world.hosts.values())))
+
     def crash_clone(self, host: Host, rng: random.Random | None = None) -> None:
         """What if this host lost its power now? ``rng`` draws what is lost."""
         world = self._world
+        if host.role == "primary" and world.options.last_facet:
+            return  # what it holds may not be all there is
         world.fired[f"clone of {host.role}"] += 1
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
         disk.power_cut(rng)
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
         what = f"a clone of {host.name} (O21)"
         world.album.check(host, image.node, image.snapshots, what)
-        if host.role == "primary":
+        if host.role == "primary" and image.node.rescue.leans():
+            world.fired["clone without a facet"] += 1  # a remote would stand in
+        elif host.role == "primary":
             for volume, data in enumerate(image.volumes):
                 world.content.check(
                     volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
@@ -209,6 +235,26 @@ class Checks:
                 world.options.cell,
             )
             world.fired[f"cover {rule}"] += 1
+
+    def flushed(self) -> None:
+        """With synchronous remotes what a flush promised survives the loss of the primary (I3)."""
+        world = self._world
+        node = world.a.node
+        if node is None or node.primary is None or self._random.random() < 0.7:
+            return
+        for remote in node.primary.remotes:
+            host = world.hosts[remote.name]
+            gate = remote.gate
+            if gate is None or gate.excused or not (gate.engaged and gate.streaming):
+                continue
+            disk = host.disk.clone(f"{world.seed}:flushed:{world.loop.now_ns}")
+            disk.power_cut()
+            image = recover_alone(disk, host.config, f"{world.seed}:flushed")
+            if image.consistent and gate.consistent:
+                world.fired["flush is at a synchronous remote"] += 1
+                for volume, data in enumerate(image.volumes):
+                    what = f"{host.name} after a flush (I3)"
+                    world.content.check(volume, 0, data, since=0, crashed=True, what=what)
 
     def _check_secondary(self, host: Host, image: Image) -> None:
         world = self._world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 
 from tests.sim.disk import SimDisk
@@ -21,5 +22,13 @@ class SimClock:
     def time_ns(self) -> int:
         return EPOCH_NS + self._loop.now_ns + self.offset_ns
 
+    def monotonic_ns(self) -> int:
+        return self._loop.now_ns
+
     def boot_id(self) -> str:
-        return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._disk.node}:{self._disk.boots}"))
+        return _boot_id(self._disk.node, self._disk.boots)
+
+
+@functools.cache
+def _boot_id(node: str, boots: int) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{node}:{boots}"))

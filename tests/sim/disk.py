@@ -221,8 +221,12 @@ class SimDisk:
     # For SimFile.
 
     def admit(self, operation: str, path: str) -> Fault | None:
-        """Counts an operation and asks for its fault; NodeDead if the asking killed the node."""
+        """Counts an operation of a living node and asks for its fault."""
         INCARNATION.get().check()
+        return self.count(operation, path)
+
+    def count(self, operation: str, path: str) -> Fault | None:
+        """As ``admit``, once it is known that the node lives; NodeDead if the asking killed it."""
         if operation in READS:
             self.reads += 1
             nth = self.reads
@@ -249,7 +253,8 @@ class SimDisk:
         delay = bounds[0] + (bounds[1] - bounds[0]) * self.random.random()
         if fault is not None and fault.kind is Kind.STALL:
             delay += fault.seconds
-        delay = max(delay, self._stalled_until - loop.time())
+        if self._stalled_until:
+            delay = max(delay, self._stalled_until - loop.time())
         future: asyncio.Future[T] = loop.create_future()
         loop.call_later(delay, _finish, future, work)
         return await future

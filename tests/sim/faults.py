@@ -13,7 +13,7 @@ class Kind(Enum):
     """What a fault does to the operation it is given to."""
 
     ERROR = "error"  # fails, no effect (a failed sync: the pages stay dirty)
-    SHORT = "short"  # a write: part of it is in the cache, then it fails
+    SHORT = "short"  # a write: some sectors of it are in the cache, then it fails
     LOSE = "lose"  # a sync: fails, and the pages are clean afterwards though they never landed
     LIE = "lie"  # a sync: succeeds, nothing is durable
     FLIP = "flip"  # a read: one bit of the answer is wrong

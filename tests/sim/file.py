@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from nbdmirror.codec.hashing import digests
 from nbdmirror.ports import Buffer
 from tests.sim.faults import Fault, Kind
-from tests.sim.image import Change
+from tests.sim.image import SECTOR, Change
 from tests.sim.inode import Inode
 from tests.sim.loop import INCARNATION, NodeDead
 
 if TYPE_CHECKING:
     from tests.sim.disk import SimDisk
-
-T = TypeVar("T")
 
 
 class SimFile:
@@ -36,6 +35,10 @@ class SimFile:
         self._check()
         return self._inode.cache.size
 
+    def identity(self) -> str:
+        self._check()
+        return str(self._inode.serial)
+
     def pread(self, offset: int, length: int) -> bytes:
         return self._read_now(self._admit("pread"), offset, length)
 
@@ -49,9 +52,12 @@ class SimFile:
 
     async def read(self, offset: int, length: int) -> bytes:
         fault = self._admit("read")
-        return await self._later(
+        return await self._disk.later(
             self._disk.timing.read, fault, lambda: self._read_now(fault, offset, length)
         )
+
+    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+        return digests(await self.read(offset, length), step)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         self._write_now(self._admit("pwrite"), offset, bytes(data))
@@ -66,7 +72,7 @@ class SimFile:
         ):  # a kill may find it half done
             self._write_now(None, offset, bytes(data[: self._disk.random.randrange(len(data))]))
         # The caller's buffer is read when the time has come: it must not change meanwhile.
-        await self._later(
+        await self._disk.later(
             self._disk.timing.write, fault, lambda: self._write_now(fault, offset, bytes(data))
         )
 
@@ -74,7 +80,7 @@ class SimFile:
         self._raise_failure()
         fault = self._admit("sync")
         mark = self._inode.written
-        await self._later(self._disk.timing.sync, fault, lambda: self._sync_now(fault, mark))
+        await self._disk.later(self._disk.timing.sync, fault, lambda: self._sync_now(fault, mark))
 
     async def punch(self, offset: int, length: int) -> None:
         await self._clear("punch", offset, length, hole=True)
@@ -98,7 +104,7 @@ class SimFile:
                 raise _full(self.path)
             self._sync_now(fault, mark)
 
-        await self._later(self._disk.timing.sync, fault, work)
+        await self._disk.later(self._disk.timing.sync, fault, work)
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         self._check()
@@ -118,21 +124,15 @@ class SimFile:
     # What all of them share.
 
     def _check(self) -> None:
-        self._life.check()
-        INCARNATION.get().check()
-        if self._boot != self._disk.boots:
+        life = INCARNATION.get()
+        if not (life.alive and self._life.alive and self._boot == self._disk.boots):
             raise NodeDead(self._life.node)
         if not self._open:
             raise OSError(errno.EBADF, "simulated: the file is closed", self.path)
 
     def _admit(self, operation: str) -> Fault | None:
         self._check()
-        return self._disk.admit(operation, self.path)
-
-    async def _later(
-        self, bounds: tuple[float, float], fault: Fault | None, work: Callable[[], T]
-    ) -> T:
-        return await self._disk.later(bounds, fault, work)
+        return self._disk.count(operation, self.path)
 
     def _read_now(self, fault: Fault | None, offset: int, length: int) -> bytes:
         data = self._inode.cache.read(offset, length)
@@ -157,7 +157,8 @@ class SimFile:
             failure = fault.error(self.path)
             if fault.kind is not Kind.SHORT:
                 raise failure
-            data = data[: self._disk.random.randrange(len(data))]
+            end = offset + self._disk.random.randrange(len(data))
+            data = data[: max(0, end // SECTOR * SECTOR - offset)]
         if self._disk.capacity is not None or self.block_device:
             room = self._disk.check_room(self._inode, offset, len(data))
             if room < len(data):
@@ -180,7 +181,7 @@ class SimFile:
             if count > 0:
                 self._inode.put(Change(offset, count, None, size, hole))
 
-        await self._later(self._disk.timing.write, fault, work)
+        await self._disk.later(self._disk.timing.write, fault, work)
 
     def _sync_now(self, fault: Fault | None, mark: int) -> None:
         """The end of a sync: the first ``mark`` changes are durable, or the fault says what is."""
@@ -197,11 +198,11 @@ class SimFile:
         self._failure = fault.error(self.path)
         if fault.kind is Kind.LOSE:
             inode.land_some(inode.take(mark), disk.random)
-            if disk.random.random() < 0.5:  # ext4 and XFS keep the new bytes in the cache,
+            inode.apart = disk.random.random() >= 0.5
+            if not inode.apart:  # ext4 and XFS keep the new bytes in the cache,
                 inode.cache = inode.durable.copy()  # Btrfs goes back to what is on the disk
                 for change in inode.unsynced:
                     inode.cache.put(change)
-                    inode.cache.resize(change.size)
         raise self._failure
 
     def _raise_failure(self) -> None:

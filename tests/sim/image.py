@@ -1,4 +1,4 @@
-"""The bytes of a simulated file: sparse, made of immutable pages so that copies share them."""
+"""The bytes of a simulated file: sparse, made of pages that copies share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SECTOR = 512
 ZERO_PAGE = bytes(PAGE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Change:
-    """One write (``data``), clearing (``data`` is None) or new length of a file.
+    """One write (``data``), clearing (``data`` is None) or new length of a file; never changed.
 
     ``size`` is the file's length afterwards. A ``hole`` gives its pages back.
     """
@@ -51,44 +51,65 @@ class Change:
 
 
 class Image:
-    """Content and length; a page that is absent is a hole. Bytes past the end are zeros."""
+    """Content and length; a page that is absent is a hole. Bytes past the end are zeros.
 
-    __slots__ = ("_pages", "size")
+    Copies share pages. A page that only one image has is a bytearray in ``_own`` too, and is
+    written in place; all others are never changed.
+    """
+
+    __slots__ = ("_own", "_pages", "size")
 
     def __init__(self) -> None:
-        self._pages: dict[int, bytes] = {}
+        self._pages: dict[int, bytes | bytearray] = {}
+        self._own: dict[int, bytearray] = {}
         self.size = 0
 
     def copy(self) -> Image:
         other = Image()
         other._pages = self._pages.copy()
         other.size = self.size
+        self._own.clear()
         return other
 
     def read(self, offset: int, length: int) -> bytes:
         index, start = divmod(offset, PAGE)
         pages = self._pages
         if start + length <= PAGE:
-            return pages.get(index, ZERO_PAGE)[start : start + length]
+            return bytes(pages.get(index, ZERO_PAGE)[start : start + length])
         last = (offset + length - 1) // PAGE
-        parts = [pages.get(i, ZERO_PAGE) for i in range(index, last + 1)]
-        return b"".join(parts)[start : start + length]
+        data = b"".join([pages.get(i, ZERO_PAGE) for i in range(index, last + 1)])
+        return data if len(data) == length else data[start : start + length]
 
     def write(self, offset: int, data: bytes) -> None:
         """Stores bytes; does not set the length (see ``put`` and ``trim``)."""
-        pages = self._pages
-        done = 0
-        while done < len(data):
-            index, start = divmod(offset + done, PAGE)
-            count = min(PAGE - start, len(data) - done)
-            piece = data[done : done + count]
-            if count != PAGE:
-                old = pages.get(index, ZERO_PAGE)
-                piece = old[:start] + piece + old[start + count :]
-            pages[index] = piece
-            done += count
+        index, start = divmod(offset, PAGE)
+        length = len(data)
+        if start + length <= PAGE:
+            self._write_page(index, start, data)
+            return
+        self._write_page(index, start, data[: PAGE - start])
+        for at in range(PAGE - start, length, PAGE):
+            index += 1
+            self._write_page(index, 0, data[at : at + PAGE])
+
+    def _write_page(self, index: int, start: int, piece: bytes) -> None:
+        if len(piece) == PAGE:
+            self._own.pop(index, None)
+            self._pages[index] = piece
+            return
+        page = self._own.get(index)
+        if page is None:
+            page = bytearray(self._pages.get(index, ZERO_PAGE))
+            self._own[index] = self._pages[index] = page
+        page[start : start + len(piece)] = piece
 
     def put(self, change: Change) -> None:
+        """A change, with the length that it leaves."""
+        self.put_content(change)
+        if change.size != self.size:
+            self.resize(change.size)
+
+    def put_content(self, change: Change) -> None:
         """The bytes of a change, without its length."""
         if change.data is not None:
             self.write(change.offset, change.data)
@@ -101,12 +122,16 @@ class Image:
             index, start = divmod(offset, PAGE)
             count = min(PAGE - start, end - offset)
             if not hole and count == PAGE:
-                self._pages[index] = ZERO_PAGE
+                self._write_page(index, 0, ZERO_PAGE)
             elif hole and (count == PAGE or (start == 0 and end >= self.size)):
-                self._pages.pop(index, None)
+                self._drop(index)
             elif index in self._pages or not hole:
-                self.write(offset, bytes(count))
+                self._write_page(index, start, bytes(count))
             offset += count
+
+    def _drop(self, index: int) -> None:
+        self._pages.pop(index, None)
+        self._own.pop(index, None)
 
     def resize(self, size: int) -> None:
         """Sets the length; what is cut off reads as zeros if the file grows again."""
@@ -119,9 +144,9 @@ class Image:
         """Forgets what lies past the end."""
         last, used = divmod(self.size, PAGE)
         for index in [i for i in self._pages if i > last or (i == last and not used)]:
-            del self._pages[index]
+            self._drop(index)
         if last in self._pages:
-            self._pages[last] = self._pages[last][:used].ljust(PAGE, b"\0")
+            self._write_page(last, used, bytes(PAGE - used))
 
     def allocated(self) -> int:
         """The bytes that its pages take on the disk."""

@@ -21,10 +21,10 @@ class Inode:
     unsynced: list[Change] = field(default_factory=list)
     written: int = 0  # changes ever; the unsynced ones are the last len(unsynced) of them
     block_device: bool = False
+    apart: bool = False  # a failed sync lost changes that the cache still shows
 
     def put(self, change: Change) -> None:
         self.cache.put(change)
-        self.cache.resize(change.size)
         self.unsynced.append(change)
         self.written += 1
         if len(self.unsynced) > CHANGES_MAX:
@@ -39,24 +39,30 @@ class Inode:
 
     def land(self, mark: int) -> None:
         """Makes the first ``mark`` changes durable."""
+        if mark == self.written and not self.apart:
+            if self.unsynced:
+                self.unsynced = []
+                self.durable = self.cache.copy()
+            return
         for change in self.take(mark):
             self.durable.put(change)
-            self.durable.resize(change.size)
 
     def land_some(self, changes: Sequence[Change], rng: random.Random) -> None:
         """A drawn part of some changes reaches the durable image, sector by sector."""
         sizes = rng.randint(0, len(changes))
         for position, change in enumerate(changes):
             for piece in change.torn(rng):
-                self.durable.put(piece)
+                self.durable.put_content(piece)
             if position < sizes:
                 self.durable.resize(change.size)
         self.durable.trim()
 
     def cut(self, rng: random.Random) -> None:
-        self.land_some(self.unsynced, rng)
-        self.unsynced = []
+        if self.unsynced:
+            self.land_some(self.unsynced, rng)
+            self.unsynced = []
         self.cache = self.durable.copy()
+        self.apart = False
 
     def copy(self) -> Inode:
         return Inode(
@@ -66,4 +72,5 @@ class Inode:
             list(self.unsynced),
             self.written,
             self.block_device,
+            self.apart,
         )

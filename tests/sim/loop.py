@@ -188,16 +188,16 @@ class SimLoop(LoopBase):
 
     def _advance(self) -> None:
         """Moves time to the next timer that anybody alive waits for."""
-        timers = self._timers
+        timers, pop, ready = self._timers, heapq.heappop, self._ready
         while timers and not self._wanted(timers[0][2]):
-            heapq.heappop(timers)
+            pop(timers)
         if not timers:
             raise Deadlock("nothing is ready and no timer is set")
-        self.now_ns = max(self.now_ns, timers[0][0])
-        while timers and timers[0][0] <= self.now_ns:
-            handle = heapq.heappop(timers)[2]
+        now_ns = self.now_ns = max(self.now_ns, timers[0][0])
+        while timers and timers[0][0] <= now_ns:
+            handle = pop(timers)[2]
             handle.timer = False
-            self._ready.append(handle)
+            ready.append(handle)
 
     def _wanted(self, handle: SimHandle) -> bool:
         return not handle.off and handle.context.get(INCARNATION, WORLD).alive
@@ -303,7 +303,7 @@ class SimLoop(LoopBase):
     ) -> asyncio.Task[Any]:
         self._task_number += 1
         if name is None:  # asyncio's own default counts in the whole process
-            life = (copy_context() if context is None else context).get(INCARNATION, WORLD)
+            life = INCARNATION.get() if context is None else context.get(INCARNATION, WORLD)
             name = f"{life.node}-{self._task_number}"
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=str(name), context=context)
         self._tasks.append(task)

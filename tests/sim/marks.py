@@ -15,13 +15,14 @@ from typing import Any
 from nbdmirror.core.active import ActiveMap
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.copier import Copier
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.remote import Remote
-from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.session import Session
 from nbdmirror.engine.volume import Volume
 
 Wrap = Callable[[Counter[str], Callable[..., Any]], Callable[..., Any]]
@@ -63,9 +64,10 @@ MARKS: tuple[tuple[Any, str, Wrap], ...] = (
     (Secondary, "become_consistent", _calls("the secondary becomes consistent")),
     (Remote, "overflow", _calls("a remote is forced out of the log")),
     (Remote, "fill", _calls("everything is marked")),
-    (Resync, "_send_hole", _calls("a hole travels as a hole")),
-    (Resync, "_send_hashes", _calls("regions are compared")),
-    (Resync, "_send_copy", _calls("regions are copied")),
+    (Copier, "hole", _calls("a hole travels as a hole")),
+    (Copier, "compare", _calls("regions are compared")),
+    (Copier, "copy", _calls("regions are copied")),
+    (Session, "_order", _calls("a resync goes on in order")),
     (DcmFile, "clear", _calls("a map is cleared")),
     (Group, "_write_later", _calls("a write has to wait")),
     (Volume, "wait_unlocked", _calls("a write waits for a range")),
@@ -89,6 +91,8 @@ LABELS = (
             "a hole travels as a hole",
             "regions are compared",
             "regions are copied",
+            "a resync goes on in order",
+            "a region in flight is marked again",
             "a map is cleared",
             "a write has to wait",
             "a write waits for a range",
@@ -100,8 +104,7 @@ LABELS = (
     *(f"rule {rule}" for rule in ("T2", "T3", "T4", "T7")),
     *(f"event {kind}" for kind in ("overflow", "log-full", "facet-failed", "failed", "paused")),
 )
-"""What a sweep must have seen. ``a region in flight is marked again`` is not among them: a mark
-ends the session in the same step (see the mutant of O6)."""
+"""What a sweep must have seen."""
 
 
 @contextmanager

@@ -3,18 +3,18 @@
 Each mutant is a function that breaks the engine by a few assignments; ``broken`` undoes them. The
 names begin with the rule (an O-number, V-row or invariant) that is dropped.
 
-Not among them, because another rule makes them unobservable: clearing a bit of the DCM that was
-marked again while its region was on its way (a mark ends the session in the same step), and each
-one of the two checks of a scan against records of an ended epoch (the two together are here).
+Not among them, because another rule makes them unobservable: each one of the two
+checks of a scan against records of an ended epoch (the two together are here).
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from nbdmirror.codec import record as codec
@@ -22,10 +22,14 @@ from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Type
 from nbdmirror.core import identity
 from nbdmirror.core.active import ActiveMap
-from nbdmirror.engine import node, recovery, session
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine import doubt, node, recovery, remoteread, session
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.facetcopy import FacetCopy
+from nbdmirror.engine.facetmember import Member
+from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.engine.housekeeper import Housekeeper
@@ -131,12 +135,12 @@ def _(assign: Assign) -> None:
 
 @mutant("O1 after a power loss active extents are not compared")
 def _(assign: Assign) -> None:
-    assign(node, "doubtful_ranges", lambda active, volumes: [])
+    assign(doubt, "doubtful_ranges", lambda active, volumes: [])
 
 
 @mutant("M1 after a power loss local facets are not made equal")
 def _(assign: Assign) -> None:
-    assign(node, "level", _nothing)
+    assign(doubt, "level", _nothing)
 
 
 # -- the secondary -------------------------------------------------------------------------------
@@ -201,13 +205,12 @@ def _(assign: Assign) -> None:
 
 @mutant("O8 records that are there already are applied again")
 def _(assign: Assign) -> None:
-    original = Session._start
+    original = Session._resume
     checked = Receiver._checked
 
-    async def start(self: Session, decision: Any, target: Any) -> int:
-        seq = await original(self, decision, target)
+    async def resume(self: Session, seq: int) -> None:
         log = self.remote.group.log
-        return max(log.ring.tail_seq, seq - 3)
+        await original(self, max(log.ring.tail_seq, seq - 3))
 
     def again(self: Receiver, view: memoryview, next_seq: int) -> Any:
         for record in codec.parse_all(view):
@@ -216,7 +219,7 @@ def _(assign: Assign) -> None:
                     facet.pwrite(record.offset, record.payload)
         return checked(self, view, next_seq)
 
-    assign(Session, "_start", start)
+    assign(Session, "_resume", resume)
     assign(Receiver, "_checked", again)
 
 
@@ -394,10 +397,10 @@ def _(assign: Assign) -> None:
 
 @mutant("O19 an unfinished overflow is not finished at the next start")
 def _(assign: Assign) -> None:
-    async def pending(self: Any) -> list[Any]:
+    async def pending(log: Log) -> list[Any]:
         return []
 
-    assign(node.Node, "_pending", pending)
+    assign(doubt, "_pending", pending)
 
 
 # -- overflow, DCM, resync -----------------------------------------------------------------------
@@ -462,6 +465,27 @@ def _(assign: Assign) -> None:
             self.trackers = trackers
 
     assign(Group, "_append", append)
+
+
+@mutant("O6 a bit is cleared though its region was marked again")
+def _(assign: Assign) -> None:
+    def finish(self: Dcm, region: int, token: int) -> int | None:
+        self._in_flight[region] = token
+        return original(self, region, token)
+
+    original = Dcm.finish
+    assign(Dcm, "finish", finish)
+
+
+@mutant("O12 the log is left out before the remote knows where it begins")
+def _(assign: Assign) -> None:
+    original = Session._order
+
+    async def order(self: Session) -> None:
+        self._ready.set()
+        await original(self)
+
+    assign(Session, "_order", order)
 
 
 @mutant("O13 a region is read without its lock")
@@ -529,15 +553,19 @@ def _(assign: Assign) -> None:
 
 @mutant("O15 whoever asks joins the commit that is running")
 def _(assign: Assign) -> None:
-    original = GroupCommit.__call__
+    async def run(self: GroupCommit) -> None:
+        while self._asking:
+            failure: Exception | None = None
+            try:
+                await self._commit()
+            except Exception as error:
+                failure = error
+            waiters, self._asking = self._asking, []
+            for waiter in (waiter for waiter in waiters if not waiter.done()):
+                waiter.set_exception(failure) if failure else waiter.set_result(None)
+        self._task = None
 
-    async def call(self: GroupCommit) -> None:
-        if self._running is not None and not self._running.done():
-            await asyncio.shield(self._running)
-        else:
-            await original(self)
-
-    assign(GroupCommit, "__call__", call)
+    assign(GroupCommit, "_run", run)
 
 
 @mutant("O16 a sync of the log that failed is passed over")
@@ -594,3 +622,72 @@ def _(assign: Assign) -> None:
             await facet.file.punch(change.offset, change.length)
 
     assign(Group, "clear", clear)
+
+
+# -- local facets, synchronous remotes, the log's disk -------------------------------------------
+
+
+@mutant("M8 what a facet misses past the log is not marked")
+def _(assign: Assign) -> None:
+    assign(Member, "mark", lambda self, volume, offset, length: None)
+
+
+@mutant("M6 a facet is trusted before it has all that it lacks")
+def _(assign: Assign) -> None:
+    assign(FacetCopy, "run", _nothing)
+
+
+@mutant("O13 a facet's copy is made without the range lock")
+def _(assign: Assign) -> None:
+    @asynccontextmanager
+    async def locked(*_: Any, **__: Any) -> AsyncIterator[None]:
+        yield
+
+    original = FacetCopy._stretch
+
+    async def stretch(self: FacetCopy, first: int, count: int) -> int:
+        proxy = copy.copy(self._volume)
+        proxy.locked = locked  # type: ignore[method-assign, assignment]
+        self._volume, volume = proxy, self._volume
+        try:
+            return await original(self, first, count)
+        finally:
+            self._volume = volume
+
+    assign(FacetCopy, "_stretch", stretch)
+
+
+@mutant("M5 the log is not laid over what a remote gives")
+def _(assign: Assign) -> None:
+    async def overlay(log: Log, volume: int, offset: int, data: Any, seq: int) -> Any:
+        return data
+
+    assign(remoteread, "overlay", overlay)
+
+
+@mutant("I3 a flush does not wait for a synchronous remote's disk")
+def _(assign: Assign) -> None:
+    original = SyncGate.wait
+
+    async def wait(self: SyncGate, seq: int, durable: bool) -> None:
+        await original(self, seq, False)
+
+    assign(SyncGate, "wait", wait)
+
+
+@mutant("M13 what the lost log held for remotes is not marked")
+def _(assign: Assign) -> None:
+    async def overflow(self: Remote, why: str) -> None:
+        if "log was" not in why or "full" in why:
+            await original(self, why)
+
+    original = Remote.overflow
+    assign(Remote, "overflow", overflow)
+
+
+@mutant("M13 a flush is not in the facets while the log is in memory")
+def _(assign: Assign) -> None:
+    async def sync_log(self: Housekeeper) -> int:
+        return self._log.next_seq - 1
+
+    assign(Housekeeper, "sync_log", sync_log)

@@ -25,12 +25,32 @@ NODE_FAULTS = (
     "die starting",
     "stop and power",
 )
-DISK_FAULTS = ("disk stall", "sync error a", "sync error b", "sync loss b", "write error b")
-ADMIN_FAULTS = ("pause", "resync", "full resync", "clock jump")
+DISK_FAULTS = (
+    "disk stall",
+    "sync error a",
+    "sync error b",
+    "sync loss b",
+    "write error b",
+    "facet error",
+    "facet error",
+)
+ADMIN_FAULTS = (
+    "pause",
+    "resync",
+    "full resync",
+    "verify",
+    "clock jump",
+    "facet offline",
+    "facet replace",
+    "log replace",
+)
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
 """Events of a node that a fault may follow at once."""
+
+SMALL = {"codec.slots.SLOT_SIZE": 32 * KIB}
+"""Of what every start reads and every creation writes: less of it, for nothing depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +81,11 @@ class Options:
     clear: float
     faults: dict[str, float]
     fault_gap: float
+    mode: str = "async"
+    """Of the remotes."""
+    on_link_loss: str = "continue"
+    last_facet: bool = False
+    """The last facet of a volume may fail too: a remote stands in for it (M11)."""
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
@@ -81,14 +106,14 @@ def draw(seed: int) -> Options:
         region * regions - (rng.randrange(4) * cell if rng.random() < 0.3 else 0)
         for _ in range(rng.choice([1, 1, 2, 3]))
     )
-    log_size = rng.choice([44, 68, 132, 260, 1028]) * KIB
+    log_size = rng.choice([44, 44, 44, 68, 68, 132, 260, 1028]) * KIB
     options = Options(
         sizes=sizes,
         cell=cell,
         region=region,
         # Many small extents: the active map has 61 slots at least and must be made to evict.
         extent=rng.choice([1, 2, 4, 16]) * KIB,
-        facets=2 if rng.random() < 0.2 else 1,
+        facets=rng.choice([1, 1, 1, 2, 2, 3]),
         remotes=2 if rng.random() < 0.15 else 1,
         log_size=log_size,
         remote_log_size=max(log_size, rng.choice([68, 260]) * KIB),
@@ -99,7 +124,7 @@ def draw(seed: int) -> Options:
         constants=_constants(rng),
         shuffle=rng.random() < 0.1,
         clients=rng.choice([1, 2, 4]),
-        operations=rng.choice([30, 60, 60, 120]),
+        operations=rng.choice([8, 16, 32, 64]),
         write_cells=rng.choice([1, 4, 16, 40]),
         hot_cells=rng.choice([16, 64, 1 << 30, 1 << 30]),
         pause=rng.choice([0.0, 0.002, 0.02, 0.2]),
@@ -109,8 +134,14 @@ def draw(seed: int) -> Options:
         faults=_faults(rng),
         fault_gap=rng.choice([0.01, 0.05, 0.3, 3.0]),
         moments=rng.choice([0.0, 0.0, 0.0, 0.1, 0.3]),
+        mode=rng.choice(["async", "async", "async", "sync"]),
+        on_link_loss=rng.choice(["continue", "hold", "fail"]),
     )
-    options = _storm(options, rng) if rng.random() < 0.15 else options
+    if not options.moments and rng.random() < 0.5:
+        # After a power loss the model asks the primary's own disk what there is.
+        faults = {k: v for k, v in options.faults.items() if "power" not in k and "die" not in k}
+        options = replace(options, last_facet=True, faults=faults)
+    options = _storm(options, rng) if rng.random() < 0.08 else options
     return _snapshots(options, random.Random(f"{seed}:snapshots"))
 
 
@@ -139,7 +170,7 @@ def _storm(options: Options, rng: random.Random) -> Options:
         remote_log_size=260 * KIB,
         on_full="dcm",
         clients=4,
-        operations=250,
+        operations=200,
         write_cells=2,
         hot_cells=1 << 30,
         pause=rng.choice([0.002, 0.02]),
@@ -149,6 +180,7 @@ def _storm(options: Options, rng: random.Random) -> Options:
         fault_gap=rng.choice([0.1, 0.3]),
         moments=0.5,
         moments_of=("overflow",),
+        last_facet=False,
     )
 
 
@@ -161,13 +193,18 @@ def _timing(rng: random.Random) -> Timing:
 def _constants(rng: random.Random) -> dict[str, int | float]:
     """Bounds of the engine that only large volumes would reach."""
     return {
-        "log.RECENT_BYTES_MAX": rng.choice([32 << 20, 16 * KIB, 1]),
-        "log.READ_BYTES": rng.choice([256 * KIB, 8 * KIB]),
-        "session.FRAME_BYTES": rng.choice([1, 4 * KIB, 16 * KIB]),
-        "session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
-        "resync.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
-        "resync.COMPARE_BYTES": rng.choice([16 * KIB, 4 << 20]),
-        "housekeeper.INTERVAL_SECONDS": rng.choice([0.1, 1.0, 5.0]),
+        **SMALL,
+        "engine.log.RECENT_BYTES_MAX": rng.choice([32 << 20, 16 * KIB, 1]),
+        "engine.log.READ_BYTES": rng.choice([256 * KIB, 8 * KIB]),
+        "engine.session.FRAME_BYTES": rng.choice([1, 4 * KIB, 16 * KIB]),
+        "engine.session.LINGER_SECONDS": rng.choice([0.0, 0.002]),
+        "engine.facetcopy.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
+        "engine.facetcopy.SYNC_BYTES": rng.choice([4 * KIB, 64 << 20]),
+        "engine.rescue.READ_ERRORS_MAX": rng.choice([2, 32]),
+        "engine.copier.COPY_BYTES": rng.choice([4 * KIB, 16 * KIB, 1 << 20]),
+        "engine.copier.YIELDING_BYTES": rng.choice([4 * KIB, 128 * KIB]),
+        "engine.copier.HASHED_COST": rng.choice([4, 1]),
+        "engine.housekeeper.INTERVAL_SECONDS": rng.choice([0.1, 1.0, 5.0]),
     }
 
 

@@ -16,7 +16,7 @@ from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import NbdmirrorError
 from tests.sim.faults import Timing
-from tests.sim.options import KIB, Options
+from tests.sim.options import KIB, SMALL, Options
 from tests.sim.oracle import Violation, Write, pattern
 from tests.sim.world import Gone, Host, World, clearing
 
@@ -40,11 +40,12 @@ OPTIONS = Options(
     window=16 * KIB,
     timing=Timing(sync=(0.000_1, 0.002)),
     constants={
-        "log.RECENT_BYTES_MAX": 16 * KIB,
-        "log.READ_BYTES": 8 * KIB,
-        "resync.COPY_BYTES": 8 * KIB,
-        "resync.COMPARE_BYTES": 16 * KIB,
-        "housekeeper.INTERVAL_SECONDS": 0.3,
+        **SMALL,
+        "engine.log.RECENT_BYTES_MAX": 16 * KIB,
+        "engine.log.READ_BYTES": 8 * KIB,
+        "engine.copier.COPY_BYTES": 8 * KIB,
+        "engine.copier.YIELDING_BYTES": 8 * KIB,
+        "engine.housekeeper.INTERVAL_SECONDS": 0.3,
     },
     shuffle=False,
     clients=1,

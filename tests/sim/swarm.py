@@ -17,7 +17,7 @@ from tests.sim.checks import Checks
 from tests.sim.faults import Fault, Injector, Kind
 from tests.sim.loop import SimLoop
 from tests.sim.marks import counting
-from tests.sim.options import Options, draw
+from tests.sim.options import ADMIN_FAULTS, Options, draw
 from tests.sim.oracle import Violation, compare
 from tests.sim.snapshots import People
 from tests.sim.workload import Clients
@@ -118,6 +118,7 @@ async def _phases(world: World) -> None:
             raise Violation(f"{host.name} does not start: {host.failed}")
     checks = Checks(world)
     clients = Clients(world)
+    world.on_flushed = checks.flushed
     faults = Faults(world)
     people = People(world)
     background = [world.spawn(checks.run()), world.spawn(faults.run())]
@@ -145,6 +146,7 @@ async def _converge(
                 raise Violation("requests of clients hang though nothing is broken (I8)")
             await _copied(world)
             await _in_sync(world)
+            await _facets_in_sync(world)
         except Gone:
             continue  # an error from before has only now been noticed
         break
@@ -154,8 +156,7 @@ async def _converge(
         compare(remote.images(), world.a.images(), f"{remote.name} in sync (I2)")
     checks.look()
     await snapshots.look(world)
-    for host in world.hosts.values():
-        checks.crash_clone(host)
+    checks.crash_clone_of_one()
 
 
 async def _in_sync(world: World) -> None:
@@ -184,6 +185,20 @@ async def _copied(world: World) -> None:
     raise Violation("a restore does not come to its end")
 
 
+async def _facets_in_sync(world: World) -> None:
+    """Every local facet comes back by itself."""
+    node = world.a.node
+    end = world.loop.time() + HEAL_SECONDS
+    while node is not None and not all(f.in_service for v in node.volumes for f in v.facets):
+        if world.loop.time() > end:
+            raise Violation(f"facets do not come back: {node.facet_list()} (M8)")
+        await asyncio.sleep(0.1)
+        node = world.a.node
+    if node is None:
+        raise Gone
+    world.check_facets(world.a, node)
+
+
 async def _stop_and_compare(world: World, checks: Checks) -> None:
     """A clean stop of everything leaves equal disks, and nothing to redo."""
     for host in world.hosts.values():
@@ -193,8 +208,10 @@ async def _stop_and_compare(world: World, checks: Checks) -> None:
     compare(a, line.image(line.head), "the primary after a clean stop")
     for remote in world.remotes:
         compare(remote.images(), a, f"{remote.name} after a clean stop")
-    for host in world.hosts.values():
-        checks.crash_clone(host)
+    checks.crash_clone_of_one()
+    for index, volume in enumerate(world.a.config.volumes):
+        for path in volume.facets:
+            compare([world.a.disk.content(path)[: volume.size]], [a[index]], f"{path} at the end")
 
 
 class Faults:
@@ -229,7 +246,13 @@ class Faults:
             await self._end(name, self._targets(last))
         elif kind in ("die starting", "stop and power"):
             await self._odd_end(kind)
-        elif kind in ("pause", "resync", "full resync", "clock jump"):
+        elif kind == "facet error":
+            self._facet_error()
+        elif kind == "log replace":
+            await self._replace_log()
+        elif kind in ("facet offline", "facet replace"):
+            await self._facet_out(kind)
+        elif kind in ADMIN_FAULTS:
             await self._admin(kind)
         elif name in ("sync error", "sync loss", "write error"):
             self._disk_error(name, self._targets(last)[0])
@@ -320,7 +343,8 @@ class Faults:
         host.disk.faults = None
         if host.failed is not None:
             host.failed = None
-            if host.role == "secondary" and self._random.random() < 0.3:
+            spare = host.role == "secondary" and not world.options.last_facet
+            if spare and self._random.random() < 0.3:
                 await world.replace(host)
         await world.start(host)
 
@@ -360,7 +384,77 @@ class Faults:
         prefix = rng.choice(["/state", "/facets", "/"])
         host.disk.faults = _once(operation, prefix, Fault(kind))
 
+    def _facet_error(self) -> None:
+        """An operation on one of several facets of the primary fails."""
+        world, rng = self._world, self._random
+        node = world.a.node
+        if node is None:
+            return
+        volume = rng.choice(node.volumes)
+        if len(volume.in_service()) < 2 and not world.options.last_facet:
+            return
+        operation, kind = rng.choice(
+            [
+                ("pwrite", Kind.ERROR),
+                ("sync", Kind.ERROR),
+                ("sync", Kind.LOSE),
+                ("punch", Kind.ERROR),
+                ("read", Kind.ERROR),
+                ("try_pread", Kind.ERROR),
+                ("write", Kind.ERROR),
+            ]
+        )
+        path = rng.choice(volume.facets).path
+        once = _once(operation, path, Fault(kind))
+
+        def inject(name: str, where: str, nth: int) -> Fault | None:
+            # By the time that it strikes, another may have gone.
+            alone = len(volume.in_service()) < 2 and not world.options.last_facet
+            return None if alone else once(name, where, nth)
+
+        world.a.disk.faults = inject
+
     # -- people ----------------------------------------------------------------------------------
+
+    async def _facet_out(self, kind: str) -> None:
+        """A facet is taken out of service for a time, and brought back, or its disk replaced."""
+        world, rng = self._world, self._random
+        node = world.a.node
+        if node is None:
+            return
+        paths = [f.path for v in node.volumes for f in v.facets if f.path not in world.fresh]
+        if not paths:
+            return
+        path = rng.choice(paths)
+        with contextlib.suppress(Gone, NbdmirrorError):
+            await world.in_life(world.a, node.facet("offline", path))
+            await asyncio.sleep(rng.choice([0.01, 0.3, 5.0]) * rng.random())
+            if kind == "facet replace":
+                world.fresh[path] = None
+                await world.in_life(world.a, self._new_disk(world.a, path))
+                await world.in_life(world.a, node.facet("replace", path))
+                del world.fresh[path]
+            else:
+                await world.in_life(world.a, node.facet("online", path))
+
+    async def _replace_log(self) -> None:
+        """The log is moved, or brought back from memory."""
+        world = self._world
+        node = world.a.node
+        if node is not None:
+            world.logs += 1
+            with contextlib.suppress(Gone, NbdmirrorError):
+                await world.in_life(world.a, node.log_replace(f"/logs/{world.logs}"))
+
+    async def _new_disk(self, host: Host, path: str) -> None:
+        """What a person puts in may hold anything."""
+        size = host.disk.open(path).size()
+        host.disk.unlink(path)
+        if self._random.random() < 0.5:
+            file = host.disk.open(path, create=True)
+            file.pwrite(0, b"\xff" * size)
+            await file.sync()
+            await host.disk.sync_directory(path.rpartition("/")[0])
 
     async def _admin(self, kind: str) -> None:
         world, rng = self._world, self._random
@@ -374,6 +468,8 @@ class Faults:
                     await world.in_life(world.a, node.pause(name))
                     await asyncio.sleep(rng.random())
                     await world.in_life(world.a, node.resume(name))
+                elif kind == "verify":
+                    await world.in_life(world.a, node.verify(name, rng.random() < 0.5))
                 else:
                     await world.in_life(world.a, node.resync(name, kind == "full resync"))
 
@@ -402,6 +498,14 @@ class Faults:
             raise Violation(f"the primary does not start: {world.a.failed}")
         for remote in world.remotes:
             await world.in_life(world.a, node.resume(remote.name))
+        if node.status()["log"]["in_memory"] and self._random.random() < 0.5:
+            await self._replace_log()
+        for volume in node.volumes:
+            for facet in volume.facets:
+                swapped = facet.path in world.fresh and not facet.writable
+                action = "replace" if swapped else "online"
+                world.fresh.pop(facet.path, None)
+                await world.in_life(world.a, node.facet(action, facet.path))
 
 
 def _once(operation: str, prefix: str, fault: Fault) -> Injector:

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
 
@@ -28,6 +27,7 @@ from tests.sim.ailments import AILMENTS, AllLost, Fuse
 from tests.sim.checks import Checks
 from tests.sim.loop import SimLoop
 from tests.sim.oracle import Entry, Violation, compare
+from tests.sim.pool import ordered
 from tests.sim.scenarios import OPTIONS, SCENARIOS, Script
 from tests.sim.snapshots import look
 from tests.sim.world import Gone, Host, World, constants
@@ -258,6 +258,7 @@ class Run:
         for host in world.hosts.values():
             await world.script.up(host)
         await asyncio.sleep(2 * RESTART_SECONDS)
+        await self._facets_back()
         for host in world.hosts.values():
             await world.script.up(host)
             assert host.node is not None
@@ -274,6 +275,16 @@ class Run:
         if script.succeeded != before + 3:
             raise Violation("the mended primary does not serve")
         await self._converge()
+
+    async def _facets_back(self) -> None:
+        """A person brings back, at once, what a remote has stood in for (M11)."""
+        node = await self.world.script.primary()
+        facets = [facet for volume in node.volumes for facet in volume.facets]
+        for facet in facets:
+            await self.world.in_life(self.world.a, node.facet("online", facet.path))
+        end = self.world.loop.time() + HEAL_SECONDS
+        while not all(facet.in_service for facet in facets) and self.world.loop.time() < end:
+            await asyncio.sleep(0.1)
 
     async def _converge(self) -> None:
         """In sync, equal, and that durably; and so after a clean stop (I2, I3)."""
@@ -366,25 +377,6 @@ def points(scenario: str, node: str, operations: Sequence[tuple[str, str]]) -> I
                 yield Point(scenario, node, name, nth)
 
 
-def _run_batch(batch: Sequence[Point]) -> list[Outcome]:
-    return [run_point(point) for point in batch]
-
-
-def run_all(batch: Sequence[Point], jobs: int) -> Iterator[Outcome]:
-    """The outcomes of the points, in their order."""
-    batches = [batch[at : at + BATCH] for at in range(0, len(batch), BATCH)]
-    if jobs <= 1:
-        for one in batches:
-            yield from _run_batch(one)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        try:
-            for done in pool.map(_run_batch, batches):
-                yield from done
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def sweep(
     scenarios: Sequence[str],
     nodes: Sequence[str],
@@ -407,7 +399,7 @@ def sweep(
             found = choose(list(points(scenario, node, plain.operations)))
             row.ailments = len(Counter(point.ailment for point in found))
             wanted += found
-    for outcome in run_all(wanted, jobs):
+    for outcome in ordered(run_point, wanted, jobs=jobs, batch=BATCH):
         row = rows[outcome.point.scenario, outcome.point.node]
         row.points += 1
         row.deaths += outcome.deaths

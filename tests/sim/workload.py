@@ -136,6 +136,7 @@ class Clients:
         if await self._attempt(node.primary.group.flush()):
             world.content.flushed(issued)
             world.trace("client", f"flushed {issued}")
+            world.on_flushed()
 
     async def _read(self, rng: random.Random, node: Node) -> None:
         world = self._world

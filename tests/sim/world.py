@@ -61,14 +61,18 @@ class Host:
         self.role = role
         self.life = Incarnation(name)
         self.gone: asyncio.Future[None] = world.loop.create_future()
+        self.waiting: dict[asyncio.Future[None], None] = {}
+        """Those of the world who wait for work in this life: they hear of its end."""
         self.node: Node | None = None
         """The node while it serves."""
         self.created = False
         self.lost_power = False
+        self.torn = False
+        """A slot of its superblock was found torn: it cannot prove what it had."""
+        self.forked = False
+        """The last start began a new line of history: the log, or its end, was lost."""
         self.starting = False
         self.stopping = False
-        self.doubted = False
-        """Its superblock was found damaged when it last started."""
         self.failed: str | None = None
         self.sources = [volume.facets[0] for volume in config.volumes]
         """A facet of each volume that was in service when the node last stopped."""
@@ -101,6 +105,11 @@ class Host:
             path = self.sources[index]
             if volumes and volumes[index].in_service():
                 path = volumes[index].source().path
+            elif volumes and self.role == "primary" and disk is None:
+                # No local facet: the log and a remote hold it, which reads and the end will show.
+                line = self.world.history.lines[-1]
+                images.append(bytes(line.image(line.head)[index]))
+                continue
             images.append((disk or self.disk).content(path)[: volume.size])
         return images
 
@@ -125,11 +134,16 @@ class World:
         self.album = Album(self)
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
+        self.fresh = {}
+        self.logs = 0
+        """How often the log was moved."""
         self.on_moment: list[Callable[[Host, str], None]] = []
         """Called with each event of a node: the moments at which a fault is most telling."""
         self.on_failed: Callable[[Host], None] = lambda host: None
         """Called when a node has ended by itself: somebody has to look after it."""
         self.broken: asyncio.Event
+        self.on_flushed: Callable[[], None] = lambda: None
+        """Called when a client's FLUSH has succeeded."""
 
     @property
     def a(self) -> Host:
@@ -179,7 +193,13 @@ class World:
                 for index, size in enumerate(options.sizes)
             ),
             remotes=tuple(
-                RemoteConfig(remote, f"tcp:{remote}:7000", compression=options.compression)
+                RemoteConfig(
+                    remote,
+                    f"tcp:{remote}:7000",
+                    mode=options.mode,
+                    on_link_loss=options.on_link_loss,
+                    compression=options.compression,
+                )
                 for remote in remotes
             )
             if primary
@@ -224,9 +244,13 @@ class World:
             work.close()
             raise Gone
         task = self.loop.spawn(host.life, work)
-        gone = host.gone
-        waited: list[asyncio.Future[Any]] = [task, gone]
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        end = self.loop.create_future()
+        host.waiting[end] = None
+        task.add_done_callback(lambda _: _settle(end))
+        try:
+            await end
+        finally:
+            del host.waiting[end]
         if not task.done():
             raise Gone
         try:
@@ -249,8 +273,8 @@ class World:
         self.net.kill(host.life, power=power)
         host.node = None
         host.starting = host.stopping = False
-        if not host.gone.done():
-            host.gone.set_result(None)
+        for waiter in (host.gone, *host.waiting):
+            _settle(waiter)
 
     def env(self, host: Host) -> Env:
         """The world as a node of that host sees it."""
@@ -276,7 +300,7 @@ class World:
         node.events.listen(lambda event: self._on_event(host, event))
         try:
             await self.in_life(host, node.start(nbd=False))
-            images = await self.in_life(host, logical(node)) if host.role == "primary" else []
+            restored = await self.in_life(host, overlaid(node))
         except Gone:
             return False
         except (NbdmirrorError, OSError) as error:
@@ -288,6 +312,9 @@ class World:
             self.serving.set()
         power, host.lost_power = host.lost_power, False
         if host.role == "primary":
+            images = host.images()
+            for index, data in restored.items():
+                images[index] = data
             self._primary_recovered(host, images, power=power)
         self.spawn(self._watch(host, node))
         return True
@@ -301,8 +328,11 @@ class World:
             self.album.release(event["uuid"])
         if event["kind"] == "restored":
             self.album.restored(event["uuid"], event["volumes"], event["seq"])
-        if event["kind"] == "superblock-damaged":
-            host.doubted = True
+        host.torn = host.torn or event["kind"] == "superblock-damaged"
+        if event["kind"] == "started":
+            host.forked = event["power_loss"]
+        if event["kind"] == "verify-differs":
+            self.fail(Violation(f"a verify on {host.name} found what is not there: {fields}"))
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
@@ -312,10 +342,8 @@ class World:
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
-        remote = self.hosts[event["remote"]]
-        doubted, remote.doubted = remote.doubted, False
-        if event["rule"] == "T5" and doubted:
-            return  # a save that the power cut tore looks like damage: it says less than it has
+        if event["rule"] == "T5" and self.hosts[event["remote"]].torn:
+            return  # a save that was torn may have been of what it had confirmed
         if event["rule"] in ("T5", "T6", "T9", "T12"):
             self.fail(
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
@@ -328,16 +356,17 @@ class World:
         self.history.found(end)
         self.album.recovered(node)
         self.content.recovered(images, power=power)
-        if power:
+        if power or host.forked:
             self.history.fork(node.primary.group.epoch, end, images)
         elif end != self.history.head:
             raise Violation(f"a killed primary came back with {end} of {self.history.head} records")
         else:
             compare(images, self.history.lines[-1].image(end), "the primary after redo")
-        self._check_facets(host, node)
+        self.check_facets(host, node)
         self._observe(node)
 
-    def _check_facets(self, host: Host, node: Node) -> None:
+    def check_facets(self, host: Host, node: Node) -> None:
+        """Every facet in service holds the same."""
         for volume in node.volumes:
             if volume.overlay is not None:
                 continue  # a restore is being copied
@@ -428,6 +457,8 @@ class World:
 
     people_rest = False
     """Nobody takes, deletes or restores snapshots any more."""
+    fresh: dict[str, None]
+    """Facets of the primary on whose place a new disk lies, of which the node was not told yet."""
     requests = 0
     """Of clients, in flight."""
 
@@ -459,18 +490,24 @@ class World:
         await self.create(host)
 
 
-async def logical(node: Node) -> list[bytes]:
-    """What clients of a node would read: that of a restore, whether it is copied or not."""
-    return [bytes(await volume.read(0, volume.size)) for volume in node.volumes]
+async def overlaid(node: Node) -> dict[int, bytes]:
+    """What clients read of volumes whose restore is not copied yet, by index."""
+    volumes = [volume for volume in node.volumes if volume.overlay is not None]
+    return {volume.index: bytes(await volume.read(0, volume.size)) for volume in volumes}
+
+
+def _settle(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 @contextmanager
 def constants(values: dict[str, int | float]) -> Iterator[None]:
-    """Sets constants of engine modules (``module.NAME``) for one run."""
+    """Sets constants of the product (``layer.module.NAME``) for one run."""
     saved = []
     for name, value in values.items():
-        module_name, _, attribute = name.partition(".")
-        module = importlib.import_module(f"nbdmirror.engine.{module_name}")
+        module_name, _, attribute = name.rpartition(".")
+        module = importlib.import_module(f"nbdmirror.{module_name}")
         saved.append((module, attribute, getattr(module, attribute)))
         setattr(module, attribute, value)
     try:

@@ -93,6 +93,9 @@ class StillClock:
     def time_ns(self) -> int:
         return 1_700_000_000_000_000_000
 
+    def monotonic_ns(self) -> int:
+        return 0
+
     def boot_id(self) -> str:
         return "boot"
 
@@ -162,7 +165,9 @@ class FakeNode:
     def status(self) -> Json:
         return self.state
 
-    async def wait(self, until: str, remote: str | None, timeout: float | None) -> Json:
+    async def wait(
+        self, until: str, remote: str | None, timeout: float | None, seq: int | None = None
+    ) -> Json:
         self.calls.append(("wait", until, remote, timeout))
         self.waiting.set()
         try:
@@ -181,6 +186,10 @@ class FakeNode:
             await self.resync_gate.wait()
         self.calls.append(("resync done", remote, full))
         return {"remote": remote, "kind": "full" if full else "dcm"}
+
+    async def verify(self, remote: str, repair: bool) -> Json:
+        self.calls.append(("verify", remote, repair))
+        return {"remote": remote}
 
     async def pause(self, remote: str) -> Json | None:
         if remote != "beta":
@@ -201,7 +210,24 @@ class FakeNode:
         remotes: list[Json] = self.state["remotes"]
         return remotes
 
-    async def remote_add(self, name: str, address: str, mode: str) -> Json | None:
+    async def log_replace(self, path: str) -> Json:
+        self.calls.append(("log_replace", path))
+        return {"log": path}
+
+    def facet_list(self) -> list[Json]:
+        return [
+            {"volume": volume["name"], **facet}
+            for volume in self.state["volumes"]
+            for facet in volume["facets"]
+        ]
+
+    async def facet(self, action: str, path: str, other: str | None = None) -> list[Json]:
+        self.calls.append((f"facet_{action}", path, other))
+        return self.facet_list()
+
+    async def remote_add(
+        self, name: str, address: str, mode: str, on_link_loss: str
+    ) -> Json | None:
         self.calls.append(("remote_add", name, address, mode))
         return None
 

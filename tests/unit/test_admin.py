@@ -187,10 +187,9 @@ def test_only_owners_change_anything(path: Path) -> None:
                 continue
             required = [key for key, param in method.params.items() if param.required]
             params: dict[str, Any] = dict.fromkeys(required, "x")
-            if "address" in params:
-                params["address"] = "tcp:b:1"
-            if "ranges" in params:
-                params["ranges"] = [[0, 512]]
+            params |= {"address": "tcp:b:1"} if "address" in params else {}
+            params |= {"path": "/x"} if "path" in params else {}
+            params |= {"ranges": [[0, 512]]} if "ranges" in params else {}
             answer = await ask(reader, writer, name, **params)
             assert "may look, not change" in answer["error"]["message"], name
         told = [event for event in node.events.since(0).events if event["kind"] == "admin"]
@@ -240,10 +239,19 @@ BAD_CALLS = [
     ("remote.add", {"name": "a", "address": "c:1"}, admin.INVALID_PARAMS, "tcp:HOST:PORT"),
     (
         "remote.add",
-        {"name": "a", "address": "tcp:c:1", "mode": "sync"},
+        {"name": "a", "address": "tcp:c:1", "mode": "checkpoint"},
         admin.INVALID_PARAMS,
-        "mode must be async",
+        "mode must be async or sync",
     ),
+    (
+        "remote.add",
+        {"name": "a", "address": "tcp:c:1", "on_link_loss": "hold"},
+        admin.INVALID_PARAMS,
+        "on_link_loss is for a remote of mode sync",
+    ),
+    ("facet.offline", {"path": "data.img"}, admin.INVALID_PARAMS, "an absolute path"),
+    ("facet.add", {"path": "/x"}, admin.INVALID_PARAMS, "'volume' is missing"),
+    ("log.replace", {}, admin.INVALID_PARAMS, "'path' is missing"),
     ("events", {"since": -1}, admin.INVALID_PARAMS, "since must be 0"),
     ("events", {"since": 1.5}, admin.INVALID_PARAMS, "must be an integer"),
     ("pause", {"remote": "nobody"}, 1001, "there is no remote nobody"),

@@ -379,8 +379,9 @@ def test_resync_starts(path: str, node: FakeNode, capsys: Output) -> None:
 
 
 def in_steps(node: FakeNode, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """The node's resync moves on with each status and is done after ``steps`` of them."""
-    taken = iter(range(steps))
+    """The node's resync moves on with each status but the first, which tells the client what to
+    wait for, and is done after ``steps`` of them."""
+    taken = iter([None, *range(steps)])
     status = node.status
 
     def next_status() -> Json:
@@ -460,7 +461,7 @@ def test_changes(path: str, node: FakeNode, capsys: Output) -> None:
         (["pause", "x"], 1, "nbdmirror: there is no remote x\n  remotes: beta\n"),
         (["remote", "remove", "beta"], 4, "nbdmirror: beta is not in sync\n  use --force\n"),
         (["remote", "add", "gamma", "c:1"], 2, "nbdmirror: remote.add: address 'c:1' is not"),
-        (["remote", "add", "g", "tcp:c:1", "--mode", "sync"], 2, "nbdmirror: remote.add: mode"),
+        (["remote", "add", "g", "tcp:c:1", "--mode", "x"], 2, "nbdmirror: remote.add: mode"),
         (["remote", "remove", "bug"], 1, "nbdmirror: internal error: ZeroDivisionError"),
     ],
 )

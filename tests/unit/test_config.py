@@ -173,11 +173,11 @@ REMOTE = "\n[[remote]]\nname = 'beta'\naddress = 'tcp:b:1'\n"
 
 # (what is added behind MINIMAL, the key, what else the message says)
 BAD_ADDED = [
-    (REMOTE + "mode = 'sync'", "remote[beta].mode", "not in this version"),
     (REMOTE + "mode = 'checkpoint'", "remote[beta].mode", "not in this version"),
     (REMOTE + "mode = 'x'", "remote[beta].mode", 'must be "async"'),
-    (REMOTE + "max_rate = '50MiB'", "remote[beta].max_rate", "not in this version"),
-    (REMOTE + "on_link_loss = 'hold'", "remote[beta].on_link_loss", "not in this version"),
+    (REMOTE + "on_link_loss = 'hold'", "remote[beta].on_link_loss", "for a sync remote"),
+    (REMOTE + "mode='sync'\non_link_loss = 'x'", "remote[beta].on_link_loss", '"hold" or "fail"'),
+    (REMOTE + "max_rate = '1KiB'", "remote[beta].max_rate", "from 16KiB to 1TiB"),
     (REMOTE + "apply_delay = '-5m'", "remote[beta].apply_delay", "apply_delay"),
     (REMOTE + "tls = {}", "remote[beta].tls", "not in this version"),
     (REMOTE + "compression = 'zstd'", "remote[beta].compression", '"off" or "lz4"'),

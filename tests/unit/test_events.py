@@ -16,6 +16,9 @@ class SetClock:
     def time_ns(self) -> int:
         return self.now_us * 1000
 
+    def monotonic_ns(self) -> int:
+        return 0
+
     def boot_id(self) -> str:
         return "boot"
 

@@ -21,6 +21,12 @@ def test_round_trip_in_whole_sectors() -> None:
     assert slots.decode(slot.ljust(slots.SLOT_SIZE, b"x")) == slots.decode(slot)
 
 
+def test_a_slot_is_trimmed_to_what_was_written() -> None:
+    for name in ("n", "x" * 470, "x" * 2000):
+        slot = slots.encode(7, {"n": name})
+        assert slots.trimmed(slot.ljust(slots.SLOT_SIZE, b"x")) == slot
+
+
 OLD, NEW = slots.encode(6, {"n": "old"}), slots.encode(7, {"n": "new"})
 
 
@@ -35,7 +41,7 @@ OLD, NEW = slots.encode(6, {"n": "old"}), slots.encode(7, {"n": "new"})
         ([damaged(NEW, 9), OLD], 1, "old"),
         ([OLD, NEW[:20]], 0, "old"),
     ],
-    ids=["second", "first", "one", "other", "torn text", "torn counter", "cut"],
+    ids=["second", "first", "one", "other", "text", "counter", "cut"],
 )
 def test_choose(images: list[bytes], index: int, name: str) -> None:
     found, counter, state = slots.choose(images)
@@ -49,13 +55,43 @@ def test_no_valid_slot_is_an_error_that_names_both_reasons() -> None:
 
 
 def test_every_byte_is_guarded() -> None:
-    used = 32 + len('{"n":"new"}')
-    for at in range(used):
+    slot = slots.encode(7, {"n": "x" * 600})
+    assert len(slot) == 1024
+    for at in range(len(slot)):
         with pytest.raises(FormatError):
-            slots.decode(damaged(NEW, at))
-    for length in range(used):
+            slots.decode(damaged(slot, at))
+        assert slots.damage([slot, damaged(slot, at)]) is not None
+    for length in range(0, len(slot), 7):
         with pytest.raises(FormatError):
-            slots.decode(NEW[:length])
+            slots.decode(slot[:length])
+
+
+LONG = [slots.encode(counter, {"n": f"{counter}" * 700}) for counter in (5, 6, 7)]
+
+
+@pytest.mark.parametrize("landed", [0b01, 0b10])
+@pytest.mark.parametrize("before", [LONG[0], slots.encode(5, {"n": "short"}), b""])
+def test_a_torn_save_is_not_damage(before: bytes, landed: int) -> None:
+    """Fault 3: whichever sectors of a save land, the other slot counts and is not doubted; a slot
+    that was damaged after its save is another matter (fault 15)."""
+    sectors = []
+    for number in range(len(LONG[2]) // 512):
+        source = LONG[2] if landed >> number & 1 else before
+        sectors.append(source[number * 512 : (number + 1) * 512].ljust(512, b"\0"))
+    torn = b"".join(sectors).ljust(slots.SLOT_SIZE, b"\0")
+    assert slots.damage([LONG[1], torn]) is None
+    assert slots.choose([LONG[1], torn])[:2] == (0, 6)
+
+
+def test_damage_names_the_slot_and_what_is_wrong_with_it() -> None:
+    assert slots.damage([OLD, NEW]) is None and slots.damage([NEVER, NEW]) is None
+    assert (
+        slots.damage([OLD, damaged(NEW, 30)]) == "slot 1: superblock slot checksum does not match"
+    )
+    other = slots.damage([b"NMSUPER1".ljust(512, b"\1"), NEW])
+    assert other is not None and other.startswith("slot 0: superblock slot of another format")
+    moved = LONG[2][512:].ljust(slots.SLOT_SIZE, b"\0")  # fault 16: written to the wrong place
+    assert slots.damage([OLD, moved]) == "slot 1: superblock sector 1 where 0 should be"
 
 
 def test_a_state_that_outgrew_its_slot_is_refused() -> None:

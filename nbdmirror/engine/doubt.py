@@ -1,0 +1,64 @@
+"""After a crash of the primary: what may differ goes into the maps of all who may lack it."""
+
+from __future__ import annotations
+
+from nbdmirror.codec.record import MARK
+from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.log import Cursor, Log
+from nbdmirror.engine.recovery import Recovered, doubtful_ranges, level
+from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.store import Store
+
+
+async def mark_doubtful(
+    store: Store,
+    remotes: list[Remote],
+    facets: Facets,
+    recovered: Recovered,
+    active: ActiveMapFile,
+) -> None:
+    """At start, before anything is served; nothing at all after a clean stop."""
+    group = facets.group
+    doubtful = doubtful_ranges(active, group.volumes) if recovered.power_loss else []
+    await level(group.volumes, doubtful, recovered.healed)
+    lost = None
+    if recovered.lost:
+        lost = f"the log lost {recovered.lost} records: it was damaged"
+    elif store.damaged is not None:
+        lost = f"the superblock may be out of date: {store.damaged}"
+    await facets.recover(recovered.clean, doubtful, lost)
+    pending = []
+    if any(remote.tracking for remote in remotes):
+        pending = await _pending(group.log)
+    # Where no local facet is left, one remote is the truth that the others are compared with.
+    leader = next((remote for remote in remotes if remote.follows), None)
+    for remote in remotes:
+        if not recovered.clean:
+            for dcm in remote.dcms:
+                dcm.rewrite()
+        if remote.tracking:
+            # Whether an overflow was finished or not: what the log holds is marked again.
+            for index, offset, length in pending:
+                remote.mark(index, offset, length)
+        differing = [one for one in doubtful if one[0].in_service() or remote is not leader]
+        for volume, offset, length in differing:
+            remote.mark(volume.index, offset, length)
+        if lost is not None:
+            await remote.fill(lost)
+        elif differing:
+            # Records past the end are not in the history: the remote may be set back to there.
+            base_seq = min(remote.facts["base_seq"], recovered.end_seq)
+            remote.facts.update(compare=True, consistent=False, base_seq=base_seq)
+            remote.facts["why"] = remote.facts["why"] or "the primary lost power"
+        remote.save_defaults()
+        await remote.sync_maps()
+
+
+async def _pending(log: Log) -> list[tuple[int, int, int]]:
+    cursor, found = Cursor(log.ring.tail_seq), []
+    while cursor.seq < log.next_seq:
+        for record in (await log.read(cursor)).parsed():
+            if record.kind != MARK:
+                found.append((record.volume, record.offset, record.length))
+    return found

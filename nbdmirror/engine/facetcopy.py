@@ -1,0 +1,117 @@
+"""Copies what a returning local facet lacks from the volume itself, while it is in use (M8, M16).
+
+The facet takes every write already. A marked stretch is read and written under the range lock
+that writes wait for, so the copy is never older than a write beside it (O13). A bit is cleared
+when the facet was synced past the copy (O7). Knows nothing of logs and of the superblock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdmirror.core.progress import Progress
+from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.volume import Volume
+
+COPY_BYTES = 1 << 20
+"""A stretch is copied in pieces of at most this (or one region): writes to it wait as long."""
+HOLE_BYTES = 1 << 30
+"""... and where it is a hole, in pieces of at most this."""
+SYNC_BYTES = 64 << 20
+"""So much is copied between two syncs."""
+TOKEN = 1
+"""Of every copy in flight: nothing marks the map while it is worked off."""
+
+
+class FacetCopy:
+    """One facet's way back; ``progress`` is what the status shows."""
+
+    def __init__(self, volume: Volume, facet: LocalFacet, dcm: DcmFile, *, compare: bool) -> None:
+        """``compare``: the content may be the same; then it is not written again."""
+        self._volume = volume
+        self._facet = facet
+        self._dcm = dcm
+        self._compare = compare
+        self._copied: list[int] = []
+        total = dcm.map.count * dcm.region_size
+        self.progress = Progress("full" if compare else "dcm", total, phase="passes")
+
+    async def run(self) -> None:
+        """Returns when nothing is marked and the facet was synced past all of it.
+
+        DiskFailed: the facet failed. VolumeFailed: there is nothing to read from."""
+        dcm = self._dcm.map
+        dcm.abandon()
+        while dcm.count:
+            at = 0
+            while (run := next(dcm.runs(at), None)) is not None:
+                first, count = run
+                at = first + await self._stretch(first, count)
+                if len(self._copied) * self._dcm.region_size >= SYNC_BYTES:
+                    await self._settle()
+            await self._settle()
+        await self._facet.sync()
+
+    async def _stretch(self, first: int, count: int) -> int:
+        """Copies the start of a marked stretch; returns how many regions that was."""
+        volume, facet = self._volume, self._facet
+        region = volume.region_size
+        offset = first * region
+        span = min(count * region, max(HOLE_BYTES, region), volume.size - offset)
+        hole = volume.allocation(offset, span)[0]
+        if hole[2]:
+            # Whole regions only: a region that is partly data is copied.
+            count = hole[1] // region if hole[1] < span else -(-span // region)
+        if not hole[2] or not count:
+            hole = (offset, 0, False)
+            count = min(max(1, COPY_BYTES // region), -(-span // region))
+        length = min(count * region, volume.size - offset)
+        async with volume.locked(offset, length, exclusive=False):
+            self._check()
+            try:
+                if hole[2] and all(piece[2] for piece in volume.allocation(offset, length)):
+                    if any(True for _ in facet.file.data_ranges(offset, length)):
+                        await facet.punch(offset, length)
+                elif not hole[2]:
+                    await self._copy(offset, length)
+                else:
+                    return count  # written to meanwhile: the walk comes by again
+            except OSError as error:
+                raise facet.fail("write", error) from error
+        for number in range(first, first + count):
+            self._dcm.map.begin(number, TOKEN)
+            self._copied.append(number)
+        return count
+
+    async def _copy(self, offset: int, length: int) -> None:
+        facet = self._facet
+        end = offset + length
+        for at in range(offset, end, COPY_BYTES):
+            size = min(COPY_BYTES, end - at)
+            data = await self._volume.read(at, size)
+            self._check()
+            if self._compare and await facet.read(at, size) == data:
+                self.progress.skipped_bytes += size
+                continue
+            self._check()
+            await facet.file.write(at, data)
+            self.progress.sent_bytes += size
+
+    def _check(self) -> None:
+        """A write that came beside the copy may have seen the facet fail."""
+        if self._facet.failed is not None:
+            raise self._facet.failed
+
+    async def _settle(self) -> None:
+        """The copies so far are durable: their bits may go."""
+        if not self._copied:
+            return
+        await self._facet.sync()
+        copied, self._copied = self._copied, []
+        before = self._dcm.map.count
+        for number in copied:
+            self._dcm.finish(number, 1, TOKEN)
+        left, region = self._dcm.map.count, self._dcm.region_size
+        now = asyncio.get_running_loop().time()
+        self.progress.moved(now, (before - left) * region, left * region)

@@ -1,0 +1,411 @@
+"""The local facets of a primary: out of service, and back with only the difference (M8, M12, M17).
+
+A facet that fails, or that a person takes offline, is not-synchronised, durably, before a write
+that saw it is acknowledged. What it lacks from then on is kept in the log; when the log has no
+room for that, it is marked in a map of the facet's own. To return, everything it lacks is put into
+that map; from one step on the facet takes every write again, and beside them the marked regions
+are copied to it (``engine.facetcopy``). It is trusted when none is left, durably.
+
+What is durable of a facet: see ``engine.facetmember``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from nbdmirror.codec.record import MARK
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import FacetState, LocalFacet, open_facet
+from nbdmirror.engine.facetcopy import FacetCopy
+from nbdmirror.engine.facetmember import NEW, Member
+from nbdmirror.engine.group import Group
+from nbdmirror.engine.log import Cursor
+from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import (
+    DiskFailed,
+    NbdmirrorError,
+    Refused,
+    StateError,
+    UsageError,
+)
+from nbdmirror.ports import Disk
+
+RETRY_SECONDS = 10.0
+"""A facet that failed is tried again after so long, then after twice that, ..."""
+RETRY_SECONDS_MAX = 3600.0
+RELEASE_SECONDS = 10.0
+"""A file that was closed is still claimed while a slow read of it ends; waited for so long."""
+
+
+class Facets:
+    """All local facets of a primary, and what people may ask of them."""
+
+    def __init__(
+        self, group: Group, store: Store, events: EventLog, disk: Disk, directory: str
+    ) -> None:
+        self.group = group
+        self.store = store
+        self.events = events
+        self._disk = disk
+        self._directory = directory
+        self.members: list[Member] = []
+        for volume, saved in zip(group.volumes, store.state["volumes"], strict=True):
+            for facet, entry in zip(volume.facets, saved["facets"], strict=True):
+                self.members.append(Member(self, volume, facet, entry))
+        for member in self.members:
+            if member.saved["tracking"]:
+                member.open_map()
+
+    def map_of(self, member: Member) -> DcmFile:
+        """The map's file; no remote can be named as it is."""
+        if member.saved.get("id") is None:
+            used = [other.saved.get("id") or 0 for other in self.members]
+            member.saved["id"] = max(used) + 1
+        volume = member.volume
+        path = f"{self._directory}/dcm/@{member.saved['id']}.{volume.name}"
+        return DcmFile(self._disk, path, volume.regions, volume.region_size)
+
+    async def recover(
+        self, clean: bool, doubtful: list[tuple[Volume, int, int]], lost: str | None
+    ) -> None:
+        """At start: what may differ after a power loss, or all if records were ``lost``, goes into
+        the map of each facet that is not in service; the others were made equal."""
+        for member in self.members:
+            facet = member.facet
+            if facet.in_service:
+                member.saved["identity"] = facet.file.identity()
+                continue
+            if facet.is_open and not member.is_same():
+                member.fill()
+                member.saved["compare"] = True
+            if lost is not None and (member.dcm is not None or facet.kept_seq is not None):
+                member.fill()
+            if facet.kept_seq is not None and doubtful:
+                await member.to_map()
+            if member.dcm is None:
+                continue
+            if not clean:
+                member.dcm.rewrite()
+            if not clean or member.saved["since"] is not None:
+                await self._mark_log(member)
+                member.saved["since"] = None  # saved with the rest, at the end of the start
+            for volume, offset, length in doubtful:
+                member.mark(volume.index, offset, length)
+            await member.sync_map()
+
+    async def _mark_log(self, member: Member) -> None:
+        """Whether putting the log into the map was finished or not: it is done again."""
+        if member.facet.writable:
+            return  # it has the log's records: they were redone
+        log = self.group.log
+        cursor = Cursor(log.ring.tail_seq)
+        while cursor.seq < log.next_seq:
+            for record in (await log.read(cursor)).parsed():
+                if record.kind != MARK:
+                    member.mark(record.volume, record.offset, record.length)
+
+    def start(self) -> None:
+        """Begins to bring back what is not in service, but for what a person took out."""
+        for member in self.members:
+            if not member.facet.in_service and not member.saved["offline"]:
+                self._serve(member, pause=0.0)
+
+    async def stop(self) -> None:
+        """Ends what is being copied; it goes on after the next start."""
+        tasks = [member.task for member in self.members if member.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Closes the maps."""
+        for member in self.members:
+            if member.dcm is not None:
+                member.dcm.close()
+
+    async def sync_maps(self) -> None:
+        """Makes every mark so far durable."""
+        for member in self.members:
+            await member.sync_map()
+
+    def holding(self) -> list[Member]:
+        """The facets for which the log is kept, and that could do with a map: with nobody to copy
+        from, what a volume's last facet lacks comes back from the log or not at all."""
+        return [
+            member
+            for member in self.members
+            if not member.tracking
+            and (member.volume.in_service() or self.group.goes_on(member.volume))
+        ]
+
+    def member(self, path: str) -> Member:
+        """The facet of that path; UsageError lists the paths if there is none."""
+        for member in self.members:
+            if member.facet.path == path:
+                return member
+        paths = ", ".join(member.facet.path for member in self.members)
+        raise UsageError(f"there is no facet {path} (facets: {paths})")
+
+    def _of(self, facet: LocalFacet) -> Member:
+        return next(member for member in self.members if member.facet is facet)
+
+    # -- out of service ------------------------------------------------------------------------
+
+    async def lost(self, volume: Volume, facet: LocalFacet) -> None:
+        """A facet failed: durably not-synchronised when this returns (M12)."""
+        member = self._of(facet)
+        why = facet.failed.message if facet.failed else None
+        if facet.failed is None or facet.state is FacetState.NOT_SYNCHRONISED:
+            await self.store.save()  # another request saw it first; it may be about to save it
+            return
+        self._take_out(member, why)
+        self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
+        await self.store.save()
+        if volume.in_service() or self.group.goes_on(volume):
+            facet.close()
+            self._serve(member, pause=RETRY_SECONDS)
+
+    def _take_out(self, member: Member, why: str | None) -> None:
+        facet = member.facet
+        facet.leave()
+        facet.state = FacetState.NOT_SYNCHRONISED
+        member.saved.update(
+            state=FacetState.NOT_SYNCHRONISED.value, since=facet.kept_seq, tracking=False, why=why
+        )
+        # A map with marks left in it is added to when the facet returns.
+        member.saved["tracking"] = member.dcm is not None
+
+    async def offline(self, path: str) -> None:
+        """Takes a facet out of service until ``online`` (M8); Refused if it is the last."""
+        member = self.member(path)
+        facet, volume = member.facet, member.volume
+        if volume.in_service() == [facet]:
+            raise Refused(
+                f"{path} is the last facet of volume {volume.name} in service",
+                hint="bring another into service first: nbdmirror facet online, or facet add",
+            )
+        member.saved["offline"] = True
+        await self._end(member)
+        if facet.in_service:
+            try:
+                await facet.sync()
+            except DiskFailed:
+                await self.lost(volume, facet)
+        if facet.writable:
+            self._take_out(member, "by a person")
+        await self.store.save()
+        facet.close()
+        self.events.emit("facet-offline", volume=volume.name, facet=path)
+
+    async def _end(self, member: Member) -> None:
+        """Ends an attempt to return, if there is one."""
+        task, member.task = member.task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # -- the way back --------------------------------------------------------------------------
+
+    async def online(self, path: str) -> None:
+        """Brings a facet back: only what it lacks is copied (M8). Returns when that has begun."""
+        member = self.member(path)
+        if member.facet.in_service or member.facet.writable:
+            return
+        await self._end(member)
+        await self._attach(member)
+        member.saved.update(offline=False, why=None)
+        await self.store.save()
+        self._serve(member, pause=0.0)
+
+    async def add(self, volume_name: str, path: str) -> None:
+        """A further facet for a volume in use (M17); what is there is compared, not trusted."""
+        volume = next((v for v in self.group.volumes if v.name == volume_name), None)
+        if volume is None:
+            names = ", ".join(v.name for v in self.group.volumes)
+            raise UsageError(f"there is no volume {volume_name!r} (volumes: {names})")
+        if any(member.facet.path == path for member in self.members):
+            raise UsageError(f"{path} is a facet already")
+        await self._make_file(path, volume.size)
+        facet = LocalFacet(None, path, volume.size, FacetState.NOT_SYNCHRONISED)
+        saved: dict[str, Any] = {"path": path, "state": facet.state.value}
+        member = Member(self, volume, facet, saved)
+        saved.update(compare=True)
+        member.fill()
+        await member.sync_map()
+        await self._attach(member)
+        volume.facets.append(facet)
+        self.members.append(member)
+        self.store.state["volumes"][volume.index]["facets"].append(saved)
+        await self.store.save()
+        self.events.emit("facet-added", volume=volume.name, facet=path)
+        self._serve(member, pause=0.0)
+
+    async def remove(self, path: str) -> None:
+        """Forgets a facet; its file stays (M17). Refused if it is the last in service."""
+        await self.offline(path)
+        member = self.member(path)
+        member.volume.facets.remove(member.facet)
+        self.members.remove(member)
+        entries: list[dict[str, Any]] = self.store.state["volumes"][member.volume.index]["facets"]
+        entries[:] = [entry for entry in entries if entry["path"] != path]
+        await self.store.save()
+        await member.forget()
+        self.events.emit("facet-removed", volume=member.volume.name, facet=path)
+
+    async def replace(self, path: str, new: str | None) -> None:
+        """Puts a new disk in the place of a facet that is out of service: under its path, or under
+        ``new``. All of it is compared with a facet in service."""
+        member = self.member(path)
+        if member.facet.writable:
+            raise Refused(
+                f"{path} is in service",
+                hint="nbdmirror facet offline takes it out; facet add makes a further one",
+            )
+        if new is not None and new != path:
+            await self.add(member.volume.name, new)
+            await self.remove(path)
+            return
+        await self._end(member)
+        await self._make_file(path, member.volume.size)
+        await member.distrust()
+        await self._attach(member)
+        member.saved["offline"] = False
+        await self.store.save()
+        self._serve(member, pause=0.0)
+
+    async def _make_file(self, path: str, size: int) -> None:
+        """A file that is not there is made, as large as the volume."""
+        if self._disk.exists(path):
+            return
+        try:
+            file = self._disk.open(path, create=True)
+            try:
+                file.truncate(size)
+                await file.sync()
+            finally:
+                file.close()
+            await self._disk.sync_directory(path.rpartition("/")[0] or "/")
+        except OSError as error:
+            raise StateError(
+                f"cannot make the facet {path}: {error.strerror or error}",
+                hint="make its directory, or mount its disk",
+            ) from error
+
+    async def _attach(self, member: Member) -> None:
+        """Opens the facet's file; StateError says why it cannot be."""
+        facet = member.facet
+        facet.close()
+        end = asyncio.get_running_loop().time() + RELEASE_SECONDS
+        while True:
+            try:
+                facet.attach(open_facet(self._disk, facet.path, facet.size))
+                if not member.is_same():
+                    await member.distrust()
+                return
+            except BlockingIOError as error:
+                if asyncio.get_running_loop().time() > end:
+                    raise StateError(f"the facet {facet.path} is in use: {error}") from error
+                await asyncio.sleep(0.05)
+            except OSError as error:
+                raise StateError(
+                    f"the facet {facet.path} cannot be opened: {error.strerror or error}"
+                ) from error
+
+    def _serve(self, member: Member, pause: float) -> None:
+        if member.task is None or member.task.done():
+            member.task = asyncio.ensure_future(self._guard(self._bring_back(member, pause)))
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except DiskFailed as error:
+            self.group.fail(error)  # of the state directory: a facet's own is handled below
+        except Exception as error:
+            # A defect costs this facet its return, not the clients theirs; it is told.
+            self.events.emit("defect", why=repr(error))
+            raise
+
+    async def _bring_back(self, member: Member, pause: float) -> None:
+        """Tries until the facet is in service, with longer and longer pauses."""
+        facet = member.facet
+        while True:
+            if pause:
+                await asyncio.sleep(pause)
+            try:
+                if not facet.is_open:
+                    await self._attach(member)
+                await self._return(member)
+                return
+            except (NbdmirrorError, OSError) as error:
+                member.copy = None
+                if self.group.failed is not None:
+                    return  # the node ends
+                if isinstance(error, DiskFailed) and facet.failed is None:
+                    raise
+                why = error.message if isinstance(error, NbdmirrorError) else str(error)
+            pause = min(max(2 * pause, RETRY_SECONDS), RETRY_SECONDS_MAX)
+            if facet.writable or facet.state is not FacetState.NOT_SYNCHRONISED:
+                self._take_out(member, why)
+            member.saved["why"] = why
+            await self.store.save()
+            facet.close()
+            self.events.emit("facet-retry", facet=facet.path, why=why, seconds=pause)
+
+    async def _return(self, member: Member) -> None:
+        facet, volume, saved = member.facet, member.volume, member.saved
+        if not facet.writable:
+            await member.to_map()
+            self._join(member)
+        assert member.dcm is not None
+        await self.store.save()
+        self.events.emit("facet-returns", volume=volume.name, facet=facet.path)
+        member.copy = FacetCopy(volume, facet, member.dcm, compare=bool(saved["compare"]))
+        await member.copy.run()
+        saved.update(NEW, state=FacetState.SYNCHRONISED.value, default=member.dcm.map.default)
+        await self.store.save()
+        if facet.failed is not None:
+            raise facet.failed
+        facet.state = FacetState.SYNCHRONISED
+        copied, member.copy = member.copy.progress.sent_bytes, None
+        member.drop_map()
+        self.events.emit(
+            "facet-synchronised", volume=volume.name, facet=facet.path, copied_bytes=copied
+        )
+
+    def _join(self, member: Member) -> None:
+        """From this step on the facet takes every write; its map says what it lacks from before."""
+        facet = member.facet
+        facet.written_seq = facet.synced_seq = self.group.log.next_seq - 1
+        facet.kept_seq = None
+        facet.writable = True
+        facet.state = FacetState.BEING_SYNCHRONISED
+        if member in self.group.trackers:
+            self.group.trackers.remove(member)
+        member.saved.update(state=FacetState.BEING_SYNCHRONISED.value, since=None, tracking=True)
+
+    # -- for people ----------------------------------------------------------------------------
+
+    async def command(self, action: str, path: str, other: str | None) -> None:
+        """One of the commands; ``other`` is the volume to add to, or the path of the new facet."""
+        match action:
+            case "offline":
+                await self.offline(path)
+            case "online":
+                await self.online(path)
+            case "add":
+                await self.add(other or "", path)
+            case "remove":
+                await self.remove(path)
+            case "replace":
+                await self.replace(path, other)
+            case _:
+                raise AssertionError(action)
+
+    def status(self, volume: Volume) -> list[dict[str, Any]]:
+        """The facets of a volume, as in the status."""
+        now = asyncio.get_running_loop().time()
+        return [member.status(now) for member in self.members if member.volume is volume]

@@ -1,0 +1,56 @@
+"""Answers a primary that has no local facet left: what this secondary's facets hold (M11)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdmirror.codec import repl
+from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.engine.link import Link
+from nbdmirror.engine.secondary import Secondary
+from nbdmirror.errors import PeerError
+
+READS_MAX = 64
+"""Reads under way at a time; the connection waits beyond that (I6)."""
+EIO = 5
+
+
+class ReadServer:
+    """The reads of one connection."""
+
+    def __init__(self, secondary: Secondary, link: Link) -> None:
+        self._secondary = secondary
+        self._link = link
+        self._under_way: dict[asyncio.Task[None], None] = {}
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """What runs; to be ended with the connection."""
+        return list(self._under_way)
+
+    async def on_frame(self, frame: Frame) -> None:
+        """A READ; PeerError if it is out of bounds."""
+        token, volume, _, offset, length = frame.unpack(repl.READ)
+        self._secondary.check_range(volume, offset, length)
+        if length > repl.FRAME_MAX - repl.DATA.size:
+            raise PeerError(f"READ of {length} bytes")
+        while len(self._under_way) >= READS_MAX:
+            await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.ensure_future(self._answer(token, volume, offset, length))
+        self._under_way[task] = None
+        task.add_done_callback(lambda done: self._under_way.pop(done, None))
+
+    async def _answer(self, token: int, volume: int, offset: int, length: int) -> None:
+        secondary = self._secondary
+        upstream = secondary.store.state["upstream"]
+        # Known before the read: records that come in beside it may be in the answer or not.
+        seq, number, parts = secondary.applied_seq, 0, []
+        if not (upstream and upstream["consistent"]):
+            number = EIO
+        else:
+            try:
+                parts = [await secondary.volumes[volume].facets[0].read(offset, length)]
+            except OSError as error:
+                number = error.errno or EIO
+        if self._link.cause is None:
+            self._link.send(Type.DATA, [repl.DATA.pack(token, seq, number), *parts])

@@ -1,0 +1,185 @@
+"""Reads that the chosen facet could not serve: asked of another one, and mended (M11, M14, I8).
+
+The error is counted. What another facet, or where there is none a remote, gave is written to the
+one that failed, in the background and under the range lock; one that fails too often leaves
+service. Called by ``Volume.read``; what the usual read costs, this does not touch.
+
+With no local facet in service a volume goes on as long as a remote follows the log: what is
+written is in the log, and what is read comes from the remote, with the log laid over it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.remoteread import Behind, read_through
+from nbdmirror.engine.volume import Volume, read_failed
+from nbdmirror.errors import DiskFailed, FormatError
+from nbdmirror.ports import Buffer
+
+READ_ERRORS_MAX = 32
+"""A facet that had so many reads fail since it came into service leaves it."""
+MEND_ALIGN = 4096
+"""A bad sector is written as a whole page: a part of one would be read first, and fail again."""
+MEND_BYTES_MAX = 4 << 20
+"""A longer read that failed is not mended at once: one bad sector does not cost a rewrite."""
+MENDING_MAX = 16
+REACH_SECONDS = 30.0
+"""A read waits so long for a remote that follows but cannot be reached; then it fails."""
+RETRY_SECONDS = 1.0
+"""... and asks again at least so often."""
+
+FacetLost = Callable[[Volume, LocalFacet], Awaitable[None]]
+
+
+class Rescue:
+    """The other ways to a volume's data, for one node."""
+
+    def __init__(
+        self, volumes: list[Volume], remotes: list[Remote], events: EventLog, lost: FacetLost
+    ) -> None:
+        self._volumes = volumes
+        self._remotes = remotes
+        self._events = events
+        self._lost = lost
+        self._mending: dict[asyncio.Task[None], None] = {}
+        for volume in volumes:
+            volume.rescue = self.read
+
+    async def read(
+        self,
+        volume: Volume,
+        offset: int,
+        length: int,
+        facet: LocalFacet | None,
+        error: OSError | None,
+    ) -> Buffer:
+        """The bytes that ``facet`` failed to give with ``error``; VolumeFailed if nobody can."""
+        if facet is None or error is None:
+            data = await self._from_remote(volume, offset, length)
+            if data is None:
+                raise volume.no_facet()
+            return data
+        await self._count(volume, facet, error)
+        for other in volume.in_service():
+            if other is facet:
+                continue
+            try:
+                data = await other.read(offset, length)
+            except OSError as other_error:
+                await self._count(volume, other, other_error)
+                continue
+            self._mend_soon(volume, facet, offset, length)
+            return data
+        data = await self._from_remote(volume, offset, length)
+        if data is not None:
+            self._mend_soon(volume, facet, offset, length)
+            return data
+        raise read_failed(facet, offset, length, error) from error
+
+    async def _count(self, volume: Volume, facet: LocalFacet, error: OSError) -> None:
+        facet.errors += 1
+        facet.read_errors += 1
+        self._events.emit(
+            "read-error", volume=volume.name, facet=facet.path, why=error.strerror or str(error)
+        )
+        others = [other for other in volume.in_service() if other is not facet]
+        if facet.read_errors >= READ_ERRORS_MAX and others and facet.in_service:
+            facet.fail(f"{facet.read_errors} reads failed; the last", error)
+            await self._lost(volume, facet)
+
+    # -- mending -------------------------------------------------------------------------------
+
+    def _mend_soon(self, volume: Volume, facet: LocalFacet, offset: int, length: int) -> None:
+        start = offset // MEND_ALIGN * MEND_ALIGN
+        end = min(-(-(offset + length) // MEND_ALIGN) * MEND_ALIGN, volume.size)
+        if end - start > MEND_BYTES_MAX or len(self._mending) >= MENDING_MAX:
+            return
+        # Not awaited: the reader may hold the range itself, and has its data.
+        task = asyncio.ensure_future(self._mend(volume, facet, start, end - start))
+        self._mending[task] = None
+        task.add_done_callback(self._mended)
+
+    def _mended(self, task: asyncio.Task[None]) -> None:
+        del self._mending[task]
+        # A superblock that cannot be saved has told the node of it.
+        if not task.cancelled() and not isinstance(task.exception(), DiskFailed):
+            task.result()
+
+    async def _mend(self, volume: Volume, facet: LocalFacet, offset: int, length: int) -> None:
+        """Writes a range anew from another facet; writes to it wait meanwhile."""
+        async with volume.locked(offset, length, exclusive=True):
+            data = await self._from_others(volume, facet, offset, length)
+            if data is None or not facet.writable:
+                return
+            try:
+                facet.pwrite(offset, data)
+            except OSError as error:
+                facet.fail("write", error)
+            else:
+                where = {"volume": volume.name, "facet": facet.path}
+                self._events.emit("read-mended", **where, offset=offset, length=length)
+                return
+        await self._lost(volume, facet)
+
+    async def _from_others(
+        self, volume: Volume, facet: LocalFacet, offset: int, length: int
+    ) -> Buffer | None:
+        for other in volume.in_service():
+            if other is not facet:
+                try:
+                    return await other.read(offset, length)
+                except OSError:
+                    continue
+        return await self._from_remote(volume, offset, length)
+
+    # -- remotes -------------------------------------------------------------------------------
+
+    def goes_on(self, volume: Volume) -> bool:
+        """Whether the volume is of use without a local facet: a remote follows the log."""
+        return any(remote.follows for remote in self._remotes)
+
+    def leans(self) -> bool:
+        """Whether a volume has no local facet in service: then remotes are what is read."""
+        return not all(volume.in_service() for volume in self._volumes)
+
+    def needed(self, remote: Remote) -> bool:
+        """Whether this remote is the only one that a volume without local facets has."""
+        following = [other for other in self._remotes if other.follows]
+        return self.leans() and following == [remote]
+
+    async def _from_remote(self, volume: Volume, offset: int, length: int) -> Buffer | None:
+        """The range from a remote that follows; ``None`` if there is none, or if none can be
+        reached for ``REACH_SECONDS``."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + REACH_SECONDS
+        while self.goes_on(volume) and loop.time() < end:
+            following = [remote for remote in self._remotes if remote.follows]
+            following.sort(key=lambda remote: -remote.applied_seq)
+            for remote in following:
+                try:
+                    return await read_through(remote, volume, offset, length)
+                except (Behind, OSError, FormatError):
+                    continue  # a lost link is an OSError too
+            if any(other.in_service for other in volume.facets):
+                return None  # who asked was not served by it either
+            await self._change(following, min(RETRY_SECONDS, max(0.0, end - loop.time())))
+        return None
+
+    @staticmethod
+    async def _change(remotes: list[Remote], seconds: float) -> None:
+        waits = [asyncio.ensure_future(remote.changed.wait()) for remote in remotes]
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    async def stop(self) -> None:
+        """Ends what is being mended: it is, at the next error."""
+        tasks = list(self._mending)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,350 @@
+"""Online verify: every region of every volume compared by hash with a remote, under load (X6).
+
+A region is hashed here under its range lock and compared there once every record up to that moment
+is applied. A client may write it in between, so a difference counts only if the region was not
+touched meanwhile, and was seen twice; what is touched is looked at again. Where this side has
+several facets they are compared too, and the remote tells which of two is right: the one that is
+alone is rotten, and can be repaired from its equal on this host.
+
+The position is durable from time to time, so a verify goes on where it was after a lost link or a
+restart. What it found is in the remote's facts, under ``verified``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbdmirror.codec import repl
+from nbdmirror.codec.hashing import HASH_SIZE
+from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.core.bucket import Bucket
+from nbdmirror.core.progress import Progress
+from nbdmirror.engine.copier import pay
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.governor import Governor
+from nbdmirror.engine.link import Link
+from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import PeerError, VolumeFailed
+from nbdmirror.ports import Clock
+
+WINDOW_BYTES = 1 << 20
+WINDOWS_MAX = 8
+SAVE_SECONDS = 10.0
+LOOKS_MAX = 30
+"""A region that is written each time it is looked at is given up after so many looks."""
+LOOK_AGAIN_SECONDS = 0.05
+SEEN_MIN = 2
+"""A difference is one when it was seen so often, the region untouched."""
+FOUND_MAX = 1000
+"""Differing regions that are remembered one by one."""
+
+
+@dataclass(slots=True)
+class Look:
+    """Some regions whose hashes are on their way; ``touched`` are those written since."""
+
+    volume: Volume
+    first: int
+    count: int
+    hashes: list[bytes]
+    """Of each facet in service, the one that was sent first."""
+    facets: list[LocalFacet]
+    touched: dict[int, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Doubt:
+    """A region to look at again."""
+
+    volume: Volume
+    region: int
+    looks: int = 0
+    seen: int = 0
+    """Differences in a row, with each of its facets."""
+    turn: int = 0
+    """Which facet's hash is sent."""
+
+
+class Verify:
+    """One verify of one remote, over one connection."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        link: Link,
+        events: EventLog,
+        clock: Clock,
+        governor: Governor,
+        save: Callable[[], Any],
+    ) -> None:
+        self.remote = remote
+        self._link = link
+        self._events = events
+        self._clock = clock
+        self._governor = governor
+        self._save = save
+        self._bucket = Bucket(remote.facts.get("verify_rate"))
+        self._state: dict[str, Any] = remote.facts["verify"]
+        self._looks: dict[int, Look] = {}
+        self._doubts: deque[Doubt] = deque()
+        self._doubt_of: dict[tuple[int, int], Doubt] = {}
+        self._token = 0
+        self._answered = asyncio.Event()
+        total = sum(volume.size for volume in remote.group.volumes)
+        self.progress = Progress("verify", total, phase="verify")
+
+    async def run(self) -> None:
+        """Returns when all was looked at, and what was found is durable."""
+        remote = self.remote
+        remote.progress = self.progress
+        remote.group.trackers.append(self)
+        try:
+            await self._walk()
+            await self._settle(0)
+            await self._finish()
+        finally:
+            remote.group.trackers.remove(self)
+            if remote.progress is self.progress:
+                remote.progress = None
+
+    def mark(self, volume: int, offset: int, length: int) -> None:
+        """A client's change (see ``group.Tracker``): what is being looked at is looked at again."""
+        for look in self._looks.values():
+            if look.volume.index == volume:
+                region = look.volume.region_size
+                low = max(offset // region, look.first)
+                high = min((offset + length - 1) // region, look.first + look.count - 1)
+                look.touched.update(dict.fromkeys(range(low, high + 1)))
+
+    # -- looking -----------------------------------------------------------------------------
+
+    async def _walk(self) -> None:
+        state, volumes = self._state, self.remote.group.volumes
+        loop = asyncio.get_running_loop()
+        done = sum(v.size for v in volumes[: state["volume"]])
+        if state["volume"] < len(volumes):
+            done += state["region"] * volumes[state["volume"]].region_size
+        self.progress.moved(loop.time(), done, self.progress.total_bytes - done)
+        saved_at = loop.time()
+        for volume in volumes[state["volume"] :]:
+            for first in range(state["region"], volume.regions, self._step(volume)):
+                count = min(self._step(volume), volume.regions - first)
+                await self._settle(WINDOWS_MAX)
+                await self._look(volume, first, count, 0)
+                if loop.time() - saved_at > SAVE_SECONDS:
+                    saved_at = loop.time()
+                    await self._settle(0)
+                    state.update(volume=volume.index, region=first + count)
+                    await self._save()
+            await self._settle(0)
+            state.update(volume=volume.index + 1, region=0)
+
+    @staticmethod
+    def _step(volume: Volume) -> int:
+        return max(1, WINDOW_BYTES // volume.region_size)
+
+    async def _settle(self, looks_max: int) -> None:
+        """Returns when fewer looks are out, and, for 0, every doubt is settled."""
+        while True:
+            while self._doubts and len(self._looks) < WINDOWS_MAX:
+                doubt = self._doubts.popleft()
+                if doubt.looks > 1:
+                    await asyncio.sleep(LOOK_AGAIN_SECONDS)
+                await self._look(doubt.volume, doubt.region, 1, doubt.turn)
+            if len(self._looks) < max(1, looks_max) and (looks_max or not self._doubts):
+                return
+            self._answered.clear()
+            await self._answered.wait()
+
+    async def _look(self, volume: Volume, first: int, count: int, turn: int) -> None:
+        region = volume.region_size
+        offset = first * region
+        length = min(count * region, volume.size - offset)
+        self._token += 1
+        async with volume.locked(offset, length, exclusive=False):
+            facets = volume.in_service()
+            facets = facets[turn % len(facets) :] + facets[: turn % len(facets)]
+            look = Look(volume, first, count, [], facets)
+            try:
+                for facet in facets:
+                    look.hashes.append(await self._hashes(volume, facet, offset, length))
+            except VolumeFailed as error:
+                self._unreadable(look, error)
+                return
+            self._looks[self._token] = look
+            seq = self.remote.group.log.next_seq - 1
+            head = repl.VERIFY.pack(self._token, volume.index, region, offset, length, seq)
+            sent = self._link.send(Type.VERIFY, [head, look.hashes[0]])
+        self.progress.sent_bytes += sent
+        await self._link.drain()
+        await pay(self._bucket, length)
+        await self._governor.rest(0)
+
+    def _unreadable(self, look: Look, error: VolumeFailed) -> None:
+        """What this side cannot read it cannot compare: said, and the others go on (fault 14)."""
+        self._state["unsettled"] += look.count
+        for region in range(look.first, look.first + look.count):
+            self._doubt_of.pop((look.volume.index, region), None)
+        self._events.emit("verify-unreadable", volume=look.volume.name, why=error.message)
+
+    @staticmethod
+    async def _hashes(volume: Volume, facet: LocalFacet, offset: int, length: int) -> bytes:
+        if facet is volume.source():
+            return await volume.hashes(offset, length, volume.region_size)
+        try:
+            return await facet.file.hashes(offset, length, volume.region_size)
+        except OSError:
+            facet.errors += 1
+            return bytes(HASH_SIZE * -(-length // volume.region_size))  # differs from any content
+
+    def on_frame(self, frame: Frame) -> None:
+        """VERIFIED from the remote; PeerError if it makes no sense."""
+        (token,) = frame.unpack(repl.TOKEN)
+        look = self._looks.pop(token, None)
+        flags = frame.payload[repl.TOKEN.size :]
+        if look is None or len(flags) != look.count:
+            raise PeerError(f"VERIFIED for window {token}, which is not open")
+        done = 0
+        for index in range(look.count):
+            region = look.first + index
+            known = (look.volume.index, region) in self._doubt_of
+            if self._judge(look, region, index, bool(flags[index])) and not known:
+                done += 1
+        size = look.volume.region_size
+        now = asyncio.get_running_loop().time()
+        left = max(0, self.progress.total_bytes - self.progress.done_bytes - done * size)
+        self.progress.moved(now, done * size, left)
+        self.progress.skipped_bytes += done * size
+        self._answered.set()
+
+    def _judge(self, look: Look, region: int, index: int, differs: bool) -> bool:
+        """Whether the region is settled; if not, it is looked at again."""
+        key = (look.volume.index, region)
+        at = slice(index * HASH_SIZE, (index + 1) * HASH_SIZE)
+        alone = [hashes[at] != look.hashes[0][at] for hashes in look.hashes]
+        doubt = self._doubt_of.get(key)
+        if not differs and not any(alone):
+            self._doubt_of.pop(key, None)
+            return True
+        if doubt is None:
+            doubt = self._doubt_of[key] = Doubt(look.volume, region)
+        doubt.looks += 1
+        if region in look.touched:
+            doubt.seen = 0
+        elif not differs:
+            # The remote agrees with this facet: those that do not are rotten.
+            del self._doubt_of[key]
+            rotten = [f for f, odd in zip(look.facets, alone, strict=True) if odd]
+            self._found(look.volume, region, [facet.path for facet in rotten])
+            return True
+        else:
+            doubt.seen += 1
+            doubt.turn += 1
+        if doubt.seen >= SEEN_MIN * len(look.facets):
+            del self._doubt_of[key]
+            self._found(look.volume, region, [])
+            return True
+        if doubt.looks >= LOOKS_MAX:
+            del self._doubt_of[key]
+            self._state["unsettled"] += 1
+            return True
+        self._doubts.append(doubt)
+        return False
+
+    def _found(self, volume: Volume, region: int, facets: list[str]) -> None:
+        state = self._state
+        state["differing"] += 1
+        if len(state["found"]) < FOUND_MAX:
+            state["found"].append([volume.index, region, facets])
+            self._events.emit(
+                "verify-differs",
+                remote=self.remote.name,
+                volume=volume.name,
+                offset=region * volume.region_size,
+                length=min(volume.region_size, volume.size - region * volume.region_size),
+                rotten=facets or None,
+            )
+
+    # -- the end -----------------------------------------------------------------------------
+
+    async def _finish(self) -> None:
+        remote, state = self.remote, self._state
+        repaired = 0
+        if state["repair"]:
+            repaired = await self._repair()
+        remote.facts["verified"] = {
+            "finished_ns": self._clock.time_ns(),
+            "started_ns": state["started_ns"],
+            "differing": state["differing"],
+            "unsettled": state["unsettled"],
+            "repaired": repaired,
+            "found": state["found"],
+        }
+        remote.facts["verify"] = None
+        await self._save()
+        self._events.emit(
+            "verified",
+            remote=remote.name,
+            differing=state["differing"],
+            unsettled=state["unsettled"],
+            repaired=repaired,
+        )
+        remote.notify()
+
+    async def _repair(self) -> int:
+        """Facets of this host that stood alone are repaired from their equals; regions of the
+        remote are marked, and the resync that follows sends the blocks that differ. Returns the
+        number of regions."""
+        remote = self.remote
+        marked = 0
+        for index, region, paths in self._state["found"]:
+            volume = remote.group.volumes[index]
+            offset = region * volume.region_size
+            length = min(volume.region_size, volume.size - offset)
+            if paths:
+                await _mend(volume, offset, length, paths)
+            else:
+                remote.mark(index, offset, length)
+                marked += 1
+        if self._state["differing"] > len(self._state["found"]):
+            await remote.fill("a verify found more that differs than it could remember")
+        elif marked:
+            why = f"a verify found {marked} regions that differ"
+            remote.facts.update(compare=True, consistent=False, why=why)
+            await remote.sync_maps()
+        if marked or remote.dirty_regions:
+            remote.drop.set()  # the next handshake begins the resync
+        return len(self._state["found"])
+
+
+async def _mend(volume: Volume, offset: int, length: int, paths: list[str]) -> None:
+    """Rewrites a range of facets that are rotten from one that is not."""
+    async with volume.locked(offset, length, exclusive=True):
+        facets = volume.in_service()
+        source = next((facet for facet in facets if facet.path not in paths), None)
+        if source is None:
+            return
+        data = await source.read(offset, length)
+        for facet in facets:
+            if facet.path in paths:
+                await facet.file.write(offset, data)
+                await facet.sync()
+
+
+def request(repair: bool, now_ns: int) -> dict[str, Any]:
+    """The facts of a verify that is to begin."""
+    return {
+        "volume": 0,
+        "region": 0,
+        "repair": repair,
+        "started_ns": now_ns,
+        "differing": 0,
+        "unsettled": 0,
+        "found": [],
+    }

@@ -1,0 +1,113 @@
+"""One of several facets fails: the client sees nothing, and it comes back (M12, M14, M15, I8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.faults.inject import (
+    bury,
+    check_equal,
+    check_serves,
+    requires_programs,
+    start_under,
+    strace,
+)
+from tests.faults.journal import Background, Journal, Load
+from tests.faults.test_disk import SIZE, MakeCluster
+from tests.integration.cluster import Cluster, Volume
+from tests.integration.process import wait_until
+
+
+def two_facets(make_cluster: MakeCluster) -> Cluster:
+    return make_cluster(volumes=[Volume(size=SIZE, facets=2)], log_size=16 << 20).start()
+
+
+def failing(cluster: Cluster, call: str, when: str | int, number: int = 1) -> str:
+    """Restarts the primary so that calls on one facet fail; returns the facet's path."""
+    node = cluster.primary
+    node.stop()
+    path = node.facets("data")[number]
+    assert start_under(node, strace(call, "error=EIO", when, path=path))
+    return str(path)
+
+
+def entry(cluster: Cluster, path: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = cluster.primary.rpc("facet.list")
+    return next(one for one in found if one["path"] == path)
+
+
+@requires_programs("strace")
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("call", "when"), [("pwrite64", "30"), ("fdatasync", "1")])
+def test_a_failing_facet_is_not_noticed(
+    make_cluster: MakeCluster, call: str, when: str, number: int
+) -> None:
+    """M12, I8: a write or sync of one facet fails under load: out of service, durably, and the
+    client sees neither an error nor wrong data, over a kill too; one command brings it back."""
+    cluster = two_facets(make_cluster)
+    journal = Journal(SIZE)
+    path = failing(cluster, call, when, number)
+    node = cluster.primary
+    with Load(node.nbd_socket, journal, flush_every=2) as load, Background(load):
+        wait_until("the facet failed", lambda: entry(cluster, path)["state"] != "synchronised")
+        load.wait(20)
+    assert not load.failures
+    check_serves(cluster, journal)
+    assert "failed" in entry(cluster, path)["why"]
+    # More than once: the fault is injected once into each thread that syncs.
+    online = ("facet", "online", path, "--wait", "--timeout", "30")
+    wait_until("it is back", lambda: node.cli(*online).code == 0)
+    check_equal(cluster)
+    bury(node)
+    node.start()
+    check_serves(cluster, journal)
+    check_equal(cluster)
+
+
+@requires_programs("strace")
+def test_a_failed_facet_is_not_trusted_after_a_kill(make_cluster: MakeCluster) -> None:
+    """M12, O16: what failed for good is out of service after a death too, until it was mended from
+    the log; nothing that it lacks is ever read."""
+    cluster = two_facets(make_cluster)
+    journal = Journal(SIZE)
+    path = failing(cluster, "pwrite64", "10+", 0)
+    node = cluster.primary
+    with Load(node.nbd_socket, journal) as load:
+        load.run(30)
+        assert not load.failures
+    bury(node)
+    if start_under(node, strace("pwrite64", "error=EIO", "1+", path=node.facets("data")[0])):
+        assert entry(cluster, path)["state"] == "not-synchronised"
+        check_serves(cluster, journal)
+        bury(node)
+    node.start()
+    check_serves(cluster, journal)
+    wait_until("it is back", lambda: entry(cluster, path)["state"] == "synchronised")
+    check_equal(cluster)
+
+
+@requires_programs("strace")
+def test_a_failed_read_is_served_and_mended(make_cluster: MakeCluster) -> None:
+    """M14: the client gets the data of the other facet, the one that failed is written anew, and
+    the error is counted."""
+    cluster = two_facets(make_cluster)
+    journal = Journal(SIZE)
+    with Load(cluster.primary.nbd_socket, journal) as load:
+        load.run(20)
+    path = failing(cluster, "pread64,preadv,preadv2", "1+", 0)
+    check_serves(cluster, journal)
+    node = cluster.primary
+    wait_until("mended", lambda: any(one["kind"] == "read-mended" for one in node.events()))
+    assert entry(cluster, path)["errors"] > 0
+    assert entry(cluster, path)["state"] == "synchronised"
+    with Load(node.nbd_socket, journal) as load:
+        for _ in range(32):
+            load.read()
+    assert entry(cluster, path)["state"] == "not-synchronised", "too many errors, still trusted"
+    check_serves(cluster, journal)
+    bury(node)
+    node.start()
+    check_equal(cluster)
+    check_serves(cluster, journal)

@@ -1,0 +1,108 @@
+"""Reads of a volume: which facet is asked (M5), and what is laid over a remote's answer (M11)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nbdmirror.codec import record as codec
+from nbdmirror.codec.record import Record
+from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.log import Log
+from nbdmirror.engine.memoryfile import MemoryFile
+from nbdmirror.engine.remoteread import Behind, overlay
+from nbdmirror.engine.volume import AFFINITY_SHIFT, Volume
+from nbdmirror.errors import VolumeFailed
+from tests.unit.world import make_disk, run
+
+SIZE = 1 << 20
+FAR = 1 << AFFINITY_SHIFT
+
+
+def make(count: int) -> Volume:
+    disk = make_disk()
+    facets = []
+    for number in range(count):
+        path = f"/state/facet{number}"
+        disk.open(path, create=True).truncate(SIZE)
+        facets.append(LocalFacet.open(disk, path, SIZE, FacetState.SYNCHRONISED))
+    return Volume(0, "data", "uuid", SIZE, 65536, facets)
+
+
+def test_stretches_are_dealt_out_and_streams_stay() -> None:
+    """M5: idle facets share the volume; a sequential stream stays where it is."""
+    volume = make(2)
+    first, second = volume.facets
+    assert [volume.choose(turn * FAR) for turn in range(4)] == [first, second, first, second]
+    second.next_offset = 2 * FAR
+    assert volume.choose(2 * FAR) is second
+
+
+def test_the_facet_with_fewer_reads_outstanding_is_asked() -> None:
+    volume = make(3)
+    volume.facets[0].outstanding = 2
+    volume.facets[1].outstanding = 1
+    assert volume.choose(0) is volume.facets[2]
+    volume.facets[2].state = FacetState.BEING_SYNCHRONISED
+    assert volume.choose(0) is volume.facets[1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_a_facet_in_service_nothing_is_read(count: int) -> None:
+    """I5: not even from one that is being synchronised."""
+
+    async def main() -> None:
+        volume = make(count)
+        for facet in volume.facets:
+            facet.state = FacetState.BEING_SYNCHRONISED
+        assert volume.choose(0) is None and volume.try_read(0, 512) is None
+        assert volume.allocation(0, 512) == [(0, 512, False)]
+        with pytest.raises(VolumeFailed, match="no facet of volume data"):
+            await volume.read(0, 512)
+
+    run(main())
+
+
+def log_with(*records: tuple[int, int, int, bytes | None]) -> Log:
+    """A log that begins with record 10; (volume, offset, length, payload; None is a TRIM)."""
+    log = Log(MemoryFile(4096 + (1 << 20)), 1 << 20, 0, 10)
+    for volume, offset, length, payload in records:
+        kind = codec.TRIM if payload is None else codec.WRITE
+        record = Record(kind, 0, 1, volume, log.next_seq, offset, length, 0, payload)
+        parts = codec.encode(record)
+        size = sum(map(len, parts))
+        log.append(parts, size, 1, [size])
+    return log
+
+
+def test_the_log_is_laid_over_in_order() -> None:
+    """M5: the last record counts, and parts; other volumes do not; what was in changes nothing."""
+
+    async def main() -> None:
+        log = log_with(
+            (0, 0, 512, b"a" * 512),
+            (1, 0, 4096, b"x" * 4096),
+            (0, 256, 512, b"b" * 512),
+            (0, 1024, 4096, None),
+            (0, 1536, 64, b"c" * 64),
+        )
+        wanted = b"a" * 256 + b"b" * 512 + b"." * 256 + bytes(512) + b"c" * 64 + bytes(448)
+        for data, seq in ((b"." * 2048, 9), (b"a" * 512 + b"." * 1536, 10)):
+            assert bytes(await overlay(log, 0, 0, data, seq)) == wanted
+        piece = await overlay(log, 0, 1500, b"." * 100, 12)
+        assert bytes(piece) == bytes(36) + b"c" * 64
+        untouched = b"." * 100
+        assert await overlay(log, 0, 8192, untouched, 9) is untouched
+
+    run(main())
+
+
+def test_an_answer_older_than_the_log_is_not_taken() -> None:
+    async def main() -> None:
+        log = log_with((0, 0, 64, b"a" * 64))
+        with pytest.raises(Behind):
+            await overlay(log, 0, 0, bytes(64), 8)
+        await asyncio.sleep(0)
+
+    run(main())
