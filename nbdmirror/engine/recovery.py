@@ -56,8 +56,9 @@ async def redo(
 ) -> Recovered:
     """Brings the facets to the end of the log. On return everything that will be relied on is
     durable; the superblock is changed in memory only, and saved by the caller. ``before`` is
-    awaited before each record: snapshots may need what it overwrites. A facet that failed is brought back too, if the log still holds all that it had not synced
-    then: its disk is tried again, and what the page cache may have lost is written anew (O16)."""
+    awaited before each record: snapshots may need what it overwrites. A facet that failed is
+    brought back too, if the log still holds all that it had not synced then: its disk is tried
+    again, and what the page cache may have lost is written anew (O16)."""
     state = store.state
     clean = bool(state["clean"])
     # A failed sync of the log may have cost as much of it as a power loss (O16).
