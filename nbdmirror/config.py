@@ -22,6 +22,7 @@ SECTOR_SIZE = 512
 REGION_SIZE_MIN = 4 * KIB
 REGION_SIZE_MAX = 16 * MIB
 VOLUME_SIZE_MAX = 64 * TIB
+SNAPSHOTS_MAX = 256
 LOG_SIZE_MIN = 1 * MIB
 LOG_SIZE_MAX = 16 * TIB
 LOG_SIZE_STEP = 4 * KIB
@@ -185,6 +186,19 @@ class ReplicationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotConfig:
+    """``[snapshots]``: how many there may be, what their layers may take in bytes (None: the disk),
+    where those lie (None: in state_dir), and whether a secondary keeps its last consistent image
+    while it is resynchronised (X2). At ``count_max`` no more are taken; where space ends, the
+    oldest unprotected one goes, and the volume goes on."""
+
+    count_max: int = 64
+    space_max: int | None = None
+    path: str | None = None
+    before_resync: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """One node of one group, checked and complete."""
 
@@ -199,6 +213,7 @@ class Config:
     remotes: tuple[RemoteConfig, ...] = ()
     replication: ReplicationConfig = field(default_factory=ReplicationConfig)
     limits: Limits = field(default_factory=Limits)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from nbdmirror.config import (
     NbdConfig,
     RemoteConfig,
     ReplicationConfig,
+    SnapshotConfig,
     VolumeConfig,
 )
 from nbdmirror.configsecurity import (
@@ -96,6 +97,7 @@ def parse(text: str, path: str) -> Config:
         remotes=tuple(_remote(table) for table in _open_all(top, "remote")),
         replication=_replication(_open(top, "replication")),
         limits=_limits(_open(top, "limits")),
+        snapshots=_snapshots(_open(top, "snapshots")),
     )
     top.finish()
     _check_whole(top, config)
@@ -366,6 +368,19 @@ def _limits(table: Table) -> Limits:
     return result
 
 
+def _snapshots(table: Table) -> SnapshotConfig:
+    default = SnapshotConfig()
+    space = "space_max" in table
+    result = SnapshotConfig(
+        count_max=table.integer("count_max", default.count_max, 1, c.SNAPSHOTS_MAX),
+        space_max=table.size("space_max", c.GIB, c.MIB, 1 << 60) if space else None,
+        path=_path(table, "path", table.text("path")) if "path" in table else None,
+        before_resync=table.flag("before_resync", default.before_resync),
+    )
+    table.finish()
+    return result
+
+
 def _check_whole(top: Table, config: Config) -> None:
     """The rules that hold between tables."""
     if not config.volumes:
@@ -407,6 +422,8 @@ def _paths(config: Config) -> list[tuple[str, str]]:
     paths = [(config.state_dir, "state_dir"), (config.admin.socket, "admin.socket")]
     if config.log.path is not None:
         paths.append((config.log.path, "log.path"))
+    if config.snapshots.path is not None:
+        paths.append((config.snapshots.path, "snapshots.path"))
     for text, use in [(text, "nbd.listen") for text in config.nbd.listen] + [
         (config.replication.listen or "", "replication.listen"),
         (config.admin.metrics or "", "admin.metrics"),

@@ -1,6 +1,6 @@
 """The ``nbdmirror`` command: arguments to a function, exceptions to a message and an exit code.
 
-Owns the command line's shape. The commands are in ``online`` and ``local``.
+Owns the command line's shape. The commands are in ``online``, ``snapshot`` and ``local``.
 
 Exit codes: 0 done; 1 failed; 2 usage or configuration; 3 timed out; 4 refused; 5 no daemon.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nbdmirror import __version__
-from nbdmirror.cli import facets, local, online
+from nbdmirror.cli import facets, local, online, snapshot
 from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError
 from nbdmirror.tomltable import parse_duration
 
@@ -146,6 +146,8 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_facet(commands)
     _add_log(commands)
     _add_apply(commands)
+    _add_snapshot(commands)
+    _add_restore(commands)
     events = _command(commands, "events", online.events, talks=True)
     events.add_argument("--since", type=int, default=0, metavar="CURSOR", help="only newer events")
     events.add_argument("--no-follow", dest="follow", action="store_false", help="only the past")
@@ -208,6 +210,47 @@ def _add_apply(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     _command(actions, "freeze", online.freeze, talks=True)
     _command(actions, "thaw", online.thaw, talks=True)
+
+
+def _add_snapshot(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "takes, lists, compares, exports and deletes snapshots"
+    parser = commands.add_parser("snapshot", help=text, description=text)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", parser_class=Parser, required=True
+    )
+    create = _command(actions, "create", snapshot.create, talks=True)
+    create.add_argument("volume", nargs="?", metavar="VOLUME", help="default: all, at one point")
+    create.add_argument("--protect", action="store_true", help="the last to go when space ends")
+    _command(actions, "list", snapshot.list_all, talks=True)
+    diff = _command(actions, "diff", snapshot.diff, talks=True)
+    diff.add_argument("snapshot", metavar="SNAP", help="its number, or the uuid's first digits")
+    diff.add_argument("until", nargs="?", metavar="SNAP", help="default: now")
+    diff.add_argument("--volume", metavar="VOLUME", help="only this volume")
+    delete = _command(actions, "delete", snapshot.delete, talks=True)
+    delete.add_argument("snapshot", metavar="SNAP")
+    delete.add_argument("--everywhere", action="store_true", help="on the secondaries too")
+    refresh = _command(actions, "refresh", snapshot.refresh, talks=True)
+    refresh.add_argument("snapshot", metavar="SNAP")
+    export = _command(actions, "export", snapshot.export, talks=True)
+    export.add_argument("snapshot", metavar="SNAP")
+    export.add_argument("--writable", action="store_true", help="clients may write into it")
+
+
+def _add_restore(commands: argparse._SubParsersAction[Parser]) -> None:
+    restore = _command(commands, "restore", snapshot.restore, talks=True)
+    restore.add_argument("snapshot", metavar="SNAP", help="its number, or the uuid's first digits")
+    restore.add_argument("--volume", metavar="VOLUME", help="only this one of its volumes")
+    restore.add_argument(
+        "--while-attached", action="store_true", help="though clients are attached"
+    )
+    restore.add_argument(
+        "--no-keep", dest="keep", action="store_false", help="no snapshot of the state before"
+    )
+    restore.add_argument("--force", action="store_true", help="though a full comparison follows")
+    changed = _command(commands, "changed", snapshot.changed, talks=True)
+    changed.add_argument("volume", metavar="VOLUME")
+    changed.add_argument("ranges", nargs="+", metavar="OFFSET+LENGTH")
+    changed.add_argument("--force", action="store_true", help="though it ends snapshots")
 
 
 def _add_attach(commands: argparse._SubParsersAction[Parser]) -> None:

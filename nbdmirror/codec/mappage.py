@@ -11,7 +11,8 @@ means "as the map's default". Little-endian::
     24      4072  bits     bit k (LSB first) is region ``number * BITS + k``
 
 The active map's sectors are alike in 512 bytes ("NACT"): 61 slots of 8 bytes, each 0 or
-``1 + (volume << 40 | extent)``.
+``1 + (volume << 40 | extent)``. So are those of a snapshot's layer ("NLAY"): slot k of sector n is
+for region ``n * 61 + k``, see ``engine.layer``.
 """
 
 from __future__ import annotations
@@ -64,13 +65,17 @@ def decode_page(number: int, data: Buffer) -> bytes | None:
     return _open(b"NMAP", number, data)
 
 
-def encode_sector(number: int, slots: list[int]) -> bytes:
-    """An active-map sector from its slots (see the module's layout)."""
+ACTIVE, LAYER = b"NACT", b"NLAY"
+"""Whose sectors."""
+
+
+def encode_sector(number: int, slots: list[int], magic: bytes = ACTIVE) -> bytes:
+    """A sector of the active map, or of a layer, from its slots (see the module's layout)."""
     assert len(slots) == SLOTS
-    return _seal(b"NACT", number, _SLOTS.pack(*slots))
+    return _seal(magic, number, _SLOTS.pack(*slots))
 
 
-def decode_sector(number: int, data: Buffer) -> list[int]:
-    """The slots of an active-map sector, all 0 where it was never written."""
-    body = _open(b"NACT", number, data)
+def decode_sector(number: int, data: Buffer, magic: bytes = ACTIVE) -> list[int]:
+    """The slots of a sector, all 0 where it was never written; FormatError if damaged."""
+    body = _open(magic, number, data)
     return [0] * SLOTS if body is None else list(_SLOTS.unpack(body))

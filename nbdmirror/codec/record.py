@@ -6,7 +6,7 @@ log, over the wire, into the secondary's log (X6). All integers are little-endia
     offset  size  field
     0       4     magic        "NMR1"
     4       1     version      1
-    5       1     kind         1 write, 2 trim, 3 zero, 4 fill
+    5       1     kind         1 write, 2 trim, 3 zero, 4 fill, 5 mark
     6       1     flags        bit 0: zero keeps its space allocated (NO_HOLE)
     7       1     reserved     0
     8       4     epoch        grows with every recovery of the primary (O10)
@@ -17,7 +17,11 @@ log, over the wire, into the secondary's log (X6). All integers are little-endia
     40      8     time         nanoseconds since 1970, when the primary took it
     48      8     payload sum  XXH3-64 of the payload; 0 if there is none
     56      8     header sum   XXH3-64 of the 56 bytes before
-    64      n     payload      ``length`` bytes for a write, else none; padded with zeros to 64
+    64      n     payload      of a write or mark: ``length`` bytes, padded with zeros to 64
+
+A mark changes no byte of a volume: it is a point in the write order at which something happens (a
+snapshot, a restore), which its payload says as JSON: see ``codec.mark``. Its offset and volume
+are 0.
 
 A fill takes up the end of the ring where the next record would not fit; it carries the seq of
 that next record and is never sent.
@@ -35,8 +39,9 @@ from xxhash import xxh3_64_intdigest
 from nbdmirror.errors import FormatError
 from nbdmirror.ports import Buffer
 
-WRITE, TRIM, ZERO, FILL = 1, 2, 3, 4
-KIND_NAMES = {WRITE: "write", TRIM: "trim", ZERO: "zero", FILL: "fill"}
+WRITE, TRIM, ZERO, FILL, MARK = 1, 2, 3, 4, 5
+KIND_NAMES = {WRITE: "write", TRIM: "trim", ZERO: "zero", FILL: "fill", MARK: "mark"}
+WITH_PAYLOAD = (WRITE, MARK)
 NO_HOLE = 1
 
 HEADER_SIZE = 64
@@ -109,7 +114,7 @@ def fill(epoch: int, seq: int, space: int) -> bytes:
 
 def stored_size(kind: int, length: int) -> int:
     """Bytes that a record of this kind and length takes in a log or frame."""
-    if kind == WRITE:
+    if kind in WITH_PAYLOAD:
         return HEADER_SIZE + length + -length % ALIGNMENT
     return HEADER_SIZE + length if kind == FILL else HEADER_SIZE
 
@@ -147,7 +152,7 @@ def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
     Raises FormatError naming what is wrong; a record cut short by the end of ``data`` is wrong
     too."""
     kind, flags, epoch, volume, seq, offset, length, time_ns, payload_sum = _header(data, at)
-    if kind != WRITE:
+    if kind not in WITH_PAYLOAD:
         return Record(kind, flags, epoch, volume, seq, offset, length, time_ns, None)
     start = at + HEADER_SIZE
     if length > PAYLOAD_MAX or len(data) - start < length:

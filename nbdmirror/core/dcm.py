@@ -77,6 +77,34 @@ class Dcm:
                 changed.append(number)
         return changed
 
+    def merge(self, other: Dcm) -> list[int]:
+        """Sets every bit that ``other`` has, of as many regions; returns the pages that changed.
+
+        ``other`` must have no default of 1."""
+        assert other.regions == self.regions and not other.default
+        for region in [r for r in self._in_flight if other.is_marked(r)]:
+            del self._in_flight[region]
+        changed = []
+        for number in sorted(other._pages):
+            if number not in self._pages and self.default:
+                continue
+            page = self._page(number)
+            before = page.count()
+            page |= other._pages[number]
+            if page.count() > before:
+                self.count += page.count() - before
+                changed.append(number)
+        return changed
+
+    def unmark(self, region: int) -> int | None:
+        """Clears one bit; returns the page that changed."""
+        if not self.is_marked(region):
+            return None
+        number, bit = divmod(region, BITS)
+        self._page(number)[bit] = False
+        self.count -= 1
+        return number
+
     def fill(self) -> None:
         """Sets every bit; the pages on disk are void, the default must be made durable."""
         self.default = True
@@ -100,12 +128,7 @@ class Dcm:
         if self._in_flight.get(region) != token:
             return None
         del self._in_flight[region]
-        if not self.is_marked(region):
-            return None
-        number, bit = divmod(region, BITS)
-        self._page(number)[bit] = False
-        self.count -= 1
-        return number
+        return self.unmark(region)
 
     def abandon(self) -> None:
         """The link is gone: what was in flight is simply marked again."""

@@ -67,6 +67,8 @@ class Target:
     history: tuple[tuple[str, int], ...] = field(default=())
     run: str | None = None
     """The id of the primary's run that it followed last."""
+    altered: bool = False
+    """Its volumes were changed by something else since: a snapshot was restored there (V14)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ def _decide(source: Source, target: Target) -> Decision:
             )
     elif (doubt := _run_doubt(source, target)) is not None:
         return doubt
+    if target.altered:
+        return _full("a snapshot was restored on the secondary")
     fork = _fork_end(source, target.epoch)
     end = source.next_seq - 1 if fork is None else fork.end_seq
     if target.durable_seq > end:

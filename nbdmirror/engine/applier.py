@@ -13,8 +13,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from nbdmirror.codec.record import MARK, WRITE
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.log import Cursor, Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -27,11 +29,19 @@ UNBOUNDED: dict[str, Any] = {"frozen": False, "delay": 0.0, "limit": None}
 class Applier:
     """The applying task of a secondary, and what people may ask of it."""
 
-    def __init__(self, volumes: list[Volume], log: Log, store: Store, events: EventLog) -> None:
+    def __init__(
+        self,
+        volumes: list[Volume],
+        log: Log,
+        store: Store,
+        events: EventLog,
+        follower: Follower,
+    ) -> None:
         self._volumes = volumes
         self._log = log
         self._store = store
         self._events = events
+        self.follower = follower
         self.settings: dict[str, Any] = store.state.setdefault("apply", dict(UNBOUNDED))
         limit = self.settings["limit"]
         last = log.next_seq - 1
@@ -112,12 +122,20 @@ class Applier:
         if self._cursor.seq != self.applied_seq + 1:  # the last chunk was not applied to its end
             self._cursor = Cursor(self.applied_seq + 1)
         chunk = await self._log.read(self._cursor)
-        for count, record in enumerate(chunk.parsed()):
+        records = chunk.parsed()
+        for count, record in enumerate(records):
             if record.seq > until:
                 break
+            guard = self._volumes[record.volume].guard
+            if record.kind == MARK:
+                await self.follower.marked(record)
+            elif guard is not None and guard.holds(record.offset, record.length):
+                due = min(len(records), until - records[0].seq + 1)
+                await self.follower.make_way(records[count:due])
             for facet in self._volumes[record.volume].facets:
                 try:
-                    if record.payload is not None:
+                    if record.kind == WRITE:
+                        assert record.payload is not None
                         facet.write(record.seq, record.offset, record.payload)
                     else:
                         await facet.apply(record)

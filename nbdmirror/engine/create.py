@@ -20,6 +20,11 @@ def log_path(config: Config) -> str:
     return config.log.path or f"{config.state_dir}/log"
 
 
+def snapshot_directory(config: Config) -> str:
+    """Where the layers of snapshots lie: ``snapshots.path``, or in the state directory."""
+    return config.snapshots.path or f"{config.state_dir}/snapshots"
+
+
 def is_created(env: Env, config: Config) -> bool:
     """Whether the state directory holds a node, whole or in part."""
     return env.disk.exists(f"{config.state_dir}/{store.FILE_NAME}") or env.disk.exists(
@@ -91,8 +96,12 @@ def _remove(env: Env, config: Config) -> None:
     disk, directory = env.disk, config.state_dir
     names = [store.FILE_NAME, activemap.FILE_NAME]
     paths = [f"{directory}/{name}" for name in names] + [log_path(config)]
-    if disk.exists(f"{directory}/dcm"):
-        paths += [f"{directory}/dcm/{name}" for name in disk.list(f"{directory}/dcm")]
+    for maps in (f"{directory}/dcm", f"{directory}/restore"):
+        if disk.exists(maps):
+            paths += [f"{maps}/{name}" for name in disk.list(maps)]
+    if disk.exists(snapshot_directory(config)):
+        layers = disk.list(snapshot_directory(config))
+        paths += [f"{snapshot_directory(config)}/{name}" for name in layers]
     for path in paths:
         if disk.exists(path):
             disk.unlink(path)

@@ -25,6 +25,7 @@ from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.refusals import Refusals
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.snapshotexport import SnapshotExports
 from nbdmirror.errors import UsageError
 from nbdmirror.ports import Env, Listener
 
@@ -59,7 +60,13 @@ class Doors:
         self._metrics: MetricsServer | None = None
 
     async def open(
-        self, node: NodeApi, primary: Primary | None, secondary: Secondary | None, *, nbd: bool
+        self,
+        node: NodeApi,
+        primary: Primary | None,
+        secondary: Secondary | None,
+        snapshots: SnapshotExports,
+        *,
+        nbd: bool,
     ) -> ExportServer:
         """Listens wherever the configuration says; ``nbd``: for NBD clients too. The exports."""
         config, network, limits = self._config, self._env.network, self._config.limits
@@ -68,6 +75,7 @@ class Doors:
             primary.group if primary else None,
             primary.remotes if primary else [],
             limits,
+            snapshots,
             rules={volume.name: Rules(volume.access) for volume in config.volumes},
             room=self.room,
             tls=self._env.nbd_tls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nbdmirror.codec.record import MARK
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Cursor, Log
@@ -58,5 +59,6 @@ async def _pending(log: Log) -> list[tuple[int, int, int]]:
     cursor, found = Cursor(log.ring.tail_seq), []
     while cursor.seq < log.next_seq:
         for record in (await log.read(cursor)).parsed():
-            found.append((record.volume, record.offset, record.length))
+            if record.kind != MARK:
+                found.append((record.volume, record.offset, record.length))
     return found

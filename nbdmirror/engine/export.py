@@ -27,6 +27,7 @@ from nbdmirror.engine.budget import Budget, Holder
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, Writer
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError, VolumeFailed
 from nbdmirror.ports import TlsServer
@@ -46,6 +47,7 @@ class ExportServer:
         group: Group | None,
         remotes: list[Remote],
         limits: Limits,
+        snapshots: SnapshotExports,
         *,
         rules: Mapping[str, Rules] | None = None,
         room: Room | None = None,
@@ -55,10 +57,8 @@ class ExportServer:
         """``rules`` by volume name; ``refused`` is told of every client that is turned away."""
         self.group = group
         self.remotes = remotes
+        self.snapshots = snapshots
         self.limits = limits
-        volumes = len(group.volumes) if group else 0
-        # A client that lists the exports asks for each of them, and means no harm by it.
-        self.session_limits = replace(limits, options_max=limits.options_max + 4 * volumes)
         self.connections: list[ExportConnection] = []
         self.stopping = False
         self.rules = rules or {}
@@ -69,6 +69,11 @@ class ExportServer:
         self.batches = 0
         """Receives that held requests: whether clients are active."""
         self.governor: Governor | None = None
+
+    @property
+    def session_limits(self) -> Limits:
+        """A client that lists the exports asks for each of them, and means no harm by it."""
+        return replace(self.limits, options_max=self.limits.options_max + 4 * len(self.exports()))
 
     def connection(self) -> asyncio.BufferedProtocol:
         """The protocol for an accepted connection (see ``ports.Network.listen``)."""
@@ -97,17 +102,31 @@ class ExportServer:
         return [info for info in found if isinstance(info, ExportInfo)]
 
     def exports(self) -> list[ExportInfo]:
-        """What a client may attach: every volume of a primary, nothing of a secondary."""
-        return [self._info(v) for v in self.group.volumes] if self.group else []
+        """What a client may attach: every volume of a primary, and every snapshot."""
+        volumes: list[Volume] = [*(self.group.volumes if self.group else []), *self.snapshots.all()]
+        return [self._info(volume) for volume in volumes]
 
     def volume(self, name: str) -> Volume | None:
-        """The volume behind an export name."""
+        """The volume, or snapshot of one, behind an export name."""
+        if "@" in name:
+            return self.snapshots.find(name)
         volumes = self.group.volumes if self.group else []
         if not name and volumes:
             return volumes[0]
         return next((v for v in volumes if v.name == name), None)
 
+    def writer(self, volume: Volume) -> Writer | None:
+        """What takes the changes of a volume's clients."""
+        return volume if isinstance(volume, SnapshotVolume) else self.group
+
     def _info(self, volume: Volume) -> ExportInfo:
+        if isinstance(volume, SnapshotVolume):
+            return ExportInfo(
+                name=volume.name,
+                description=f"nbdmirror snapshot {volume.uuid}",
+                size=volume.size,
+                read_only=not volume.entry["writable"],
+            )
         dirty = tuple(DIRTY_CONTEXT + remote.name for remote in self.remotes)
         return ExportInfo(
             name=volume.name,
@@ -143,7 +162,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._long = self._starved = False  # the request being received: is it, has it no room
         self._transport: asyncio.Transport | None = None
         self._volume: Volume | None = None
-        self._group: Group | None = None
+        self._group: Writer | None = None
         self.tasks: dict[asyncio.Task[None], int] = {}
         """Requests that wait for something, and the bytes that each will answer with."""
         self._task_bytes = 0
@@ -218,8 +237,8 @@ class ExportConnection(asyncio.BufferedProtocol):
     def _begin(self, export: ExportInfo) -> None:
         self._arrival.chosen()
         self._volume = self._server.volume(export.name)
-        self._group = self._server.group
         assert self._volume is not None
+        self._group = self._server.writer(self._volume)
         self._volume.clients += 1
 
     def _send(self) -> None:
@@ -340,7 +359,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._send()
 
     def _write_now(
-        self, volume: Volume, group: Group, writes: list[Request], changes: list[Change]
+        self, volume: Volume, group: Writer, writes: list[Request], changes: list[Change]
     ) -> None:
         try:
             rest = group.write(volume, changes)
@@ -389,7 +408,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             pieces.append((offset, length, data_or_hole))
         self._session.reply_read_extents(request, pieces)
 
-    async def _other(self, volume: Volume, group: Group, request: Request) -> None:
+    async def _other(self, volume: Volume, group: Writer, request: Request) -> None:
         kind, flags = request.type, request.flags
         durable = bool(flags & nbd.FUA)
         if kind == nbd.FLUSH:

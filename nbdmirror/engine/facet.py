@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from enum import Enum
 from typing import Any
 
-from nbdmirror.codec.record import NO_HOLE, ZERO, Record
+from nbdmirror.codec.record import MARK, NO_HOLE, ZERO, Record
 from nbdmirror.errors import DiskFailed, StateError
 from nbdmirror.ports import Buffer, Disk, File
 
@@ -138,7 +138,9 @@ class LocalFacet:
 
     async def apply(self, record: Record) -> None:
         """Carries a log record into the facet; OSError if the disk refuses."""
-        if record.payload is not None:
+        if record.kind == MARK:
+            self.written_seq = max(self.written_seq, record.seq)
+        elif record.payload is not None:
             self.write(record.seq, record.offset, record.payload)
         else:
             keep_space = record.kind == ZERO and bool(record.flags & NO_HOLE)

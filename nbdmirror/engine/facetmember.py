@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from nbdmirror.codec.record import MARK
 from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.log import Cursor
@@ -159,7 +160,8 @@ class Member:
         while cursor.seq < upto:
             chunk = await log.read(cursor)
             for record in chunk.parsed():
-                self.mark(record.volume, record.offset, record.length)
+                if record.kind != MARK:
+                    self.mark(record.volume, record.offset, record.length)
             await self.sync_map()
             facet.kept_seq = chunk.last_seq
 

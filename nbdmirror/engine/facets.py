@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from nbdmirror.codec.record import MARK
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import FacetState, LocalFacet, open_facet
 from nbdmirror.engine.facetcopy import FacetCopy
@@ -104,7 +105,8 @@ class Facets:
         cursor = Cursor(log.ring.tail_seq)
         while cursor.seq < log.next_seq:
             for record in (await log.read(cursor)).parsed():
-                member.mark(record.volume, record.offset, record.length)
+                if record.kind != MARK:
+                    member.mark(record.volume, record.offset, record.length)
 
     def start(self) -> None:
         """Begins to bring back what is not in service, but for what a person took out."""

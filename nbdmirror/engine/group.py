@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
 from nbdmirror.core.active import key_of
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
@@ -109,7 +110,7 @@ class Group:
             raise self._client_error(error) from error
 
     async def _clear(self, volume: Volume, change: Change) -> None:
-        async with volume.locked(change.offset, change.length, exclusive=True):
+        async with volume.locked(change.offset, change.length, exclusive=True) as lock:
             while True:
                 await self._admit(volume, change, locked=True)
                 try:
@@ -117,6 +118,7 @@ class Group:
                     break
                 except LogLost:
                     continue
+            volume.landing(lock)
             keep_space = change.kind == codec.ZERO and bool(change.flags & codec.NO_HOLE)
             seq = self.log.next_seq - 1
             facets = volume.writable()
@@ -130,7 +132,7 @@ class Group:
                     await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
                 except OSError as error:
                     facet.fail("clear", error)
-                    await self._facets_failed(volume, [facet])
+                    await self.facets_failed(volume, [facet])
 
     def _clear_pieces(self, change: Change) -> list[Change]:
         """A large TRIM or WRITE_ZEROES cut so that all its extents can be hot at once."""
@@ -155,6 +157,8 @@ class Group:
     # -- admission ---------------------------------------------------------------------------
 
     def _must_wait(self, volume: Volume, changes: Sequence[Change]) -> bool:
+        if volume.guard is not None and volume.guard.stops(changes):
+            return True
         hot, extent_size = self.active.hot, self.active.extent_size
         base = key_of(volume.index, 0)
         held = volume.locks.held
@@ -202,6 +206,10 @@ class Group:
                 continue
             if not self.log.fits(size, size):
                 await self.need_space()
+                continue
+            guard = volume.guard
+            if guard is not None and guard.holds(change.offset, change.length):
+                await guard.make_way([(change.offset, change.length)])
                 continue
             return
 
@@ -264,7 +272,7 @@ class Group:
             except OSError as error:
                 facet.fail("write", error)
                 lost.append(facet)
-        return self._facets_failed(volume, lost) if lost else None
+        return self.facets_failed(volume, lost) if lost else None
 
     def _append(self, volume: Volume, changes: Sequence[Change]) -> None:
         """Encodes and appends; marks the maps of remotes in DCM logging."""
@@ -312,6 +320,40 @@ class Group:
             self._written_since = 0
             self.on_pressure()
 
+    async def put_mark(self, mark: Mark, done: Callable[[int], None] = lambda seq: None) -> int:
+        """Puts a point into the write order (see ``codec.mark``); durable on return. ``done`` is
+        called with its seq in the very step in which it is logged."""
+        size = codec.stored_size(codec.MARK, len(mark.encode()))
+        while True:
+            if self.log.failed is not None and self.log_back is not None:
+                await self.log_back()
+            elif not self.log.fits(size, size):
+                await self.need_space()
+            else:
+                try:
+                    seq = self.mark(mark)
+                except LogLost:
+                    continue
+                done(seq)
+                await self._sync_log(seq)
+                return seq
+
+    def mark(self, mark: Mark) -> int:
+        """Appends a mark, for which there must be room; returns its seq."""
+        if self.failed is not None:
+            raise self._client_error(self.failed)
+        payload, seq, now = mark.encode(), self.log.next_seq, self._clock.time_ns()
+        record = codec.Record(codec.MARK, 0, self.epoch, 0, seq, 0, len(payload), now, payload)
+        size = codec.stored_size(codec.MARK, len(payload))
+        try:
+            self.log.append(codec.encode(record), size, 1, [size])
+        except DiskFailed as error:
+            if self.log_back is not None:
+                raise LogLost from error
+            raise self._client_error(error) from error
+        self.timeline.add(seq, now)
+        return seq
+
     def _check_served(self, volume: Volume) -> None:
         """VolumeFailed if there is no facet that a write could be on: the node is about to end."""
         for facet in volume.facets:
@@ -320,7 +362,7 @@ class Group:
         if not self.goes_on(volume):
             raise volume.no_facet()
 
-    async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+    async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Out of service, durably, before the write that saw it is acknowledged (M12)."""
         for facet in facets:
             await self.facet_lost(volume, facet)

@@ -28,6 +28,7 @@ SYNC_SECONDS = 20.0
 SYNC_AT = 0.5
 """Facets are synced after so long, or when so much of the log is in use: seldom, because random
 pages cost a disk more than the log does, and redo from the log is quick."""
+SETTLE_SECONDS = 0.05
 HIGH_WATER = 0.9
 """Of the log: a remote that holds more is forced out before writes have to wait for it."""
 
@@ -201,6 +202,17 @@ class Housekeeper:
             # What their facets lack is laid over what is read from them.
             floors += [r.applied_seq for r in self.remotes if not r.tracking]
         return min([applied, *floors])
+
+    async def settle(self, seq: int, relieve: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Returns when records up to ``seq`` are in the facets, durably, and released: no redo
+        comes by them any more, whatever happens. ``relieve``: takes out of the log who holds it."""
+        while True:
+            await relieve()
+            await self.sync_facets()
+            await self._release()
+            if self._store.state["tail"]["seq"] > seq:
+                return
+            await asyncio.sleep(SETTLE_SECONDS)
 
     async def _release(self) -> None:
         # One at a time: what one has released the next must not look for records in.

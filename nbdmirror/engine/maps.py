@@ -8,7 +8,7 @@ default bit of a map lives in the superblock, because ``fill`` voids the pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nbdmirror.codec import mappage
 from nbdmirror.core.dcm import Dcm
@@ -93,6 +93,15 @@ class DcmFile:
         changed = list(dict.fromkeys(page for page in pages if page is not None))
         if changed:
             self._write(changed)
+
+    def merge(self, regions: Dcm) -> None:
+        """Marks every region that is set in another map; DiskFailed as ``mark``."""
+        self._write(self.map.merge(regions))
+
+    def unmark(self, regions: Iterable[int]) -> None:
+        """Clears regions; DiskFailed as ``mark``."""
+        pages = [page for region in regions if (page := self.map.unmark(region)) is not None]
+        self._write(list(dict.fromkeys(pages)))
 
     def _write(self, pages: list[int]) -> None:
         assert self._file is not None

@@ -6,6 +6,7 @@ replication and knows no socket. Called by ``engine.control``.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,8 +19,41 @@ from nbdmirror.errors import ConfigError
 
 TIMEOUT_SECONDS_MAX = 1e9
 CURSOR_MAX = 1 << 62
+RANGES_MAX = 1000
 
 CONDITIONS = ("in-sync", "connected", "consistent", "verified")
+
+
+class SnapshotApi(Protocol):
+    """What people do with snapshots; ``spec`` is a number or the first digits of a uuid."""
+
+    async def create(self, volume: str | None, protected: bool) -> Json:
+        """Takes one of a volume, or of all at one seq (V9)."""
+
+    def list(self) -> list[Json]:
+        """All of them, with what was changed since."""
+
+    def diff(self, spec: str, until: str | None, volume: str | None) -> Json:
+        """The ranges that the volume changed from a snapshot to a later one, or to now."""
+
+    async def delete(self, spec: str, everywhere: bool) -> Json:
+        """Deletes one here, or on the secondaries too."""
+
+    async def refresh(self, spec: str) -> Json:
+        """Makes one anew, from the volume as it is (V10)."""
+
+    async def export(self, spec: str, writable: bool) -> Json:
+        """Says how to attach one; ``writable`` is remembered."""
+
+    async def restore(
+        self, spec: str, volume: str | None, while_attached: bool, keep: bool, force: bool
+    ) -> Json:
+        """Restores volumes from one; complete on return, the copy runs behind (V12)."""
+
+    async def changed(
+        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+    ) -> Json:
+        """Takes in what was written to a facet beside the log (V13)."""
 
 
 class NodeApi(Protocol):
@@ -61,6 +95,10 @@ class NodeApi(Protocol):
 
     async def apply(self, frozen: bool) -> Json | None:
         """On a secondary: stops, or resumes, carrying its log into its facets (V8)."""
+
+    @property
+    def people(self) -> SnapshotApi:
+        """What people do with snapshots."""
 
     async def remote_remove(self, name: str) -> Json | None:
         """Forgets a remote; what was kept for it is freed (M17)."""
@@ -185,6 +223,57 @@ async def _thaw(call: Call) -> Json:
     return await call.node.apply(False) or {}
 
 
+async def _snapshot_create(call: Call) -> Json:
+    return await call.node.people.create(call.params["volume"], call.params["protected"])
+
+
+async def _snapshot_list(call: Call) -> list[Json]:
+    return call.node.people.list()
+
+
+async def _snapshot_diff(call: Call) -> Json:
+    params = call.params
+    return call.node.people.diff(params["snapshot"], params["until"], params["volume"])
+
+
+async def _snapshot_delete(call: Call) -> Json:
+    return await call.node.people.delete(call.params["snapshot"], call.params["everywhere"])
+
+
+async def _snapshot_refresh(call: Call) -> Json:
+    return await call.node.people.refresh(call.params["snapshot"])
+
+
+async def _snapshot_export(call: Call) -> Json:
+    return await call.node.people.export(call.params["snapshot"], call.params["writable"])
+
+
+async def _restore(call: Call) -> Json:
+    params = call.params
+    return await call.node.people.restore(
+        params["snapshot"],
+        params["volume"],
+        params["while_attached"],
+        params["keep"],
+        params["force"],
+    )
+
+
+async def _changed(call: Call) -> Json:
+    params = call.params
+    ranges = [(pair[0], pair[1]) for pair in params["ranges"]]
+    return await call.node.people.changed(params["volume"], ranges, params["force"])
+
+
+def _pairs(value: Any) -> str | None:
+    if not 0 < len(value) <= RANGES_MAX:
+        return f"must be 1 to {RANGES_MAX} pairs"
+    for pair in value:
+        if not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
+            return "must be pairs of offset and length, in bytes"
+    return None
+
+
 async def _events(call: Call) -> Json:
     """Replays what is held since the cursor; the result's cursor is where the stream begins."""
     cursor: int = call.params["since"]
@@ -236,6 +325,7 @@ def _valid(parse: Callable[[str], object]) -> Callable[[Any], str | None]:
 
 
 _REMOTE = Param(str, required=True)
+_SNAPSHOT = Param(str, required=True)
 _REMOTE_NAME = Param(str, required=True, check=_valid(check_name))
 
 METHODS: dict[str, Method] = {
@@ -281,6 +371,46 @@ METHODS: dict[str, Method] = {
     "facet.replace": _facet("replace", "new"),
     "apply.freeze": Method(_freeze, {}, changing=True),
     "apply.thaw": Method(_thaw, {}, changing=True),
+    "snapshot.create": Method(
+        _snapshot_create,
+        {"volume": Param(str), "protected": Param(bool, default=False)},
+        changing=True,
+    ),
+    "snapshot.list": Method(_snapshot_list, {}),
+    "snapshot.diff": Method(
+        _snapshot_diff, {"snapshot": _SNAPSHOT, "until": Param(str), "volume": Param(str)}
+    ),
+    "snapshot.delete": Method(
+        _snapshot_delete,
+        {"snapshot": _SNAPSHOT, "everywhere": Param(bool, default=False)},
+        changing=True,
+    ),
+    "snapshot.refresh": Method(_snapshot_refresh, {"snapshot": _SNAPSHOT}, changing=True),
+    "snapshot.export": Method(
+        _snapshot_export,
+        {"snapshot": _SNAPSHOT, "writable": Param(bool, default=False)},
+        changing=True,
+    ),
+    "restore": Method(
+        _restore,
+        {
+            "snapshot": _SNAPSHOT,
+            "volume": Param(str),
+            "while_attached": Param(bool, default=False),
+            "keep": Param(bool, default=True),
+            "force": Param(bool, default=False),
+        },
+        changing=True,
+    ),
+    "changed": Method(
+        _changed,
+        {
+            "volume": Param(str, required=True),
+            "ranges": Param(list, required=True, check=_pairs),
+            "force": Param(bool, default=False),
+        },
+        changing=True,
+    ),
     "events": Method(
         _events,
         {
@@ -297,6 +427,7 @@ _KIND_NAMES: dict[type, str] = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
+    list: "a list",
 }
 
 

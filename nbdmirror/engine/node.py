@@ -14,13 +14,14 @@ from nbdmirror import __version__
 from nbdmirror.config import Config, uris
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.control import PeerUid
-from nbdmirror.engine.create import MARK, log_path
+from nbdmirror.engine.create import MARK, log_path, snapshot_directory
 from nbdmirror.engine.doors import Doors
 from nbdmirror.engine.doubt import mark_doubtful
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.logloss import LogKeeper, open_log
@@ -32,7 +33,11 @@ from nbdmirror.engine.recovery import (
     redo,
 )
 from nbdmirror.engine.rescue import Rescue
+from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.snapshotcommands import SnapshotCommands
+from nbdmirror.engine.snapshotexport import SnapshotExports
+from nbdmirror.engine.snapshots import Snapshots
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.engine.waiting import wait_until
@@ -64,6 +69,7 @@ class Node:
         self.doors = Doors(env, config, self.events, peer_uid, owners)
         self.primary: Primary | None = None
         self.secondary: Secondary | None = None
+        self.restorer: Restorer | None = None
         self.facets: Facets | None = None
         self.exports: ExportServer | None = None
         self._started_at = 0.0
@@ -88,20 +94,38 @@ class Node:
         self.store.check(self.config)
         self.volumes = open_volumes(disk, self.store)
         self.log = open_log(disk, self.config, self.store.state)
+        self.snapshots = Snapshots(
+            disk,
+            snapshot_directory(self.config),
+            self.volumes,
+            self.store,
+            self.events,
+            self.env.random,
+            self.config.snapshots,
+        )
+        await self.store.settle()
+        Restorer.prepare(self)
+        await self.snapshots.open()
+        self._follower = Follower(self.snapshots)
+        boot_id, before = self.env.clock.boot_id(), self._follower.redo
         try:
-            recovered = await redo(self.store, self.log, self.volumes, self.env.clock.boot_id())
+            recovered = await redo(self.store, self.log, self.volumes, boot_id, before)
         except DiskFailed:
             await self._note_failed_log()
             raise
+        self.snapshots.recovered(recovered.end_seq)
         self.housekeeper = Housekeeper(
             self.volumes, self.log, self.store, self.events, self._applied_seq
         )
         self.log.on_failed = self.store.on_failed = self.housekeeper.on_failed = self._fail
         self.housekeeper.facet_lost = self._facet_lost
+        self.restorer = Restorer(self)
+        await self.restorer.open()
         if self.role == "primary":
             await self._start_primary(recovered)
         else:
             await self._start_secondary(recovered)
+        self.restorer.start()
         self.events.emit(
             "started",
             role=self.role,
@@ -112,7 +136,10 @@ class Node:
         )
         self._tell_damage(recovered)
         self.housekeeper.start()
-        self.exports = await self.doors.open(self, self.primary, self.secondary, nbd=nbd)
+        self.snapshots.start()
+        served = SnapshotExports(self.snapshots)
+        self.people = SnapshotCommands(self, served)
+        self.exports = await self.doors.open(self, self.primary, self.secondary, served, nbd=nbd)
 
     @property
     def role(self) -> str:
@@ -194,6 +221,8 @@ class Node:
             self.store,
             self.events,
             config.replication,
+            self._follower,
+            self.env.clock,
         )
         if not recovered.clean:
             same_boot = self.store.state["boot_id"] == self.env.clock.boot_id()
@@ -270,6 +299,9 @@ class Node:
         await self.doors.end_upstreams()
         if self.secondary is not None:
             await self.secondary.stop()
+        if self.restorer is not None:
+            await self.restorer.stop()
+        await self.snapshots.stop()
         await self.housekeeper.stop()
         await self.doors.end_control()
         if self.failed is None or not self.failed.done():
@@ -303,6 +335,9 @@ class Node:
         for volume in self.volumes:
             for facet in volume.facets:
                 facet.close()
+        if self.restorer is not None:
+            self.restorer.close()
+        self.snapshots.close()
         self.log.close()
         self.store.close()
 
@@ -328,7 +363,8 @@ class Node:
                 **self.housekeeper.status(),
             },
             "remotes": self.primary.status() if self.primary else [],
-            "snapshots": [],
+            "snapshots": self.people.brief(),
+            "restore": self.restorer.status() if self.restorer else None,
             **self.doors.status(),
         }
         if self.secondary is not None:

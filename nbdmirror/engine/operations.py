@@ -8,14 +8,14 @@ nbdkit front end; both run on the node's event loop.
 from __future__ import annotations
 
 from nbdmirror.codec import record
-from nbdmirror.engine.group import Group
+from nbdmirror.engine.snapshotexport import Writer
 from nbdmirror.engine.volume import Change, Volume
 
 CACHE_PIECE = 1 << 20
 """CACHE reads so many bytes at a time: its memory stays bounded (I6)."""
 
 
-async def trim(group: Group, volume: Volume, offset: int, length: int, *, durable: bool) -> None:
+async def trim(group: Writer, volume: Volume, offset: int, length: int, *, durable: bool) -> None:
     """Gives space back; the range reads as zeros afterwards, on every facet (O22).
 
     ``durable``: as FUA. VolumeFailed carries the client's errno."""
@@ -23,7 +23,7 @@ async def trim(group: Group, volume: Volume, offset: int, length: int, *, durabl
 
 
 async def zero(
-    group: Group, volume: Volume, offset: int, length: int, *, keep_space: bool, durable: bool
+    group: Writer, volume: Volume, offset: int, length: int, *, keep_space: bool, durable: bool
 ) -> None:
     """The range reads as zeros; ``keep_space``: and stays allocated (NO_HOLE).
 

@@ -67,6 +67,11 @@ class Primary:
         for name, facts in self._merged_facts().items():
             self._make(name, facts)
 
+    @property
+    def on_full(self) -> str:
+        """The policy when the log is full (M7)."""
+        return self._config.log.on_full
+
     def serve_beside(self, exports: ExportServer) -> None:
         """What clients ask of the exports is what resyncs yield to."""
         self._exports = exports
@@ -158,7 +163,7 @@ class Primary:
         """Keeps one session to the remote, for ever."""
         pause = FIRST_PAUSE_SECONDS
         while True:
-            while remote.facts["paused"]:
+            while remote.facts["paused"] or remote.held:
                 remote.kick.clear()
                 await remote.kick.wait()
             remote.drop.clear()

@@ -251,7 +251,10 @@ class Receiver:
                 raise PeerError(f"record {record.seq} came, {next_seq} was next")
             if record.epoch > epoch_max:
                 raise PeerError(f"record {record.seq} of epoch {record.epoch}, not {epoch_max}")
-            self.secondary.check_range(record.volume, record.offset, record.length)
+            if record.kind == codec.MARK:
+                self.secondary.check_mark(record)
+            else:
+                self.secondary.check_range(record.volume, record.offset, record.length)
             if record.kind == codec.FILL:
                 raise PeerError(f"record {record.seq} is a fill")
             next_seq += 1

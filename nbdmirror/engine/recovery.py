@@ -13,10 +13,11 @@ Every step may itself be cut by a crash and is then done again (O19).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nbdmirror.codec.record import Record
 from nbdmirror.core.active import volume_extent
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
@@ -47,12 +48,17 @@ class Recovered:
     """Facets that had failed and that the log has brought back."""
 
 
-async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> Recovered:
-    """Brings the facets to the end of the log. On return everything that will be relied on is
-    durable; the superblock is changed in memory only, and saved by the caller.
+Before = Callable[[Record], Awaitable[None]]
 
-    A facet that failed is brought back too, if the log still holds all that it had not synced
-    then: its disk is tried again, and what the page cache may have lost is written anew (O16)."""
+
+async def redo(
+    store: Store, log: Log, volumes: list[Volume], boot_id: str, before: Before
+) -> Recovered:
+    """Brings the facets to the end of the log. On return everything that will be relied on is
+    durable; the superblock is changed in memory only, and saved by the caller. ``before`` is
+    awaited before each record: snapshots may need what it overwrites. A facet that failed is
+    brought back too, if the log still holds all that it had not synced then: its disk is tried
+    again, and what the page cache may have lost is written anew (O16)."""
     state = store.state
     clean = bool(state["clean"])
     # A failed sync of the log may have cost as much of it as a power loss (O16).
@@ -92,7 +98,7 @@ async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> R
     if behind:
         healing = []
     if not behind and (not clean or healing):
-        await _apply(store, log, until, volumes, healing, only_healing=clean)
+        await _apply(store, log, until, volumes, healing, before, only_healing=clean)
     for volume in volumes:
         for facet in volume.facets:
             if facet.failed is None:
@@ -123,6 +129,7 @@ async def _apply(
     until: int,
     volumes: list[Volume],
     healing: list[LocalFacet],
+    before: Before,
     *,
     only_healing: bool,
 ) -> None:
@@ -132,6 +139,8 @@ async def _apply(
         for record in (await log.read(cursor)).parsed():
             if record.seq > until:
                 return
+            if not only_healing:
+                await before(record)
             volume = volumes[record.volume]
             facets = [f for f in volume.facets if f in healing and f.failed is None]
             for facet in facets if only_healing else volume.writable() + facets:

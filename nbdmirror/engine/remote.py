@@ -27,6 +27,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nbdmirror.codec import record as codec
 from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.progress import Progress
@@ -92,6 +93,9 @@ class Remote:
         """While pending entries are being marked: they are in the DCM up to here."""
         self.starting = False
         """A stream is being agreed upon: the log is kept for it already."""
+        self.held = False
+        self.engaged = False
+        """A session agrees upon a stream, or runs one."""
         self.link = "disconnected"
         self.reads: RemoteReads | None = None
         """Reads through it, while there is a stream."""
@@ -116,6 +120,23 @@ class Remote:
         """Set when a verify was asked for."""
         self.drop: asyncio.Event = asyncio.Event()
         """Ends the session that runs now; the next handshake decides anew."""
+
+    # -- while a change goes by the log (``engine.bypass``) ------------------------------------
+
+    def hold(self) -> None:
+        """Ends the session; none is agreed upon until ``go_on``."""
+        self.held = True
+        self.cancel_start()
+
+    async def released(self) -> None:
+        """Returns when no session reads the log any more."""
+        while self.engaged:
+            await self.changed.wait()
+
+    def go_on(self) -> None:
+        """Sessions may be agreed upon again."""
+        self.held = False
+        self.kick.set()
 
     # -- opening -----------------------------------------------------------------------------
 
@@ -229,7 +250,8 @@ class Remote:
             while cursor.seq < upto:
                 chunk = await log.read(cursor)
                 for record in chunk.parsed():
-                    self.mark(record.volume, record.offset, record.length)
+                    if record.kind != codec.MARK:
+                        self.mark(record.volume, record.offset, record.length)
                 self.marked_seq = chunk.last_seq
                 await asyncio.sleep(0)
         except FormatError as error:
@@ -293,7 +315,7 @@ class Remote:
                 cursor = Cursor(log.ring.tail_seq)
                 continue
             for record in (await log.read(cursor)).parsed():
-                if record.volume == volume:
+                if record.volume == volume and record.kind != codec.MARK:
                     last = record.offset + record.length - 1
                     marked.mark(record.offset // region, last // region)
         return dirty_runs(marked, region, offset, length)

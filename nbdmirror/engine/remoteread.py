@@ -12,6 +12,7 @@ import asyncio
 import itertools
 
 from nbdmirror.codec import repl
+from nbdmirror.codec.record import MARK
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor, Log
@@ -94,7 +95,7 @@ async def overlay(log: Log, volume: int, offset: int, data: Buffer, seq: int) ->
             raise Behind
         for record in (await log.read(cursor)).parsed():
             start, stop = max(record.offset, offset), min(record.offset + record.length, end)
-            if record.volume != volume or start >= stop:
+            if record.volume != volume or start >= stop or record.kind == MARK:
                 continue
             if result is None:
                 result = bytearray(data)

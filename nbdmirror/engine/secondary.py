@@ -16,15 +16,18 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import fields, repl
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.record import Record
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
-from nbdmirror.ports import Buffer
+from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError, Refused
+from nbdmirror.ports import Buffer, Clock
 
 COMMIT_PAUSE_SECONDS = 0.02
 """Between two commits of the log: what a durable acknowledgement may come later."""
@@ -45,6 +48,8 @@ class Secondary:
         store: Store,
         events: EventLog,
         tuning: ReplicationConfig,
+        follower: Follower,
+        clock: Clock,
     ) -> None:
         self.group_name = group_name
         self.node_name = node_name
@@ -53,9 +58,12 @@ class Secondary:
         self.store = store
         self.events = events
         self.tuning = tuning
-        self.applier = Applier(volumes, log, store, events)
+        self.follower = follower
+        self._clock = clock
+        self.applier = Applier(volumes, log, store, events, follower)
         self.applier.caught_up = self._tell
         self.current: Receiver | None = None
+        self.detached = False
         self.eager = False
         """The primary's clients wait for what is durable here."""
         self.failed: NbdmirrorError | None = None
@@ -150,6 +158,8 @@ class Secondary:
         """(rule, reason) why this primary is not for us; ``None`` if it is (T1, T12)."""
         if self.failed is not None:
             return "failed", f"{self.node_name} failed: {self.failed.message}"
+        if self.detached or self.store.state.get("restore") is not None:
+            return "V14", f"a snapshot is being restored on {self.node_name}"
         low, high = repl.PROTOCOL_VERSIONS
         versions = hello.get("versions")
         if not isinstance(versions, list) or [type(v) for v in versions] != [int, int]:
@@ -224,6 +234,7 @@ class Secondary:
             "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
             "consistent": bool(upstream and upstream["consistent"]),
+            "altered": bool(state.get("altered")),
         }
 
     async def adopt(self, hello: dict[str, Any], reset_seq: int | None, resync: bool) -> None:
@@ -235,6 +246,8 @@ class Secondary:
             reset_seq = self.log.next_seq
         if reset_seq is not None:
             await self.drain()
+        if resync and (self.store.state["upstream"] or {}).get("consistent"):
+            await self.follower.before_resync(self.log.next_seq - 1, self._clock.time_ns())
         # No await from here to the save: what is saved is all of it or nothing.
         state = self.store.state
         state["uuid"] = fields.text(hello, "uuid")
@@ -253,16 +266,39 @@ class Secondary:
             "consistent": bool(former.get("consistent")) and not resync,
             "since": former.get("since"),
         }
+        state["altered"] = False
         if reset_seq is not None:
             self._reset(reset_seq)
         await self.store.save()
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
 
+    async def detach(self, change: dict[str, Any]) -> None:
+        """The volumes are about to be changed by something else than the primary (V14): everything
+        is applied and durable, no redo comes by it, and the primary will compare everything.
+        ``change`` goes into the superblock in the same save. No primary is let in until
+        ``detached`` is taken back. Refused while the link is active."""
+        if self.current is not None:
+            raise Refused(
+                f"{self.node_name} is connected to its primary: what is restored here would be "
+                "replaced",
+                hint="pause this remote on the primary first",
+            )
+        self.detached = True
+        await self.drain()
+        state = self.store.state
+        if state["upstream"] is not None:
+            state["upstream"]["consistent"] = False
+        state.update(change, altered=True)
+        self._reset(self.log.next_seq)
+        await self.store.save()
+        self.log.confirm_tail(self.log.ring.tail)
+
     def _reset(self, seq: int) -> None:
         """Empties the log, to go on with ``seq``; what it held is in the facets, durably."""
         self.log.reset(seq)
         self.applier.reset(seq)
+        self.follower.restarted(seq)
         for volume in self.volumes:
             for facet in volume.facets:
                 facet.written_seq = facet.synced_seq = seq - 1
@@ -276,6 +312,7 @@ class Secondary:
         self.store.state["cache_doubt"] = False
         await self.store.save()
         self.events.emit("consistent", seq=seq)
+        self.follower.consistent_again()
 
     # -- facets ------------------------------------------------------------------------------
 
@@ -284,6 +321,16 @@ class Secondary:
         if volume >= len(self.volumes) or not 0 < length <= self.volumes[volume].size - offset:
             raise PeerError(f"{length} bytes at {offset} of volume {volume}: out of bounds")
 
+    def check_mark(self, record: Record) -> None:
+        """PeerError unless a mark is one that may come now: what was changed beside the log comes
+        as a resync, and no stream without one goes on behind it."""
+        assert record.payload is not None
+        mark = marks.decode(record.payload)
+        if mark.volumes[-1] >= len(self.volumes):
+            raise PeerError(f"mark {record.seq} is about volume {mark.volumes[-1]}")
+        if mark.do in (marks.RESTORE, marks.CHANGED) and self.store.state["upstream"]["consistent"]:
+            raise PeerError(f"record {record.seq} tells of a {mark.do} that was not resynchronised")
+
     def check_resyncing(self) -> None:
         """PeerError if no resync was agreed upon: regions then are not to be overwritten."""
         if self.store.state["upstream"]["consistent"]:
@@ -291,12 +338,19 @@ class Secondary:
 
     async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
         """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
+        facets = self.volumes[volume].facets
+        if data is None and not any(
+            True for f in facets for _ in f.file.data_ranges(offset, length)
+        ):
+            return
+        while (guard := self.volumes[volume].guard) is not None and guard.holds(offset, length):
+            await guard.make_way([(offset, length)])
         self._placed += 1
-        for facet in self.volumes[volume].facets:
+        for facet in facets:
             try:
                 if data is not None:
                     facet.pwrite(offset, data)
-                elif any(True for _ in facet.file.data_ranges(offset, length)):
+                else:
                     await facet.punch(offset, length)
             except OSError as error:
                 failure = facet.fail("write", error)

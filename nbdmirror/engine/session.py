@@ -6,7 +6,7 @@ the terms (an overflow, a command, a lost link) ends the session; the next hands
 
 HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, volumes, session}
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
-          consistent}
+          consistent, altered}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
           eager: clients wait for its acknowledgements}
@@ -103,7 +103,8 @@ class Session:
             await self._stream()
         finally:
             self.link.close()
-            remote.starting = False
+            remote.engaged = remote.starting = False
+            remote.notify()
             if remote.progress is not None:
                 remote.progress = remote.stall = None
             for dcm in remote.dcms:
@@ -114,14 +115,16 @@ class Session:
     async def _receive(self, wanted: Type) -> dict[str, Any]:
         get = asyncio.ensure_future(self._inbox.get())
         lost = asyncio.ensure_future(self.link.closed.wait())
+        drop = asyncio.ensure_future(self.remote.drop.wait())
         try:
-            await asyncio.wait([get, lost], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([get, lost, drop], return_when=asyncio.FIRST_COMPLETED)
             if not get.done():
                 raise self.link.cause or ConnectionResetError()
             frame = get.result()
         finally:
             get.cancel()
             lost.cancel()
+            drop.cancel()
         if frame.type is Type.REFUSE:
             reason = frame.json()
             raise Refused(f"{reason.get('rule', '')}: {reason.get('why', 'refused')}")
@@ -156,6 +159,7 @@ class Session:
             run=None if welcome.get("run") is None else fields.text(welcome, "run"),
             durable_seq=fields.integer(welcome, "durable_seq"),
             consistent=welcome.get("consistent") is True,
+            altered=welcome.get("altered") is True,
             history=fields.history(welcome),
         )
 
@@ -192,6 +196,9 @@ class Session:
         """Agrees on the first record of the stream, and makes that durable on both sides before
         the first bit is cleared (O12)."""
         remote, log, facts = self.remote, self.remote.group.log, self.remote.facts
+        if remote.held:
+            raise ConnectionResetError("a volume is being changed beside the log")
+        remote.engaged = True
         while remote.marked_seq is not None:  # an overflow is still marking
             await remote.changed.wait()
         if decision.action is Action.FULL:

@@ -26,6 +26,10 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     log_failed     true after a sync of the log failed: what it had not synced may be gone
     cache_doubt    on a secondary: a former process of this boot may have seen a sync fail, so what
                    is in the page cache may not be on disk (O16); false once it is consistent
+    snapshots      see ``engine.snapshots``; snapshot_number: the last that was given out;
+                   marked_seq: on a secondary, the last marker of a snapshot that it followed
+    restore        what is being copied behind: see ``engine.restore``; null if nothing is
+    altered        on a secondary: its volumes were changed by something else than its primary (V14)
     upstream       on a secondary: {name, consistent, since}; null before the first session
 """
 
@@ -109,22 +113,36 @@ class Store:
         slot = 1 - self._slot
         data = slots.encode(self._counter + 1, self.state)
         try:
-            if self._doubtful is not None:
-                self._file.pwrite(self._slot * slots.SLOT_SIZE, self._doubtful)
-                await self._file.sync()
-                self._doubtful = None
+            await self._settle()
             self._file.pwrite(slot * slots.SLOT_SIZE, data)
             await self._file.sync()
         except OSError as error:
-            failure = DiskFailed(
-                f"cannot save {self._file.path}: {error.strerror or error}",
-                number=error.errno or 5,
-                hint="replace or free the disk of state_dir, then restart the node",
-            )
-            self.on_failed(failure)
-            raise failure from error
+            raise self._failed(error) from error
         self._counter += 1
         self._slot = slot
+
+    async def settle(self) -> None:
+        """Makes durable what was read, before anything is done that relies on it: a former process
+        may have left it in the page cache only (O16). DiskFailed if it cannot be."""
+        try:
+            await self._settle()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    async def _settle(self) -> None:
+        if self._doubtful is not None:
+            self._file.pwrite(self._slot * slots.SLOT_SIZE, self._doubtful)
+            await self._file.sync()
+            self._doubtful = None
+
+    def _failed(self, error: OSError) -> DiskFailed:
+        failure = DiskFailed(
+            f"cannot save {self._file.path}: {error.strerror or error}",
+            number=error.errno or 5,
+            hint="replace or free the disk of state_dir, then restart the node",
+        )
+        self.on_failed(failure)
+        return failure
 
     def check(self, config: Config) -> None:
         """The state must be that of the configuration; StateError names both values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from nbdmirror.codec.hashing import digests
 from nbdmirror.core.ranges import RangeLock, RangeLocks
@@ -13,7 +13,7 @@ from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from nbdmirror.engine.facet import LocalFacet
 
@@ -37,6 +37,27 @@ class Change(NamedTuple):
     payload: Buffer | None
 
 
+class Guard(Protocol):
+    """Who must act before regions are overwritten: snapshots that need their content (O21), a
+    restore that has not come to them yet (V12)."""
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether a change of this range has to wait for ``make_way``."""
+
+    def stops(self, changes: Sequence[Change]) -> bool:
+        """Whether any of a batch has to wait."""
+
+    async def make_way(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Does it for (offset, length) ranges; look again then. DiskFailed or VolumeFailed."""
+
+
+class Overlay(Protocol):
+    """Where a volume's content is read while it is not in the facets yet (V12)."""
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes of a range; VolumeFailed if they cannot be had."""
+
+
 class Volume:
     """One volume of a group; ``index`` is its number in log records."""
 
@@ -57,6 +78,9 @@ class Volume:
         self.facets = facets
         self.locks: RangeLocks[asyncio.Future[None]] = RangeLocks()
         self.clients = 0
+        self.guard: Guard | None = None
+        self.overlay: Overlay | None = None
+        self._landing: dict[RangeLock[asyncio.Future[None]], None] = {}
         self.rescue: Rescue = _no_rescue
 
     @property
@@ -106,6 +130,8 @@ class Volume:
 
     def try_read(self, offset: int, length: int) -> Buffer | None:
         """The bytes if they are in memory, else ``None``: then ``read`` is awaited."""
+        if self.overlay is not None:
+            return None
         facet = self.choose(offset)
         if facet is None:
             return None
@@ -119,6 +145,12 @@ class Volume:
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes of a range; VolumeFailed with the disk's errno if no facet has them."""
+        if self.overlay is not None:
+            return await self.overlay.read(offset, length)
+        return await self.read_below(offset, length)
+
+    async def read_below(self, offset: int, length: int) -> Buffer:
+        """As ``read``, from the facets as they are."""
         facet = self.choose(offset)
         failure: OSError | None = None
         if facet is not None:
@@ -130,6 +162,8 @@ class Volume:
 
     async def read_aside(self, offset: int, length: int) -> Buffer:
         """As ``read``, always off the event loop: for large pieces that nobody waits for."""
+        if self.overlay is not None:
+            return await self.overlay.read(offset, length)
         facet = self.choose(offset)
         failure: OSError | None = None
         if facet is not None:
@@ -141,6 +175,8 @@ class Volume:
 
     async def hashes(self, offset: int, length: int, step: int) -> bytes:
         """``codec.hashing.digests`` of a range, off the event loop; errors as for ``read``."""
+        if self.overlay is not None:
+            return digests(await self.overlay.read(offset, length), step)
         facet = self.choose(offset)
         failure: OSError | None = None
         if facet is not None:
@@ -153,6 +189,12 @@ class Volume:
     def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """(offset, length, hole) pieces that cover the range, from the first trusted facet; all of
         it is data where none is."""
+        if self.overlay is not None:
+            return [(offset, length, False)]
+        return self.allocation_below(offset, length)
+
+    def allocation_below(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """As ``allocation``, of the facets as they are."""
         pieces: list[tuple[int, int, bool]] = []
         at, end = offset, offset + length
         source = next((facet for facet in self.facets if facet.in_service), None)
@@ -168,7 +210,9 @@ class Volume:
         return pieces
 
     @asynccontextmanager
-    async def locked(self, offset: int, length: int, *, exclusive: bool) -> AsyncIterator[None]:
+    async def locked(
+        self, offset: int, length: int, *, exclusive: bool
+    ) -> AsyncIterator[RangeLock[asyncio.Future[None]]]:
         """Holds a range while something is awaited on it (O13); requests that overlap wait."""
         start, end = offset, offset + length
         while (held := self.locks.conflict(start, end, exclusive=exclusive)) is not None:
@@ -176,18 +220,30 @@ class Volume:
         waiter = asyncio.get_running_loop().create_future()
         lock = self.locks.hold(start, end, exclusive=exclusive, waiter=waiter)
         try:
-            yield
+            yield lock
         finally:
             self._unlock(lock)
 
     def _unlock(self, lock: RangeLock[asyncio.Future[None]]) -> None:
         self.locks.release(lock)
+        self._landing.pop(lock, None)
         lock.waiter.set_result(None)
 
     async def wait_unlocked(self, start: int, end: int) -> None:
         """Returns once no held lock overlaps [start, end)."""
         while (held := self.locks.conflict(start, end, exclusive=True)) is not None:
             await asyncio.shield(held.waiter)
+
+    def landing(self, lock: RangeLock[asyncio.Future[None]]) -> None:
+        """What holds this lock is in the log, and on its way into the facets until it lets go."""
+        self._landing[lock] = None
+
+    async def wait_landed(self, offset: int, length: int) -> None:
+        """Returns once the facets hold, in this range, everything that is in the log now. Unlike a
+        range lock it waits for nothing that has not been logged."""
+        if self._landing:
+            for lock in [k for k in self._landing if k.start < offset + length and offset < k.end]:
+                await asyncio.shield(lock.waiter)
 
 
 async def _no_rescue(

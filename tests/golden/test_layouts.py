@@ -11,14 +11,17 @@ import pytest
 
 from nbdmirror.codec import mappage, regions, repl, slots
 from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.repl import Type
+from nbdmirror.core import layers
 from nbdmirror.ports import Buffer
 
 FIXTURES = Path(__file__).parent
 SESSION = 0x1122334455667788
 TIME = 1_700_000_000_123_456_789
 WRITE = Record(codec.WRITE, 0, 3, 1, 0x0102030405060708, 4096, 5, TIME, b"hello")
+MARK = Mark("snapshot", "0123456789abcdef" * 2, (0, 2), 7, True).encode()
 
 
 def record(value: Record) -> bytes:
@@ -44,6 +47,10 @@ def layouts() -> dict[str, bytes]:
         "record-trim": record(Record(codec.TRIM, 0, 3, 1, 9, 4096, 1 << 40, TIME, None)),
         "record-zero": record(Record(codec.ZERO, codec.NO_HOLE, 3, 1, 10, 0, 512, TIME, None)),
         "record-fill": codec.fill(3, 11, 128),
+        "record-mark": record(Record(codec.MARK, 0, 3, 0, 12, 0, len(MARK), TIME, MARK)),
+        "layer-sector": mappage.encode_sector(
+            2, [layers.ZEROS, 1 << 63 | 12345, *[0] * (mappage.SLOTS - 2)], mappage.LAYER
+        ).rstrip(b"\0"),
         "superblock-slot": slots.encode(5, {"format": 1, "epoch": 2}).rstrip(b"\0"),
         "map-page": mappage.encode_page(3, bits).rstrip(b"\0"),
         "active-sector": mappage.encode_sector(

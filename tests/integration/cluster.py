@@ -148,9 +148,9 @@ class Node:
         self.config.write_text("\n".join(lines) + "\n" + extra)
 
     def nbd_listen(self) -> list[str]:
-        """Where clients attach; a secondary offers nothing to write to."""
+        """Where clients attach; a secondary offers its snapshots."""
         if self.role != "primary":
-            return []
+            return [f"unix:{self.nbd_socket}"] if self.cluster.frontend == "native" else []
         listen = [f"unix:{self.nbd_socket}"]
         return [*listen, f"tcp:127.0.0.1:{self.nbd_port}"] if self.cluster.tcp else listen
 

@@ -19,6 +19,7 @@ from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
 from tests.sim.loop import Incarnation, SimLoop
 from tests.sim.oracle import Violation, compare
+from tests.sim.snapshots import Found, look, read_all
 from tests.sim.world import Host, World
 
 
@@ -48,6 +49,7 @@ class Image:
     volumes: list[bytes]
     pending: list[cover.Place]
     node: Node
+    snapshots: list[Found]
 
 
 def recover_alone(disk: SimDisk, config: Config, seed: str) -> Image:
@@ -71,6 +73,7 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
     await node.start(nbd=False)
     if node.secondary is not None:
         await node.secondary.drain()
+    pending = await cover.records(node)
     state = node.store.state
     upstream = state["upstream"]
     return Image(
@@ -78,12 +81,10 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         consistent=bool(upstream and upstream["consistent"]),
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
-        volumes=[
-            disk.content(volume.source().path)[: volume.size] if volume.in_service() else b""
-            for volume in node.volumes
-        ],
-        pending=await cover.records(node),
+        volumes=[bytes(await v.read(0, v.size)) if v.in_service() else b"" for v in node.volumes],
+        pending=pending,
         node=node,
+        snapshots=await read_all(node),
     )
 
 
@@ -106,6 +107,7 @@ class Checks:
         while True:
             await asyncio.sleep(gap * self._random.random() * 2)
             self.look()
+            await look(self._world)
             if self._random.random() < 0.2:
                 host = self._random.choice(list(self._world.hosts.values()))
                 if host.created and self._has_changed(host):
@@ -150,8 +152,10 @@ class Checks:
             self._progress(remote)
             if remote["state"] == "synchronised" and remote["dirty"]["regions"]:
                 raise Violation(f"{remote['name']} is synchronised with marked regions (I5)")
+        restoring = any(volume.overlay is not None for volume in node.volumes)
+        flying = any(facet.pending for volume in node.volumes for facet in volume.facets)
         state = (world.a.disk.operations, world.history.head)
-        if state != self._looked and not any(f.pending for v in node.volumes for f in v.facets):
+        if state != self._looked and not restoring and not flying:
             self._looked = state
             line = world.history.lines[-1]
             compare(world.a.images(), line.image(line.head), "the primary (V5)")
@@ -198,6 +202,8 @@ class Checks:
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
         disk.power_cut(rng)
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
+        what = f"a clone of {host.name} (O21)"
+        world.album.check(host, image.node, image.snapshots, what)
         if host.role == "primary" and image.node.rescue.leans():
             world.fired["clone without a facet"] += 1  # a remote would stand in
         elif host.role == "primary":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nbdmirror.codec.record import MARK
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.node import Node
@@ -21,8 +22,12 @@ async def records(node: Node) -> list[Place]:
     """Everything in a node's log."""
     cursor, found = Cursor(node.log.ring.tail_seq), []
     while cursor.seq < node.log.next_seq:
+        if cursor.seq < node.log.ring.tail_seq:  # released meanwhile: the map has it
+            cursor = Cursor(node.log.ring.tail_seq)
+            continue
         for record in (await node.log.read(cursor)).parsed():
-            found.append((record.seq, record.volume, record.offset, record.length))
+            if record.kind != MARK:
+                found.append((record.seq, record.volume, record.offset, record.length))
     return found
 
 

@@ -311,8 +311,8 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = recovery.redo
 
-    async def redo(store: Store, log: Log, volumes: list[Volume], boot_id: str) -> Any:
-        recovered = await original(store, log, volumes, boot_id)
+    async def redo(store: Store, log: Log, volumes: list[Volume], *rest: Any) -> Any:
+        recovered = await original(store, log, volumes, *rest)
         for volume in volumes:
             for facet in volume.facets:
                 facet.synced_seq = facet.written_seq
@@ -647,7 +647,7 @@ def _(assign: Assign) -> None:
 
     async def stretch(self: FacetCopy, first: int, count: int) -> int:
         proxy = copy.copy(self._volume)
-        proxy.locked = locked  # type: ignore[method-assign]
+        proxy.locked = locked  # type: ignore[method-assign, assignment]
         self._volume, volume = proxy, self._volume
         try:
             return await original(self, first, count)

@@ -89,6 +89,10 @@ class Options:
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
+    snapshot_gap: float = 0.0
+    """Seconds between what people do with snapshots; 0: nothing."""
+    snapshots_max: int = 64
+    snapshot_space: int | None = None
 
 
 def draw(seed: int) -> Options:
@@ -137,7 +141,19 @@ def draw(seed: int) -> Options:
         # After a power loss the model asks the primary's own disk what there is.
         faults = {k: v for k, v in options.faults.items() if "power" not in k and "die" not in k}
         options = replace(options, last_facet=True, faults=faults)
-    return _storm(options, rng) if rng.random() < 0.08 else options
+    options = _storm(options, rng) if rng.random() < 0.08 else options
+    return _snapshots(options, random.Random(f"{seed}:snapshots"))
+
+
+def _snapshots(options: Options, rng: random.Random) -> Options:
+    if rng.random() < 0.5:
+        return options
+    return replace(
+        options,
+        snapshot_gap=rng.choice([0.01, 0.05, 0.3, 2.0]),
+        snapshots_max=rng.choice([2, 5, 64]),
+        snapshot_space=rng.choice([None, None, 40 * KIB, 200 * KIB]),
+    )
 
 
 def _storm(options: Options, rng: random.Random) -> Options:

@@ -247,6 +247,16 @@ class History:
             raise Violation(f"recovered up to record {end_seq}, the head was {self.head}")
         self.lines.append(Line(images, end_seq, epoch))
 
+    def restored(self, seq: int, images: dict[int, bytes]) -> None:
+        """Volumes were restored at the record ``seq``, beside the log: they hold ``images``."""
+        line = self.lines[-1]
+        found = [bytes(data) for data in line.image(seq)]
+        for volume, data in images.items():
+            found[volume] = data
+        later = line.entries[seq - line.base_seq :]
+        del line.entries[seq - line.base_seq :]
+        self.lines.append(Line(found, seq, line.first_epoch, later))
+
     def image(self, epoch: int, seq: int) -> list[bytearray]:
         """The group after ``seq`` as a node knows it that has followed up to ``epoch``."""
         lines = [line for line in self.lines if line.first_epoch <= epoch]

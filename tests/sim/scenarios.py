@@ -202,6 +202,42 @@ class Script:
         if host.node is not None:
             await self._command(host.node.apply(on), host)
 
+    async def snapshot(self) -> str:
+        """Takes one of the whole group; its uuid, empty if that failed."""
+        node = await self.primary()
+        made: list[str] = []
+
+        async def work() -> None:
+            made.append((await node.people.create(None, False))["uuid"])
+
+        await self._command(work())
+        for uuid in made:
+            self.world.album.promise(uuid)
+        return made[0] if made else ""
+
+    async def restore(self, uuid: str) -> None:
+        """The whole group becomes what it was."""
+        if not uuid:
+            return
+        node = await self.primary()
+        writes = self.world.album.writes(uuid, range(len(node.volumes)))
+        done: list[bool] = []
+
+        async def work() -> None:
+            await node.people.restore(uuid, None, True, True, False)
+            done.append(True)
+
+        await self._command(work())
+        for write in writes:
+            self.world.content.end(write, acked=bool(done), durable=True)
+
+    async def delete(self, uuid: str) -> None:
+        """Deletes a snapshot, if it is not in use."""
+        if uuid:
+            node = await self.primary()
+            self.world.album.release(uuid)
+            await self._command(node.people.delete(uuid, False))
+
     def link(self, *, up: bool) -> None:
         """The only link."""
         if up:
@@ -422,6 +458,35 @@ async def commands(s: Script) -> None:
     await s.in_sync()
 
 
+async def snapshots(s: Script) -> None:
+    """Three are taken, what they need is kept, and the middle one goes (V9, O21)."""
+    await _load(s)
+    s.arm()
+    first = await s.snapshot()
+    await s.write(0, 0, 40, count=3)
+    second = await s.snapshot()
+    await s.clear(0, 16, 3 * BLOCK, "trim")
+    await s.write(1, 2, fua=True)
+    await s.snapshot()
+    await s.write(0, 1, 41, count=2)
+    await s.delete(second)
+    await s.in_sync()
+    await s.delete(first)
+
+
+async def restore(s: Script) -> None:
+    """A restore, writes while it is copied, and back (V10-V12)."""
+    await _load(s)
+    uuid = await s.snapshot()
+    await s.write(0, 0, 40, count=2 * BLOCK)
+    await s.write(1, 2, count=4)
+    s.arm()
+    await s.restore(uuid)
+    await s.write(0, 44, fua=True)
+    await s.write(0, 2, 90)
+    await s.in_sync()
+
+
 async def create(s: Script) -> None:
     """From nothing to the first synchronisation (O18): operations count from ``create`` on."""
     await _load(s)
@@ -440,5 +505,7 @@ SCENARIOS: dict[str, Scenario] = {
     "recovery cut": recovery_cut,
     "kill after power": kill_after_power,
     "commands": commands,
+    "snapshots": snapshots,
+    "restore": restore,
     "create": create,
 }

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdmirror.errors import NbdmirrorError
+from tests.sim import snapshots
 from tests.sim.checks import Checks
 from tests.sim.faults import Fault, Injector, Kind
 from tests.sim.loop import SimLoop
 from tests.sim.marks import counting
 from tests.sim.options import ADMIN_FAULTS, Options, draw
 from tests.sim.oracle import Violation, compare
+from tests.sim.snapshots import People
 from tests.sim.workload import Clients
 from tests.sim.world import Gone, Host, World, constants
 
@@ -118,7 +120,9 @@ async def _phases(world: World) -> None:
     clients = Clients(world)
     world.on_flushed = checks.flushed
     faults = Faults(world)
+    people = People(world)
     background = [world.spawn(checks.run()), world.spawn(faults.run())]
+    world.spawn(people.run())
     working = asyncio.ensure_future(clients.run())
     # A full log that blocks, and a link that is down: they may need the healing themselves.
     await asyncio.wait([working], timeout=CLIENT_SECONDS)
@@ -140,6 +144,7 @@ async def _converge(
             await asyncio.wait([working], timeout=HEAL_SECONDS)
             if not working.done():
                 raise Violation("requests of clients hang though nothing is broken (I8)")
+            await _copied(world)
             await _in_sync(world)
             await _facets_in_sync(world)
         except Gone:
@@ -150,6 +155,7 @@ async def _converge(
     for remote in world.remotes:
         compare(remote.images(), world.a.images(), f"{remote.name} in sync (I2)")
     checks.look()
+    await snapshots.look(world)
     checks.crash_clone_of_one()
 
 
@@ -163,6 +169,20 @@ async def _in_sync(world: World) -> None:
             raise Gone from error
         states = [(r.name, r.state, r.link, r.status(0, 0)["why"]) for r in node.primary.remotes]
         raise Violation(f"not in sync after {HEAL_SECONDS} s: {states} ({error})") from None
+
+
+async def _copied(world: World) -> None:
+    """What people have begun comes to its end by itself, and they begin nothing more."""
+    world.people_rest = True
+    await asyncio.sleep(1.0)
+    for _ in range(int(HEAL_SECONDS)):
+        node = world.a.node
+        if node is None:
+            raise Gone
+        if node.status()["restore"] is None and not node.snapshots.lock.locked():
+            return
+        await asyncio.sleep(1.0)
+    raise Violation("a restore does not come to its end")
 
 
 async def _facets_in_sync(world: World) -> None:

@@ -29,6 +29,7 @@ from tests.sim.loop import SimLoop
 from tests.sim.oracle import Entry, Violation, compare
 from tests.sim.pool import ordered
 from tests.sim.scenarios import OPTIONS, SCENARIOS, Script
+from tests.sim.snapshots import look
 from tests.sim.world import Gone, Host, World, constants
 
 NODES = ("a", "b")
@@ -76,7 +77,7 @@ class SweepWorld(World):
     fuses: dict[str, Fuse]
     script: Script
 
-    def _primary_recovered(self, host: Host, *, power: bool) -> None:
+    def _primary_recovered(self, host: Host, images: list[bytes], *, power: bool) -> None:
         """After a failed sync of the log only what was durable counts, as after a power loss; and
         an append that failed in the middle may have brought records into the log."""
         assert host.node is not None
@@ -95,7 +96,7 @@ class SweepWorld(World):
         if lost_log:
             self._log_recovered(host, host.node)
         else:
-            super()._primary_recovered(host, power=power)
+            super()._primary_recovered(host, images, power=power)
 
     def _log_recovered(self, host: Host, node: Node) -> None:
         assert node.primary is not None
@@ -294,8 +295,11 @@ class Run:
         except NbdmirrorError as error:
             status = node.status()["remotes"]
             raise Violation(f"never in sync ({error}): {status}") from None
+        while node.status()["restore"] is not None:  # the script's time bounds it
+            await asyncio.sleep(RESTART_SECONDS)
         self._compare("in sync")
         self.checks.look()
+        await look(world)
         for host in world.hosts.values():
             await world.stop(host)
         self._compare("stopped")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
 from nbdmirror.config import (
     AdminConfig,
     Config,
@@ -24,9 +25,11 @@ from nbdmirror.config import (
     NbdConfig,
     RemoteConfig,
     ReplicationConfig,
+    SnapshotConfig,
     VolumeConfig,
 )
 from nbdmirror.engine.create import create
+from nbdmirror.engine.group import Group
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError
@@ -37,6 +40,7 @@ from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
 from tests.sim.oracle import Content, Entry, History, Violation, compare
+from tests.sim.snapshots import NOTHING, Album
 
 T = TypeVar("T")
 
@@ -127,6 +131,7 @@ class World:
         """Set while the primary serves clients."""
         self.content = Content(options.sizes, options.cell)
         self.history = History([bytes(size) for size in options.sizes])
+        self.album = Album(self)
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
         self.fresh = {}
@@ -202,6 +207,7 @@ class World:
             replication=ReplicationConfig(
                 listen=None if primary else f"tcp:{name}:7000", window_bytes=options.window
             ),
+            snapshots=SnapshotConfig(options.snapshots_max, options.snapshot_space),
         )
 
     # -- trace and failure ---------------------------------------------------------------------
@@ -294,6 +300,7 @@ class World:
         node.events.listen(lambda event: self._on_event(host, event))
         try:
             await self.in_life(host, node.start(nbd=False))
+            restored = await self.in_life(host, overlaid(node))
         except Gone:
             return False
         except (NbdmirrorError, OSError) as error:
@@ -305,7 +312,10 @@ class World:
             self.serving.set()
         power, host.lost_power = host.lost_power, False
         if host.role == "primary":
-            self._primary_recovered(host, power=power)
+            images = host.images()
+            for index, data in restored.items():
+                images[index] = data
+            self._primary_recovered(host, images, power=power)
         self.spawn(self._watch(host, node))
         return True
 
@@ -314,6 +324,10 @@ class World:
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+        if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
+            self.album.release(event["uuid"])
+        if event["kind"] == "restored":
+            self.album.restored(event["uuid"], event["volumes"], event["seq"])
         host.torn = host.torn or event["kind"] == "superblock-damaged"
         if event["kind"] == "started":
             host.forked = event["power_loss"]
@@ -335,12 +349,12 @@ class World:
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
             )
 
-    def _primary_recovered(self, host: Host, *, power: bool) -> None:
+    def _primary_recovered(self, host: Host, images: list[bytes], *, power: bool) -> None:
         node = host.node
         assert node is not None and node.primary is not None
         end = node.log.next_seq - 1
         self.history.found(end)
-        images = host.images()
+        self.album.recovered(node)
         self.content.recovered(images, power=power)
         if power or host.forked:
             self.history.fork(node.primary.group.epoch, end, images)
@@ -354,6 +368,8 @@ class World:
     def check_facets(self, host: Host, node: Node) -> None:
         """Every facet in service holds the same."""
         for volume in node.volumes:
+            if volume.overlay is not None:
+                continue  # a restore is being copied
             facets = [host.disk.content(f.path)[: volume.size] for f in volume.in_service()]
             for other in facets[1:]:
                 compare([other], facets[:1], f"facets of {volume.name} on {host.name}")
@@ -382,6 +398,23 @@ class World:
                 self.fail(error)
 
         setattr(group, "_append", observed)  # noqa: B010 (mypy forbids the plain assignment)
+        self._observe_marks(group)
+
+    def _observe_marks(self, group: Group) -> None:
+        log_mark = group.mark
+
+        def observed(mark: Mark) -> int:
+            self.history.attempted = [NOTHING]
+            # An append that fails may have brought it into the log nevertheless.
+            self.album.marked(self.history.head, mark)
+            seq = log_mark(mark)
+            try:
+                self.history.append(seq, [NOTHING])
+            except Violation as error:
+                self.fail(error)
+            return seq
+
+        setattr(group, "mark", observed)  # noqa: B010
 
     async def _watch(self, host: Host, node: Node) -> None:
         """What the daemon does when its node has failed for good: it ends."""
@@ -422,6 +455,8 @@ class World:
             self.trace(host.name, f"stop: {error}")
         self._end_life(host, power=False)
 
+    people_rest = False
+    """Nobody takes, deletes or restores snapshots any more."""
     fresh: dict[str, None]
     """Facets of the primary on whose place a new disk lies, of which the node was not told yet."""
     requests = 0
@@ -453,6 +488,12 @@ class World:
         host.replaced += 1
         host.new_disk()
         await self.create(host)
+
+
+async def overlaid(node: Node) -> dict[int, bytes]:
+    """What clients read of volumes whose restore is not copied yet, by index."""
+    volumes = [volume for volume in node.volumes if volume.overlay is not None]
+    return {volume.index: bytes(await volume.read(0, volume.size)) for volume in volumes}
 
 
 def _settle(waiter: asyncio.Future[None]) -> None:

@@ -6,6 +6,7 @@ It implements ``NodeApi``, the port between control and node; nothing of the soc
 from __future__ import annotations
 
 import asyncio
+import builtins
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,72 @@ from nbdmirror.engine.events import EventLog
 from nbdmirror.errors import NbdmirrorError, Refused, TimedOut
 
 Json = dict[str, Any]
+
+
+class FakePeople:
+    """The port for what people do with snapshots."""
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        self._calls = calls
+
+    async def create(self, volume: str | None, protected: bool) -> Json:
+        self._calls.append(("snapshot create", volume, protected))
+        return SNAPSHOT
+
+    def list(self) -> builtins.list[Json]:
+        return [SNAPSHOT]
+
+    def diff(self, spec: str, until: str | None, volume: str | None) -> Json:
+        self._calls.append(("snapshot diff", spec, until, volume))
+        return {
+            "region_sizes": {"data": 65536},
+            "ranges": [{"volume": "data", "offset": 65536, "length": 131072}],
+            "bytes": 131072,
+            "more": False,
+        }
+
+    async def delete(self, spec: str, everywhere: bool) -> Json:
+        self._calls.append(("snapshot delete", spec, everywhere))
+        return {"uuid": SNAPSHOT["uuid"], "number": 3}
+
+    async def refresh(self, spec: str) -> Json:
+        self._calls.append(("snapshot refresh", spec))
+        return SNAPSHOT
+
+    async def export(self, spec: str, writable: bool) -> Json:
+        self._calls.append(("snapshot export", spec, writable))
+        return {"writable": writable, "uris": ["nbd+unix:///data@3?socket=/run/nbdmirror/db.nbd"]}
+
+    async def restore(
+        self, spec: str, volume: str | None, while_attached: bool, keep: bool, force: bool
+    ) -> Json:
+        self._calls.append(("restore", spec, volume, while_attached, keep, force))
+        return {"total_bytes": 131072, "undo": SNAPSHOT["uuid"]}
+
+    async def changed(
+        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+    ) -> Json:
+        self._calls.append(("changed", volume, ranges, force))
+        return {"regions": 1, "bytes": 65536, "seq": 9}
+
+
+SNAPSHOT: Json = {
+    "number": 3,
+    "uuid": "0123456789abcdef0123456789abcdef",
+    "kind": "user",
+    "state": "ok",
+    "why": None,
+    "seq": 41,
+    "time_ns": 1_700_000_000_000_000_000,
+    "volumes": ["data"],
+    "size": 107374182400,
+    "protected": False,
+    "writable": False,
+    "changed": {"regions": 2, "bytes": 131072},
+    "own": {"regions": 0, "bytes": 0},
+    "kept": {"regions": 2, "bytes": 131072},
+    "clients": 0,
+}
 
 
 class StillClock:
@@ -133,6 +200,11 @@ class FakeNode:
     async def resume(self, remote: str) -> Json | None:
         self.calls.append(("resume", remote))
         return {"state": "behind"}
+
+    @property
+    def people(self) -> FakePeople:
+        """What people do with snapshots: each call is noted."""
+        return FakePeople(self.calls)
 
     def remote_list(self) -> list[Json]:
         remotes: list[Json] = self.state["remotes"]

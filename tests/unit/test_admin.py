@@ -185,9 +185,11 @@ def test_only_owners_change_anything(path: Path) -> None:
         for name, method in METHODS.items():
             if not method.changing:
                 continue
-            params = {key: "x" for key, param in method.params.items() if param.required}
+            required = [key for key, param in method.params.items() if param.required]
+            params: dict[str, Any] = dict.fromkeys(required, "x")
             params |= {"address": "tcp:b:1"} if "address" in params else {}
             params |= {"path": "/x"} if "path" in params else {}
+            params |= {"ranges": [[0, 512]]} if "ranges" in params else {}
             answer = await ask(reader, writer, name, **params)
             assert "may look, not change" in answer["error"]["message"], name
         told = [event for event in node.events.since(0).events if event["kind"] == "admin"]

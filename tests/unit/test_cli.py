@@ -506,3 +506,53 @@ def test_events_follow_until_the_reader_has_enough(path: str, node: FakeNode) ->
         main(["-s", path, "pause", "beta"])
         assert process.wait(30) == 0
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("command", "call", "shows"),
+    [
+        (["create", "data", "--protect"], ("snapshot create", "data", True), "record 41"),
+        (["diff", "3", "--volume", "data"], ("snapshot diff", "3", None, "data"), "65536  131072"),
+        (["delete", "3", "--everywhere"], ("snapshot delete", "3", True), "3: deleted"),
+        (["refresh", "3"], ("snapshot refresh", "3"), "changed since 128 KiB"),
+        (["export", "3", "--writable"], ("snapshot export", "3", True), "data@3"),
+    ],
+)
+def test_snapshot_commands_reach_the_daemon(
+    path: str,
+    node: FakeNode,
+    capsys: Output,
+    command: list[str],
+    call: tuple[object, ...],
+    shows: str,
+) -> None:
+    """V9: what each command asks for, and that people are shown the answer."""
+    assert main(["-s", path, "snapshot", *command]) == 0
+    assert node.calls[-1] == call
+    assert shows in capsys.readouterr().out
+
+
+def test_snapshot_list_shows_number_uuid_record_and_both_counts(path: str, capsys: Output) -> None:
+    """V9."""
+    assert main(["-s", path, "snapshot", "list"]) == 0
+    line = capsys.readouterr().out
+    assert all(word in line for word in ("3", "01234567", "record 41", "128 KiB", "100 GiB"))
+    assert main(["-s", path, "snapshot", "list", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["changed"] == {"regions": 2, "bytes": 131072}
+    assert found["own"] == {"regions": 0, "bytes": 0}
+
+
+def test_restore_and_changed_reach_the_daemon(path: str, node: FakeNode, capsys: Output) -> None:
+    """V12, V13: the defaults keep the state before, and refuse what would surprise."""
+    assert main(["-s", path, "restore", "3"]) == 0
+    assert "the state before is snapshot 01234567" in capsys.readouterr().out
+    options = ["--volume", "data", "--while-attached", "--no-keep", "--force"]
+    assert main(["-s", path, "restore", "3", *options]) == 0
+    assert main(["-s", path, "changed", "data", "0+512", "65536+4096"]) == 0
+    assert node.calls == [
+        ("restore", "3", None, False, True, False),
+        ("restore", "3", "data", True, False, True),
+        ("changed", "data", [(0, 512), (65536, 4096)], False),
+    ]
+    assert main(["-s", path, "changed", "data", "0-512"]) == 2

@@ -132,9 +132,9 @@ class Pair:
                 'name = "beta"',
                 f'address = "tcp:{HOST_ADDRESS}:{self.proxy.port}"',
             ]
-        lines += ["[replication]"]
+        lines += ["[replication]", "insecure = true"]
         if role == "secondary":
-            lines += [f'listen = "tcp:0.0.0.0:{REPLICATION_PORT}"', "insecure = true"]
+            lines += [f'listen = "tcp:0.0.0.0:{REPLICATION_PORT}"']
         # Guests are slow, and take each other's silence for a lost link in seconds all the same.
         lines += ["heartbeat_seconds = 1.0", "timeout_seconds = 6.0", "reconnect_max_seconds = 1.0"]
         return "\n".join(lines) + "\n"

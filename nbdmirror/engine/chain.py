@@ -1,0 +1,313 @@
+"""The chain of snapshots of one volume: copies on write, reads, merges (V9, O21).
+
+A region that the newest snapshot needs is kept, durably, before the volume overwrites it. Requests
+that wait for it are served in batches, one sync for each; requests to other regions never wait.
+What to give up when the disk of the layers is full is decided in ``engine.snapshots``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from nbdmirror.core import layers
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine.layer import LayerFile
+from nbdmirror.errors import FormatError, VolumeFailed
+from nbdmirror.ports import Buffer
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.volume import Change, Volume
+
+BATCH_BYTES = 2 << 20
+"""Regions kept with one sync."""
+MERGE_REGIONS = 16
+"""Regions of a deleted snapshot that move at a time: copies on write wait for no more."""
+
+
+class Member:
+    """One snapshot's place in a volume's chain."""
+
+    def __init__(self, uuid: str, layer: LayerFile) -> None:
+        self.uuid = uuid
+        self.layer = layer
+        self.own: LayerFile | None = None
+        """What was written into the snapshot itself."""
+
+    def close(self) -> None:
+        """Closes its files."""
+        self.layer.close()
+        if self.own is not None:
+            self.own.close()
+
+
+class Chain:
+    """The snapshots of a volume, oldest first; the volume's ``guard`` while there are any."""
+
+    def __init__(
+        self,
+        volume: Volume,
+        give_up: Callable[[Chain, OSError | None], Awaitable[None]],
+        may_keep: Callable[[int], bool],
+    ) -> None:
+        self.volume = volume
+        self.members: list[Member] = []
+        self._give_up = give_up
+        """Awaited when the newest layer could not keep regions: makes room, or ends snapshots."""
+        self._may_keep = may_keep
+        """Whether so many bytes more are within the limit."""
+        self._wanted: dict[int, asyncio.Future[None]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    # -- the guard of the data path --------------------------------------------------------------
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether a change of this range has to wait for ``make_way``."""
+        size = self.volume.region_size
+        is_marked = self.members[-1].layer.map.kept.is_marked
+        first, last = offset // size, (offset + length - 1) // size
+        if first == last:
+            return not is_marked(first)
+        return not all(is_marked(region) for region in range(first, last + 1))
+
+    def stops(self, changes: Sequence[Change]) -> bool:
+        """Whether any of a batch has to wait."""
+        size = self.volume.region_size
+        is_marked = self.members[-1].layer.map.kept.is_marked
+        for _, _, offset, length, _ in changes:
+            first = offset // size
+            if not is_marked(first):
+                return True
+            if (offset + length - 1) // size != first and self.holds(offset, length):
+                return True
+        return False
+
+    async def make_way(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Returns when every region in (offset, length) ranges is kept that the newest snapshot
+        needed. Look again then: there may be a newer one."""
+        if not self.members:
+            return
+        size = self.volume.region_size
+        waits = []
+        newest = self.members[-1].layer.map
+        for offset, length in ranges:
+            for region in layers.missing(newest, offset // size, (offset + length - 1) // size):
+                future = self._wanted.get(region)
+                if future is None:
+                    future = asyncio.get_running_loop().create_future()
+                    self._wanted[region] = future
+                waits.append(future)
+        if waits and self._task is None:
+            self._task = asyncio.ensure_future(self._work())
+        for future in waits:
+            await asyncio.shield(future)
+
+    async def _work(self) -> None:
+        """Keeps what is wanted, batch after batch; errors reach those who wait."""
+        batch: list[int] = []
+        try:
+            while self._wanted:
+                count = max(1, BATCH_BYTES // self.volume.region_size)
+                batch = list(self._wanted)[:count]
+                await self._keep(batch)
+                for region in batch:
+                    _resolve(self._wanted.pop(region), None)
+        except BaseException as error:
+            # Whatever it was, nobody goes on as if the region were kept.
+            cause = error if isinstance(error, Exception) else ConnectionResetError("stopped")
+            for future in self._wanted.values():
+                _resolve(future, cause)
+            self._wanted.clear()
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._task = None
+
+    async def _keep(self, batch: list[int]) -> None:
+        """Who waits for it looks again afterwards, so a snapshot may come or go meanwhile."""
+        while self.members:
+            newest = self.members[-1].layer
+            needed = [r for r in batch if not newest.map.kept.is_marked(r)]
+            if not needed:
+                return
+            if not self._may_keep(len(needed) * self.volume.region_size):
+                await self._give_up(self, None)
+                continue
+            contents: list[tuple[int, Buffer | None]] = []
+            unreadable: list[int] = []
+            for region in needed:
+                try:
+                    contents.append((region, await self._content_twice(region)))
+                except VolumeFailed:
+                    unreadable.append(region)  # as it is for who reads the volume
+            try:
+                await newest.keep(contents, unreadable)
+                return
+            except OSError as error:
+                await self._give_up(self, error)
+
+    async def _content_twice(self, region: int) -> Buffer | None:
+        """As ``_content``; an error of the moment does not cost the snapshots the region."""
+        try:
+            return await self._content(region)
+        except VolumeFailed:
+            return await self._content(region)
+
+    async def _content(self, region: int) -> Buffer | None:
+        """A region of the volume as it is; ``None``: nothing but zeros."""
+        volume = self.volume
+        offset = region * volume.region_size
+        length = min(volume.region_size, volume.size - offset)
+        await volume.wait_landed(offset, length)
+        if all(hole for _, _, hole in volume.allocation_below(offset, length)):
+            return None
+        data = bytes(await volume.read_below(offset, length))
+        return data if data.count(0) != length else None
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def has(self, uuid: str) -> bool:
+        """Whether a snapshot is in the chain."""
+        return any(member.uuid == uuid for member in self.members)
+
+    def index(self, uuid: str) -> int:
+        """Where a snapshot is in the chain; VolumeFailed if it is gone."""
+        for index, member in enumerate(self.members):
+            if member.uuid == uuid:
+                return index
+        raise VolumeFailed(f"snapshot {uuid} of volume {self.volume.name} is gone", number=5)
+
+    async def read_region(self, uuid: str, region: int, start: int, end: int) -> Buffer:
+        """Bytes start..end of a region of a snapshot; VolumeFailed if they cannot be had."""
+        while True:
+            index = self.index(uuid)
+            member = self.members[index]
+            source: LayerFile | None = None
+            if member.own is not None and member.own.map.kept.is_marked(region):
+                source = member.own
+            else:
+                at = layers.holder([m.layer.map for m in self.members], index, region)
+                source = None if at is None else self.members[at].layer
+            if source is not None:
+                try:
+                    return memoryview(await source.read(region))[start:end]
+                except (FormatError, OSError) as error:
+                    if self._moved(uuid, source):
+                        continue  # it was merged away while it was read
+                    raise VolumeFailed(f"snapshot {uuid}: {error}", number=5) from error
+            offset = region * self.volume.region_size
+            await self.volume.wait_landed(offset, self.volume.region_size)
+            data = await self.volume.read_below(offset + start, end - start)
+            # Kept meanwhile: what was read may be newer. The keeping precedes any change.
+            index = self.index(uuid)
+            if layers.holder([m.layer.map for m in self.members], index, region) is None:
+                return data
+
+    def _moved(self, uuid: str, source: LayerFile) -> bool:
+        member = self.members[self.index(uuid)]
+        return source is not member.own and all(m.layer is not source for m in self.members)
+
+    async def read(self, uuid: str, offset: int, length: int) -> bytes:
+        """A range of a snapshot; VolumeFailed if it cannot be had."""
+        size = self.volume.region_size
+        parts: list[Buffer] = []
+        for region in range(offset // size, (offset + length - 1) // size + 1):
+            base = region * size
+            start, end = max(offset - base, 0), min(offset + length - base, size)
+            parts.append(await self.read_region(uuid, region, start, end))
+        return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
+
+    def changed(self, uuid: str, end: str | None = None) -> Dcm:
+        """What the volume changed since a snapshot, or until a later one (V9)."""
+        stop = None if end is None else self.index(end)
+        return layers.changed([m.layer.map for m in self.members], self.index(uuid), stop)
+
+    def holes(self, uuid: str, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """(offset, length, hole) pieces that cover a range of a snapshot, by region."""
+        index, size = self.index(uuid), self.volume.region_size
+        member, maps = self.members[index], [m.layer.map for m in self.members]
+        pieces: list[tuple[int, int, bool]] = []
+        for region in range(offset // size, (offset + length - 1) // size + 1):
+            low, high = max(offset, region * size), min(offset + length, (region + 1) * size)
+            if member.own is not None and member.own.map.kept.is_marked(region):
+                found = [(low, high - low, member.own.is_zeros(region))]
+            elif (at := layers.holder(maps, index, region)) is not None:
+                found = [(low, high - low, self.members[at].layer.is_zeros(region))]
+            else:
+                found = self.volume.allocation_below(low, high - low)
+            for start, count, hole in found:
+                if pieces and pieces[-1][2] == hole:
+                    pieces[-1] = (pieces[-1][0], pieces[-1][1] + count, hole)
+                else:
+                    pieces.append((start, count, hole))
+        return pieces
+
+    # -- members -----------------------------------------------------------------------------
+
+    def push(self, member: Member) -> None:
+        """A new snapshot, newest from this step on."""
+        self.members.append(member)
+        if self.volume.guard is None:
+            self.volume.guard = self
+
+    def drop(self, uuid: str) -> Member | None:
+        """Takes a snapshot out of the chain; what older ones need of it must have been merged."""
+        for member in self.members:
+            if member.uuid == uuid:
+                self.members.remove(member)
+                if not self.members and self.volume.guard is self:
+                    self.volume.guard = None
+                return member
+        return None
+
+    async def merge(self, uuid: str) -> None:
+        """Moves what the snapshot before needs of this one into that one's layer, a few regions at
+        a time. In the step in which it returns nothing is left to move: ``drop`` follows at once.
+        OSError as from ``keep``."""
+        at = 0
+        while True:
+            index = next((i for i, m in enumerate(self.members) if m.uuid == uuid), 0)
+            if index == 0:
+                return  # the oldest, or gone
+            older, deleted = self.members[index - 1].layer, self.members[index].layer
+            regions = layers.orphans(older.map, deleted.map, at, MERGE_REGIONS)
+            if not regions and at == 0:
+                return
+            if not regions:
+                at = 0  # once more from the start: it may have kept some meanwhile
+                continue
+            moved: list[tuple[int, Buffer | None]] = []
+            unreadable: list[int] = []
+            for region in regions:
+                try:
+                    zeros = deleted.is_zeros(region)
+                    moved.append((region, None if zeros else await deleted.read(region)))
+                except (FormatError, OSError):
+                    unreadable.append(region)
+            await older.keep(moved, unreadable)
+            at = regions[-1] + 1
+
+    async def stop(self) -> None:
+        """Ends copying; leaves nothing to prove at the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for member in self.members:
+            await member.layer.settle()
+            if member.own is not None:
+                await member.own.sync()
+
+    def close(self) -> None:
+        """Closes all files."""
+        for member in self.members:
+            member.close()
+
+
+def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+            future.exception()  # perhaps nobody waits any more

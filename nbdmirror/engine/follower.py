@@ -1,0 +1,141 @@
+"""How a node follows the markers of snapshots in its log: at redo, and as a secondary (O21, X2).
+
+A secondary takes each snapshot at the point of the write order at which its primary took it, with
+the same uuid; while it is being resynchronised it cannot, and says which it lacks. Before a resync
+it keeps its last consistent image. The snapshots themselves are in ``engine.snapshots``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
+from nbdmirror.codec.record import Record
+from nbdmirror.engine.snapshots import Snapshots, name_of
+
+
+class Follower:
+    """Does for the snapshots what records and markers ask for, in their order."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    async def redo(self, record: Record) -> None:
+        """Before a record is carried into the facets again: what it needs of the snapshots.
+
+        A marker finishes its plan. On a secondary the record may never have been applied: then the
+        newest snapshot before it needs what it overwrites; what that one follows was applied, and
+        kept, before it was taken."""
+        if record.kind == codec.MARK:
+            await self.marked(record)
+            return
+        chain = self._snapshots.chains[record.volume]
+        if self._snapshots.store.state["role"] == "secondary" and chain.members:
+            newest = self._snapshots.entry(chain.members[-1].uuid)
+            if newest is not None and record.seq > newest["after"]:
+                while chain.members and chain.holds(record.offset, record.length):
+                    await chain.make_way([(record.offset, record.length)])
+
+    async def marked(self, record: Record) -> None:
+        """A marker has come up in the write order: does what it says on this node, before any
+        later record is applied."""
+        assert record.payload is not None
+        mark = marks.decode(record.payload)
+        assert mark.uuid is not None or mark.do == marks.CHANGED
+        known = self._snapshots.entry(mark.uuid) if mark.uuid else None
+        if mark.do == marks.DELETE and known is not None and not known.get("deleting"):
+            known["deleting"] = True
+            self._snapshots.spawn(self._snapshots.finish_delete, known)
+        if mark.do != marks.SNAPSHOT:
+            return
+        if known is not None:
+            if known["seq"] is None:
+                known.update(seq=record.seq, after=record.seq, time_ns=record.time_ns)
+            return
+        # Redo comes by markers again that were followed long ago.
+        followed = self._snapshots.store.state.get("marked_seq", 0)
+        if self._snapshots.store.state["role"] == "secondary" and record.seq > followed:
+            await self._follow(mark, record)
+
+    async def _follow(self, mark: Mark, record: Record) -> None:
+        """Takes the snapshot that the primary took at this point, or says that it lacks it."""
+        assert mark.uuid is not None
+        upstream = self._snapshots.store.state["upstream"]
+        why = None
+        if not (upstream and upstream["consistent"]):
+            why = "it was taken while this node was being resynchronised"
+        elif len(self._snapshots.usable()) >= self._snapshots.config.count_max:
+            why = f"there are {self._snapshots.config.count_max} snapshots already"
+        entry = self._snapshots.new_entry(mark.volumes, "user", mark.number, mark.protected)
+        entry.update(uuid=mark.uuid, epoch=record.epoch, time_ns=record.time_ns)
+        entry.update(seq=record.seq, after=record.seq)
+        self._snapshots.store.state["marked_seq"] = record.seq
+        if why is None:
+            try:
+                made = await self._snapshots.plan(entry)
+                for chain, member in made:
+                    chain.push(member)
+                self._snapshots.tell("snapshot", entry)
+            except OSError as error:
+                why = str(error)
+        if why is not None:
+            entry["lost"] = why
+            self._snapshots.entries.append(entry)
+            self._snapshots.prune()
+            await self._snapshots.store.save()
+            self._snapshots.events.emit("snapshot-lacking", **name_of(entry), why=why)
+        replaced = self._snapshots.entry(mark.replaces) if mark.replaces else None
+        if replaced is not None and not replaced.get("deleting"):
+            replaced["deleting"] = True
+            self._snapshots.spawn(self._snapshots.finish_delete, replaced)
+
+    async def make_way(self, records: Iterable[Record]) -> None:
+        """Before these records are applied, one after the other up to the next marker: what the
+        snapshots need of what they overwrite, with one sync for each volume."""
+        ranges: dict[int, list[tuple[int, int]]] = {}
+        for record in records:
+            if record.kind == codec.MARK:
+                break
+            ranges.setdefault(record.volume, []).append((record.offset, record.length))
+        for index, wanted in ranges.items():
+            chain = self._snapshots.chains[index]
+            while chain.members and any(chain.holds(*one) for one in wanted):
+                await chain.make_way(wanted)
+
+    def restarted(self, seq: int) -> None:
+        """A secondary's log was emptied, to go on with ``seq``; the caller saves. Snapshots of
+        records that the primary lost go (those of the primary's: it has none of them)."""
+        for entry in self._snapshots.usable():
+            if entry["kind"] == "user" and entry["after"] is not None and entry["after"] >= seq:
+                entry["deleting"] = True
+                self._snapshots.spawn(self._snapshots.finish_delete, entry)
+            entry["after"] = seq - 1
+        self._snapshots.store.state["marked_seq"] = seq - 1
+
+    async def before_resync(self, seq: int, now: int) -> None:
+        """A secondary is consistent, at ``seq``, and is about to be resynchronised."""
+        if not self._snapshots.config.before_resync:
+            return
+        former = [e for e in self._snapshots.usable() if e["kind"] == "resync"]
+        entry = self._snapshots.new_entry(range(len(self._snapshots.volumes)), "resync", 0, True)
+        entry.update(seq=seq, after=seq, time_ns=now)
+        try:
+            made = await self._snapshots.plan(entry)
+        except OSError as error:
+            self._snapshots.events.emit(
+                "snapshot-failed", why=f"the last consistent image: {error}"
+            )
+            return
+        for chain, member in made:
+            chain.push(member)
+        self._snapshots.tell("snapshot", entry)
+        for old in former:
+            self._snapshots.spawn(self._snapshots.delete, old)
+
+    def consistent_again(self) -> None:
+        """The secondary is consistent: the image from before the resync is released."""
+        for entry in self._snapshots.usable():
+            if entry["kind"] == "resync" and not entry.get("deleting"):
+                self._snapshots.spawn(self._snapshots.delete, entry)

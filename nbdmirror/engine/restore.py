@@ -1,0 +1,264 @@
+"""Restoring volumes from a snapshot: complete at once, the copy runs behind (V10, V12).
+
+The regions to restore are the OR of both maps of the snapshot. From the step in which that map and
+the superblock's ``restore`` are durable, reads of these regions are served from the layers, and a
+region is copied into the facets before anything else may change it. The rules of the copy:
+
+- it begins when no redo comes by records from before the restore any more;
+- what newer snapshots need of the facets' old content is kept first, so the state before the
+  restore, kept as a snapshot, is one to restore from again;
+- a region's bit is cleared when the facets have it durably, and only then do writes go on there.
+
+So each step may be cut by a crash and is then done again. Remotes get the regions as V11 says, see
+``engine.bypass``; their resync reads what clients read.
+
+    restore    {snapshot, undo: uuid of the snapshot from before, or null, seq: of the mark,
+               sources: {volume index: uuids of the layers that it reads, oldest first},
+               total_bytes, began_ns}
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine.chain import Chain, Member
+from nbdmirror.engine.maps import DcmFile
+from nbdmirror.errors import DiskFailed, FormatError, VolumeFailed
+from nbdmirror.ports import Buffer
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.facet import LocalFacet
+    from nbdmirror.engine.volume import Change, Volume
+
+COPY_BYTES = 4 << 20
+"""What is copied with one sync of the facets and one of the map."""
+
+Changing = Callable[["Volume", list[tuple[int, int]]], Awaitable[None]]
+FacetsFailed = Callable[["Volume", list["LocalFacet"]], Awaitable[None]]
+
+
+def restore_map(chain: Chain, uuid: str) -> Dcm:
+    """The regions in which the volume may differ from a snapshot: both maps (V10)."""
+    regions = chain.changed(uuid)
+    own = chain.members[chain.index(uuid)].own
+    if own is not None:
+        regions.merge(own.map.kept)
+    return regions
+
+
+class VolumeRestore:
+    """One volume while it is being restored: its overlay, and its guard in front of the chain."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        members: Sequence[Member],
+        left: DcmFile,
+        ready: Callable[[], Awaitable[None]],
+        changing: Changing,
+        failed: FacetsFailed,
+    ) -> None:
+        self.chain = chain
+        self.volume = chain.volume
+        self.left = left
+        """Regions that are not in the facets yet."""
+        self._members = list(members)
+        self._ready = ready
+        self._changing = changing
+        self._failed = failed
+        self._wanted: dict[int, asyncio.Future[None]] = {}
+        self.unreadable: dict[int, str] = {}
+        """Regions that the snapshot cannot give: reads and writes of them fail until it can."""
+
+    @property
+    def sources(self) -> list[str]:
+        """The uuids of the layers that it reads, oldest first."""
+        return [member.uuid for member in self._members]
+
+    @property
+    def left_bytes(self) -> int:
+        """What is not copied yet."""
+        return self.left.map.count * self.volume.region_size
+
+    def install(self) -> None:
+        """From this step on the volume reads as the snapshot."""
+        self.volume.overlay = self
+        self.volume.guard = self
+
+    def remove(self) -> None:
+        """All is copied: the volume is its facets again."""
+        self.volume.overlay = None
+        self.volume.guard = self.chain if self.chain.members else None
+
+    def close(self) -> None:
+        """Closes layers that have left the chain meanwhile."""
+        for member in self._members:
+            if not self.chain.has(member.uuid):
+                member.close()
+
+    # -- overlay -----------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes of a range; VolumeFailed if they cannot be had."""
+        size, volume = self.volume.region_size, self.volume
+        parts: list[Buffer] = []
+        at, end = offset, offset + length
+        while at < end:
+            region = at // size
+            stop = min(end, (region + 1) * size)
+            if self.left.map.is_marked(region):
+                data = memoryview(await self._source(region))
+                parts.append(data[at - region * size : stop - region * size])
+            else:
+                while stop < end and not self.left.map.is_marked(stop // size):
+                    stop = min(end, stop + size)
+                parts.append(await volume.read_below(at, stop - at))
+            at = stop
+        return b"".join(parts)
+
+    async def _source(self, region: int) -> Buffer:
+        """A region as the snapshot has it; it never is where the facets have it."""
+        snapshot = self._members[0]
+        layers = [m.layer for m in self._members if m.layer.map.kept.is_marked(region)]
+        if snapshot.own is not None and snapshot.own.map.kept.is_marked(region):
+            layers.insert(0, snapshot.own)
+        if not layers:
+            raise VolumeFailed(f"region {region} of {self.volume.name} is in no layer", number=5)
+        try:
+            try:
+                return await layers[0].read(region)
+            except OSError:  # of the moment, perhaps
+                return await layers[0].read(region)
+        except (FormatError, OSError) as error:
+            raise VolumeFailed(f"restoring {self.volume.name}: {error}", number=5) from error
+
+    # -- guard -------------------------------------------------------------------------------
+
+    def holds(self, offset: int, length: int) -> bool:
+        """See ``volume.Guard``."""
+        return bool(self._waiting(offset, length)) or self._chain_holds(offset, length)
+
+    def stops(self, changes: Sequence[Change]) -> bool:
+        """See ``volume.Guard``."""
+        return any(self.holds(offset, length) for _, _, offset, length, _ in changes)
+
+    async def make_way(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """See ``volume.Guard``."""
+        ranges = list(ranges)
+        waits = []
+        for offset, length in ranges:
+            for region in self._waiting(offset, length):
+                if region in self.unreadable:
+                    raise VolumeFailed(self.unreadable[region], number=5)
+                future = self._wanted.get(region)
+                if future is None:
+                    future = asyncio.get_running_loop().create_future()
+                    self._wanted[region] = future
+                waits.append(future)
+        for future in waits:
+            await asyncio.shield(future)
+        await self.chain.make_way(ranges)
+
+    def _chain_holds(self, offset: int, length: int) -> bool:
+        return bool(self.chain.members) and self.chain.holds(offset, length)
+
+    def _waiting(self, offset: int, length: int) -> list[int]:
+        size, is_marked = self.volume.region_size, self.left.map.is_marked
+        regions = range(offset // size, (offset + length - 1) // size + 1)
+        return [region for region in regions if is_marked(region)]
+
+    # -- the copy ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Copies until nothing is left but what cannot be read; DiskFailed ends it."""
+        try:
+            await self._ready()
+            while batch := self._next():
+                await self._copy(batch)
+        except BaseException as error:
+            cause = error if isinstance(error, Exception) else ConnectionResetError("stopped")
+            self._resolve(list(self._wanted), cause)
+            raise
+
+    def _next(self) -> list[int]:
+        """What somebody waits for, else what comes next."""
+        count = max(1, COPY_BYTES // self.volume.region_size)
+        if self._wanted:
+            return list(self._wanted)[:count]
+        batch: list[int] = []
+        for first, length in self.left.map.runs():
+            for region in range(first, first + length):
+                if region not in self.unreadable:
+                    batch.append(region)
+                    if len(batch) == count:
+                        return batch
+        return batch
+
+    async def _copy(self, batch: list[int]) -> None:
+        volume, size = self.volume, self.volume.region_size
+        ranges = [(r * size, min(size, volume.size - r * size)) for r in batch]
+        while any(self._chain_holds(*one) for one in ranges):
+            await self.chain.make_way(ranges)
+        await self._changing(volume, ranges)
+        done: list[int] = []
+        for region in batch:
+            try:
+                data = await self._source(region)
+            except VolumeFailed as error:
+                self.unreadable[region] = error.message
+                self._resolve([region], error)
+                continue
+            await self._place(region * size, data)
+            done.append(region)
+        lost = []
+        for facet in volume.writable():
+            try:
+                await facet.sync()
+            except DiskFailed:
+                lost.append(facet)
+        if lost:
+            await self._failed(volume, lost)
+        # A facet that went out of service meanwhile, whoever saw it fail, may lack some of it.
+        await self._changing(volume, ranges)
+        volume.source()  # raises if no facet is left
+        self.left.unmark(done)
+        await self.left.sync()
+        self._resolve(done, None)
+
+    async def _place(self, offset: int, data: Buffer) -> None:
+        zeros = bytes(data).count(0) == len(data)
+        lost = []
+        for facet in self.volume.writable():
+            try:
+                if zeros:
+                    await facet.punch(offset, len(data))
+                else:
+                    facet.pwrite(offset, data)
+            except OSError as error:
+                facet.fail("write", error)
+                lost.append(facet)
+        if lost:
+            await self._failed(self.volume, lost)
+
+    def _resolve(self, regions: list[int], error: BaseException | None) -> None:
+        for region in regions:
+            future = self._wanted.pop(region, None)
+            if future is None or future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+                future.exception()  # perhaps nobody waits any more
+
+    def status(self) -> dict[str, Any]:
+        """What is left, and why it does not go on."""
+        why = next(iter(self.unreadable.values()), None)
+        return {
+            "volume": self.volume.name,
+            "left_bytes": self.left_bytes,
+            "why": why,
+        }

@@ -1,0 +1,379 @@
+"""Carries out restores, and takes in what changed behind the volumes' backs (V10-V14).
+
+``restore`` is one durable step, the save of the superblock, between a bypass of the log and a copy
+that runs behind; ``open`` goes on with that copy after a restart. ``changed`` is for operations
+that write to a facet themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.mark import Mark
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine.bypass import bypass, note_beside, relieve_log
+from nbdmirror.engine.chain import Member
+from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.recovery import level
+from nbdmirror.engine.restore import VolumeRestore, restore_map
+from nbdmirror.engine.snapshots import Entry
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import NbdmirrorError, Refused, StateError, VolumeFailed
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.facet import LocalFacet
+    from nbdmirror.engine.facets import Facets
+    from nbdmirror.engine.node import Node
+    from nbdmirror.engine.primary import Primary
+
+RETRY_SECONDS = 60.0
+"""Regions that the snapshot could not give are tried again so often."""
+
+
+class Restorer:
+    """The restores of one node; one at a time."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._snapshots = node.snapshots
+        self._store = node.store
+        self._running: list[VolumeRestore] = []
+        self._task: asyncio.Task[None] | None = None
+
+    # -- after a restart -----------------------------------------------------------------------
+
+    @staticmethod
+    def prepare(node: Node) -> None:
+        """Before snapshots are opened: what a restore reads stays."""
+        state = node.store.state.get("restore")
+        if state is not None:
+            uuids = [uuid for some in state["sources"].values() for uuid in some]
+            node.snapshots.kept_for_restore = tuple(dict.fromkeys(uuids))
+
+    async def open(self) -> None:
+        """Goes on with a restore, from before the first request. StateError if its layers or maps
+        are gone: then the volume cannot be had as it was promised."""
+        state = self._store.state.get("restore")
+        if state is None:
+            return
+        for key, uuids in state["sources"].items():
+            index = int(key)
+            left = self._map(index)
+            left.open(False)
+            if left.damage is not None:
+                raise StateError(f"a restore was under way and its map is lost: {left.damage}")
+            members = [await self._member(index, uuid) for uuid in uuids]
+            self._running.append(self._volume_restore(index, members, left))
+        for one in self._running:
+            one.install()
+
+    def start(self) -> None:
+        """Begins to copy what ``open`` found."""
+        if self._running:
+            self._go()
+
+    async def _member(self, index: int, uuid: str) -> Member:
+        for member in self._snapshots.chains[index].members:
+            if member.uuid == uuid:
+                return member
+        member = Member(uuid, self._snapshots.open_file(uuid, index))
+        await member.layer.prove()
+        if self._snapshots.has_file(uuid, index, own=True):
+            member.own = self._snapshots.open_file(uuid, index, own=True)
+        return member
+
+    def _map(self, index: int) -> DcmFile:
+        volume = self._snapshots.volumes[index]
+        path = f"{self._node.config.state_dir}/restore/{volume.name}"
+        return DcmFile(self._node.env.disk, path, volume.regions, volume.region_size)
+
+    def _volume_restore(self, index: int, members: list[Member], left: DcmFile) -> VolumeRestore:
+        chain = self._snapshots.chains[index]
+        return VolumeRestore(
+            chain, members, left, self._settled, self._changing, self._facets_failed
+        )
+
+    async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+        if self._node.primary is not None:
+            await self._node.primary.group.facets_failed(volume, facets)
+        elif facets[0].failed is not None:
+            raise facets[0].failed
+
+    async def _changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
+        """The copy changes the facets in service: whoever watches or lacks the regions is told."""
+        if self._node.primary is not None:
+            for tracker in self._node.primary.group.trackers:
+                for offset, length in ranges:
+                    tracker.mark(volume.index, offset, length)
+            await note_beside(self._facets(), volume.index, ranges)
+
+    def _facets(self) -> Facets:
+        assert self._node.facets is not None
+        return self._node.facets
+
+    async def _settled(self) -> None:
+        if self._node.primary is not None:  # the log of a secondary was emptied
+            await self._settle(self._store.state["restore"]["seq"])
+
+    async def _settle(self, seq: int) -> None:
+        await self._node.housekeeper.settle(seq, lambda: relieve_log(self._facets()))
+
+    def _fail(self, error: NbdmirrorError) -> None:
+        if self._node.primary is not None:
+            self._node.primary.group.fail(error)
+        elif self._node.secondary is not None:
+            self._node.secondary.fail(error)
+
+    def _need_primary(self) -> Primary:
+        if self._node.primary is None:
+            raise Refused(
+                f"{self._node.config.node} is a secondary", hint="run this on the primary"
+            )
+        return self._node.primary
+
+    # -- restoring -----------------------------------------------------------------------------
+
+    async def restore(
+        self, entry: Entry, volume: Volume | None, *, while_attached: bool, keep: bool, force: bool
+    ) -> dict[str, Any]:
+        """Restores the volumes of a snapshot, or one of them: complete on return, durably. Clients
+        that are attached need ``while_attached``; ``keep``: the state before becomes a snapshot."""
+        indices = entry["volumes"] if volume is None else [volume.index]
+        if volume is not None and volume.index not in entry["volumes"]:
+            raise Refused(f"the snapshot is not one of volume {volume.name}")
+        self._check_clients(indices, while_attached)
+        for index in indices:
+            self._snapshots.volumes[index].source()  # raises: there is no facet to restore
+        if self._node.people.clients(entry) and entry["writable"]:
+            raise Refused("clients may be writing into the snapshot", hint="detach them first")
+        self._check_idle()
+        undo = None
+        if keep and self._node.primary is not None:
+            undo = await self._node.people.take(indices, "restore", protected=False)
+        await self._snapshots.lock.acquire()
+        try:
+            self._check_idle()
+            self._snapshots.busy = f"snapshot {entry['number']} is being restored"
+            try:
+                if self._node.secondary is not None:
+                    await self._begin_alone(entry, indices)
+                else:
+                    await self._begin(entry, indices, undo, force=force)
+            except OSError as error:
+                self._release()
+                raise NbdmirrorError(
+                    f"the restore cannot begin: {error.strerror or error}",
+                    hint="the volumes are as they were; mend the disk of state_dir",
+                ) from error
+            except BaseException:
+                self._release()
+                raise
+        finally:
+            self._snapshots.lock.release()
+        return self.status() or {"undo": undo["uuid"] if undo else None}
+
+    def _check_clients(self, indices: list[int], while_attached: bool) -> None:
+        names = [v.name for v in self._snapshots.volumes if v.index in indices and v.clients]
+        if names and not while_attached:
+            raise Refused(
+                f"clients are attached to {', '.join(names)}: what they have read or mounted would "
+                "change under them",
+                hint="unmount and detach them, or give --while-attached",
+            )
+
+    def _check_idle(self) -> None:
+        if self._snapshots.busy is not None:
+            raise Refused(self._snapshots.busy, hint="see its progress in status")
+
+    async def _begin(
+        self, entry: Entry, indices: list[int], undo: Entry | None, *, force: bool
+    ) -> None:
+        """On a primary: beside the log, with the mark and the maps of V11."""
+        why = f"snapshot {entry['number']} was restored"
+        async with bypass(self._need_primary(), self._facets(), indices, why, force=force) as way:
+            running = await self._prepare_maps(entry, indices)
+            maps = {one.volume.index: one.left.map for one in running}
+            seq = await way.commit(Mark(marks.RESTORE, entry["uuid"], tuple(indices)), maps)
+            state = self._state(entry, undo, seq, running)
+            self._store.state["restore"] = state
+            await self._store.save()
+            # Complete: from this step on the volumes read as the snapshot.
+            self._started(entry, running)
+
+    async def _begin_alone(self, entry: Entry, indices: list[int]) -> None:
+        """On a secondary whose link is inactive (V14): its primary will compare everything."""
+        secondary = self._node.secondary
+        assert secondary is not None
+        await secondary.detach({})
+        running = await self._prepare_maps(entry, indices)
+        state = self._state(entry, None, self._node.log.next_seq - 1, running)
+        await secondary.detach({"restore": state})
+        self._started(entry, running)
+
+    async def _prepare_maps(self, entry: Entry, indices: list[int]) -> list[VolumeRestore]:
+        """What is to be restored, durably; the volumes must not change meanwhile."""
+        if not self._snapshots.shown(entry):
+            raise VolumeFailed("the snapshot is gone: its space was needed")
+        uuid = entry["uuid"]
+        # Whatever is given up for space from here on, the restore can read it.
+        chains = [self._snapshots.chains[index] for index in indices]
+        members = [chain.members[chain.index(uuid) :] for chain in chains]
+        maps = [restore_map(chain, uuid) for chain in chains]
+        needed = [member.uuid for some in members for member in some]
+        self._snapshots.kept_for_restore = tuple(dict.fromkeys(needed))
+        running = []
+        for index, some, regions in zip(indices, members, maps, strict=True):
+            left = self._map(index)
+            left.open(True)
+            left.clear()
+            left.merge(regions)
+            await left.sync()
+            running.append(self._volume_restore(index, some, left))
+        return running
+
+    def _state(
+        self, entry: Entry, undo: Entry | None, seq: int, running: list[VolumeRestore]
+    ) -> dict[str, Any]:
+        return {
+            "snapshot": entry["uuid"],
+            "undo": undo["uuid"] if undo else None,
+            "seq": seq,
+            "sources": {str(one.volume.index): one.sources for one in running},
+            "total_bytes": sum(one.left_bytes for one in running),
+            "began_ns": self._node.env.clock.time_ns(),
+        }
+
+    def _started(self, entry: Entry, running: list[VolumeRestore]) -> None:
+        self._running = running
+        self._go()
+        state = self._store.state["restore"]
+        self._node.events.emit(
+            "restored",
+            uuid=entry["uuid"],
+            number=entry["number"],
+            seq=state["seq"],
+            volumes=[one.volume.name for one in running],
+            total_bytes=state["total_bytes"],
+        )
+
+    def _go(self) -> None:
+        self._snapshots.busy = "a restore is being copied"
+        for one in self._running:
+            one.install()
+        self._task = asyncio.ensure_future(self._copy())
+
+    async def _copy(self) -> None:
+        """The copy behind; what ends it before its end ends the node, as for any facet or map."""
+        try:
+            while not await self._copied():
+                await asyncio.sleep(RETRY_SECONDS)
+                for one in self._running:
+                    one.unreadable.clear()
+            await self._finish()
+        except NbdmirrorError as error:
+            self._fail(error)
+
+    async def _copied(self) -> bool:
+        """Copies what can be copied; whether that was all."""
+        works = [asyncio.ensure_future(one.run()) for one in self._running]
+        try:
+            await asyncio.gather(*works)
+        except VolumeFailed as error:  # no local facet is left, for now
+            self._node.events.emit("restore-stalled", why=error.message)
+            return False
+        finally:
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
+        return not any(one.unreadable for one in self._running)
+
+    async def _finish(self) -> None:
+        state, self._store.state["restore"] = self._store.state["restore"], None
+        await self._store.save()
+        running, self._running = self._running, []
+        for one in running:
+            one.remove()
+            one.close()
+            one.left.close(unlink=True)
+        self._release()
+        self._node.events.emit("restore-copied", uuid=state["snapshot"])
+
+    def _release(self) -> None:
+        self._snapshots.release_restore()
+        if self._node.secondary is not None:
+            self._node.secondary.detached = False
+
+    async def stop(self) -> None:
+        """Ends the copy; the next start goes on with it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def close(self) -> None:
+        """Closes the maps."""
+        for one in self._running:
+            one.left.close()
+
+    def status(self) -> dict[str, Any] | None:
+        """The ``restore`` object of the status: progress of the copy behind; None if none runs."""
+        state = self._store.state.get("restore")
+        if state is None or not self._running:
+            return None
+        volumes = [one.status() for one in self._running]
+        left = sum(volume["left_bytes"] for volume in volumes)
+        return {
+            "snapshot": state["snapshot"],
+            "undo": state["undo"],
+            "total_bytes": state["total_bytes"],
+            "done_bytes": state["total_bytes"] - left,
+            "volumes": volumes,
+        }
+
+    # -- what changed behind our back (V13) ----------------------------------------------------
+
+    async def changed(
+        self, volume: Volume, ranges: list[tuple[int, int]], *, force: bool
+    ) -> dict[str, Any]:
+        """Takes in that a facet's content was changed in (offset, length) ranges, by whoever it
+        was: other facets and remotes follow. Snapshots that do not have the regions' old content
+        are lost by it, with ``force``."""
+        primary = self._need_primary()
+        self._check_idle()
+        regions = Dcm(volume.regions)
+        for offset, length in ranges:
+            if not 0 < length <= volume.size - offset or offset < 0:
+                raise Refused(f"{length} bytes at {offset} are not within volume {volume.name}")
+            last = (offset + length - 1) // volume.region_size
+            regions.mark(offset // volume.region_size, last)
+        await self._drop_spoilt(volume, ranges, force=force)
+        why = f"ranges of {volume.name} were changed beside the log"
+        async with bypass(primary, self._facets(), [volume.index], why, force=force) as way:
+            mark = Mark(marks.CHANGED, None, (volume.index,))
+            seq = await way.commit(mark, {volume.index: regions})
+            size = volume.region_size
+            spans = [
+                (volume, first * size, min(count * size, volume.size - first * size))
+                for first, count in regions.runs()
+            ]
+            await level([volume], spans, ())
+            await self._store.save()
+        # Until then a redo could bring back what the log had before.
+        await self._settle(seq)
+        self._node.events.emit("changed", volume=volume.name, regions=regions.count, seq=seq)
+        return {"regions": regions.count, "bytes": regions.count * volume.region_size, "seq": seq}
+
+    async def _drop_spoilt(
+        self, volume: Volume, ranges: list[tuple[int, int]], *, force: bool
+    ) -> None:
+        chain = self._snapshots.chains[volume.index]
+        if not chain.members or not any(chain.holds(*one) for one in ranges):
+            return
+        uuids = [member.uuid for member in chain.members]
+        if not force:
+            raise Refused(
+                f"{len(uuids)} snapshots of {volume.name} need what these ranges held before",
+                hint="delete them, or give --force, which ends them",
+            )
+        await self._snapshots.lose(uuids, "the volume was changed beside the log")

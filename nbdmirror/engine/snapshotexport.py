@@ -1,0 +1,184 @@
+"""Snapshots as clients attach them: ``VOLUME@NUMBER``, or ``VOLUME@UUID`` (its first digits do).
+
+Read-only, or writable where a person said so (V9): then what is written goes to a layer of the
+snapshot's own, whole regions at a time, and never to the volume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol
+
+from nbdmirror.engine.chain import Chain
+from nbdmirror.engine.layer import LayerFile
+from nbdmirror.engine.snapshots import Entry, Snapshots
+from nbdmirror.engine.volume import Change, Volume
+from nbdmirror.errors import VolumeFailed
+from nbdmirror.ports import Buffer
+
+UUID_DIGITS_MIN = 6
+
+
+class Writer(Protocol):
+    """What takes the changes of a client: a group, or a snapshot. See ``Group`` for the terms."""
+
+    def write(
+        self, volume: Volume, changes: Sequence[Change], *, durable: bool = False
+    ) -> Coroutine[Any, Any, None] | None:
+        """Writes a batch, in order."""
+
+    async def clear(self, volume: Volume, change: Change, *, durable: bool = False) -> None:
+        """TRIM and WRITE_ZEROES."""
+
+    async def flush(self) -> None:
+        """Every write that was replied to is durable."""
+
+
+class SnapshotVolume(Volume):
+    """A snapshot of a volume, to who reads it a volume; and the ``Writer`` of what is written."""
+
+    def __init__(self, snapshots: Snapshots, entry: Entry, chain: Chain) -> None:
+        base = chain.volume
+        name = f"{base.name}@{label(entry)}"
+        super().__init__(base.index, name, entry["uuid"], base.size, base.region_size, [])
+        self.entry = entry
+        self._snapshots = snapshots
+        self._chain = chain
+        self._lock = asyncio.Lock()
+
+    def try_read(self, offset: int, length: int) -> Buffer | None:
+        """Always ``None``: the layers are asked first."""
+        return None
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes of a range; VolumeFailed if they cannot be had."""
+        return await self._chain.read(self.uuid, offset, length)
+
+    def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """(offset, length, hole) pieces that cover the range."""
+        return self._chain.holes(self.uuid, offset, length)
+
+    # -- as a Writer ---------------------------------------------------------------------------
+
+    def write(
+        self, volume: Volume, changes: Sequence[Change], *, durable: bool = False
+    ) -> Coroutine[Any, Any, None] | None:
+        """See ``Writer``; never done at once."""
+        return self._write(changes, durable)
+
+    async def clear(self, volume: Volume, change: Change, *, durable: bool = False) -> None:
+        """See ``Writer``."""
+        await self._write([change], durable)
+
+    async def flush(self) -> None:
+        """See ``Writer``."""
+        own = self._chain.members[self._chain.index(self.uuid)].own
+        try:
+            if own is not None:
+                await own.sync()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    async def _write(self, changes: Sequence[Change], durable: bool) -> None:
+        size = self.region_size
+        async with self._lock:
+            if self.uuid in self._snapshots.kept_for_restore:
+                raise VolumeFailed(f"{self.name} is being restored from", number=errno.EPERM)
+            try:
+                own = await self._own()
+                for _, _, offset, length, payload in changes:
+                    for region in range(offset // size, (offset + length - 1) // size + 1):
+                        low = max(offset, region * size)
+                        high = min(offset + length, region * size + size)
+                        data = bytes(high - low)
+                        if payload is not None:
+                            data = bytes(memoryview(payload)[low - offset : high - offset])
+                        await self._put(own, region, low - region * size, data)
+                if durable:
+                    await own.sync()
+            except OSError as error:
+                raise self._failed(error) from error
+
+    async def _put(self, own: LayerFile, region: int, start: int, data: bytes) -> None:
+        if own.map.kept.is_marked(region):
+            own.pwrite(region, start, data)
+            return
+        length = min(self.region_size, self.size - region * self.region_size)
+        whole = bytearray(await self._chain.read_region(self.uuid, region, 0, length))
+        whole[start : start + len(data)] = data
+        own.put(region, whole)
+
+    async def _own(self) -> LayerFile:
+        member = self._chain.members[self._chain.index(self.uuid)]
+        if member.own is None:
+            own = await self._snapshots.create_file(self.uuid, self.index, own=True)
+            await self._snapshots.sync_directory()
+            member.own = own
+        return member.own
+
+    def _failed(self, error: OSError) -> VolumeFailed:
+        return VolumeFailed(
+            f"a write into snapshot {self.name} failed: {error.strerror or error}",
+            number=error.errno or 5,
+        )
+
+
+class SnapshotExports:
+    """The snapshots of a node as exports; one object for all clients of each."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self.snapshots = snapshots
+        self._served: dict[tuple[str, int], SnapshotVolume] = {}
+
+    def find(self, name: str) -> SnapshotVolume | None:
+        """The snapshot of an export's name."""
+        volume_name, _, spec = name.partition("@")
+        for chain in self.snapshots.chains:
+            if chain.volume.name == volume_name:
+                entry = pick(self.snapshots, spec)
+                if entry is not None and chain.volume.index in entry["volumes"]:
+                    return self.serve(entry, chain.volume.index)
+        return None
+
+    def all(self) -> list[SnapshotVolume]:
+        """Every volume of every snapshot that can be read."""
+        shown = [entry for entry in self.snapshots.entries if self.snapshots.shown(entry)]
+        return [self.serve(entry, index) for entry in shown for index in entry["volumes"]]
+
+    def serve(self, entry: Entry, index: int) -> SnapshotVolume:
+        """A volume of a snapshot."""
+        key = entry["uuid"], index
+        if key not in self._served:
+            chain = self.snapshots.chains[index]
+            self._served[key] = SnapshotVolume(self.snapshots, entry, chain)
+        return self._served[key]
+
+    def clients(self, entry: Entry) -> int:
+        """How many have it attached."""
+        return sum(v.clients for (uuid, _), v in self._served.items() if uuid == entry["uuid"])
+
+    def forget(self, entry: Entry) -> None:
+        """It is gone."""
+        for index in entry["volumes"]:
+            self._served.pop((entry["uuid"], index), None)
+
+
+def label(entry: Entry) -> str:
+    """What people call it: its number, or the first digits of its uuid."""
+    return str(entry["number"] or entry["uuid"][:8])
+
+
+def pick(snapshots: Snapshots, spec: str) -> Entry | None:
+    """The readable snapshot of a number or of the first digits of a uuid; ``None`` if there is
+    none, or more than one of those digits."""
+    shown = [entry for entry in snapshots.entries if snapshots.shown(entry)]
+    if spec.isdigit():
+        numbered = [entry for entry in shown if entry["number"] == int(spec) != 0]
+        if numbered:
+            return numbered[-1]
+    if len(spec) < UUID_DIGITS_MIN:
+        return None
+    alike = [entry for entry in shown if entry["uuid"].startswith(spec)]
+    return alike[0] if len(alike) == 1 else None

@@ -1,0 +1,409 @@
+"""The snapshots of a node: which there are, taking and dropping them, what goes when space ends.
+
+They are part of the superblock, oldest first::
+
+    uuid        32 hex digits, the same on every node that has it
+    number      what people call it; 0: made by the node itself
+    kind        "user", "resync" (the last consistent image, kept while one runs, X2), "restore"
+                (the state before a restore)
+    seq, epoch  the record that it follows, and whose history that is; seq null: planned
+    after       the record of the log as it is here after which it begins: redo needs it
+    time_ns     when
+    volumes     indices
+    protected   not given up for space while there is another
+    writable    whether it is exported so (V9)
+    deleting    what older ones need of it is on its way to them; it is not shown as usable
+    giving_up   ... because of this: it will be lost, not deleted
+    lost        why it is gone, if it is: kept until a person has seen it
+
+Policy (the issue's): when the disk of the layers, or ``space_max``, is full, the oldest unprotected
+snapshot goes, then the oldest; the volume always goes on. What goes is told as an event and stays
+in the list as lost. An error of that disk costs the snapshots of the volume, never the volume.
+
+A snapshot is planned durably before its marker is logged, and is empty then; so no write ever waits
+for it to be taken (O21), and a crash in between leaves either a marker that finishes it or a plan
+that is dropped. Layers are in ``<directory>/<uuid>.<volume>``, with ``.own`` for what was written
+into a snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable, Coroutine, Sequence
+from random import Random
+from typing import Any
+
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.mark import Mark
+from nbdmirror.config import SnapshotConfig
+from nbdmirror.engine.chain import Chain, Member
+from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.group import Group
+from nbdmirror.engine.layer import LayerFile
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import FormatError, NbdmirrorError, Refused, StateError
+from nbdmirror.ports import Disk
+
+Entry = dict[str, Any]
+
+STOP_SECONDS = 10.0
+LOST_MAX = 32
+"""Snapshots that are gone are kept in the list up to so many."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Snapshots:
+    """The registry; ``chains`` has one chain for each volume."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        directory: str,
+        volumes: Sequence[Volume],
+        store: Store,
+        events: EventLog,
+        random: Random,
+        config: SnapshotConfig,
+    ) -> None:
+        self.config = config
+        self.volumes = volumes
+        self.entries: list[Entry] = store.state.setdefault("snapshots", [])
+        self.chains = [Chain(v, self._give_up, self._may_keep) for v in volumes]
+        self.busy: str | None = None
+        """Why snapshots cannot be taken or deleted now: a restore is being copied."""
+        self.kept_for_restore: tuple[str, ...] = ()
+        """Files of these stay though they are lost or deleted: a restore reads them."""
+        self._disk = disk
+        self.directory = directory
+        self.store = store
+        self.events = events
+        self._random = random
+        self.lock = asyncio.Lock()
+        """One taking or deleting at a time."""
+        self._giving = asyncio.Lock()
+        self._tasks: dict[asyncio.Task[None], None] = {}
+
+    # -- files -------------------------------------------------------------------------------
+
+    def path(self, uuid: str, volume: int) -> str:
+        """The layer of a snapshot of a volume."""
+        return f"{self.directory}/{uuid}.{self.volumes[volume].name}"
+
+    def open_file(self, uuid: str, volume: int, *, own: bool = False) -> LayerFile:
+        """Opens a layer; StateError, FormatError or OSError if it cannot be used."""
+        place = self.volumes[volume]
+        path = self.path(uuid, volume) + (".own" if own else "")
+        return LayerFile.open(self._disk, path, uuid, place.size, place.region_size)
+
+    async def create_file(self, uuid: str, volume: int, *, own: bool = False) -> LayerFile:
+        """Makes an empty layer; its name is durable after ``sync_directory``."""
+        place = self.volumes[volume]
+        path = self.path(uuid, volume) + (".own" if own else "")
+        return await LayerFile.create(self._disk, path, uuid, place.size, place.region_size)
+
+    def has_file(self, uuid: str, volume: int, *, own: bool = False) -> bool:
+        """Whether a layer is on disk."""
+        return self._disk.exists(self.path(uuid, volume) + (".own" if own else ""))
+
+    def release_restore(self) -> None:
+        """A restore is through: what only it needed goes."""
+        kept, self.kept_for_restore, self.busy = self.kept_for_restore, (), None
+        there = {entry["uuid"] for entry in self.usable()}
+        for uuid in kept:
+            for index in range(len(self.volumes)):
+                for own in (False, True):
+                    if uuid not in there and self.has_file(uuid, index, own=own):
+                        self._remove(self.path(uuid, index) + (".own" if own else ""))
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(OSError):  # a stray: the next start removes it
+            self._disk.unlink(path)
+
+    async def sync_directory(self) -> None:
+        """Makes the names of layers durable."""
+        await self._disk.sync_directory(self.directory)
+
+    # -- start and end -----------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Opens the layers, and proves what a crash left in doubt, before redo or a write."""
+        self._disk.make_directory(self.directory)
+        self._remove_strays()
+        for index, chain in enumerate(self.chains):
+            entries = [e for e in self.usable() if index in e["volumes"]]
+            members: list[tuple[Entry, Member]] = []
+            for entry in entries:
+                try:
+                    member = Member(entry["uuid"], self.open_file(entry["uuid"], index))
+                    await member.layer.prove()
+                    if self._disk.exists(self.path(entry["uuid"], index) + ".own"):
+                        member.own = self.open_file(entry["uuid"], index, own=True)
+                    members.append((entry, member))
+                except (StateError, FormatError, OSError) as error:
+                    # Older ones need its layer too.
+                    self._damaged([e for e, _ in members] + [entry], str(error))
+                    members.clear()
+            for entry, member in members:
+                if entry.get("lost") is None:
+                    chain.push(member)
+
+    def _damaged(self, entries: list[Entry], why: str) -> None:
+        for entry in entries:
+            entry["lost"] = why
+            for chain in self.chains:
+                chain.drop(entry["uuid"])
+            self.events.emit("snapshot-lost", **name_of(entry), why=why)
+
+    def _remove_strays(self) -> None:
+        known = {entry["uuid"] for entry in self.usable()} | {*self.kept_for_restore}
+        for name in self._disk.list(self.directory):
+            if name.partition(".")[0] not in known:
+                self._remove(f"{self.directory}/{name}")
+
+    def recovered(self, end_seq: int) -> None:
+        """After redo: plans without a marker, and snapshots of records that were lost, go. The
+        caller saves."""
+        # A log in memory ends wherever it was last released; what it held is in the facets (M13).
+        volatile = bool(self.store.state.get("log_volatile"))
+        for entry in self.entries:
+            beyond = not volatile and (entry["after"] or 0) > end_seq
+            if entry.get("lost") is None and (entry["seq"] is None or beyond):
+                entry["deleting"] = True
+
+    def start(self) -> None:
+        """Goes on with deletions that a restart has cut."""
+        for entry in list(self.entries):
+            if entry.get("deleting"):
+                self.spawn(self.finish_delete, entry)
+
+    def spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Runs something beside; an error of a disk that matters reaches the store's owner."""
+        task = asyncio.ensure_future(self._guard(work, *args))
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
+
+    async def _guard(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        try:
+            await work(*args)
+        except (NbdmirrorError, OSError) as error:
+            self.events.emit("snapshot-failed", why=str(error))
+
+    async def stop(self) -> None:
+        """Ends what runs beside; the layers need no proof at the next start. What a person began
+        is finished; nothing is begun any more."""
+        self.busy = "the node stops"
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):  # it may wait for room in the log
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.lock.acquire()  # for good
+        for chain in self.chains:
+            try:
+                await chain.stop()
+            except OSError as error:
+                self.events.emit("snapshot-failed", why=str(error))
+
+    def close(self) -> None:
+        """Closes the layers."""
+        for chain in self.chains:
+            chain.close()
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def usable(self) -> list[Entry]:
+        """Those that have layers, oldest first."""
+        return [entry for entry in self.entries if entry.get("lost") is None]
+
+    def entry(self, uuid: str) -> Entry | None:
+        """The entry of that uuid."""
+        return next((entry for entry in self.entries if entry["uuid"] == uuid), None)
+
+    def shown(self, entry: Entry) -> bool:
+        """Whether it can be read."""
+        if entry.get("lost") or entry.get("deleting") or entry["seq"] is None:
+            return False
+        return all(self.chains[index].has(entry["uuid"]) for index in entry["volumes"])
+
+    # -- taking ------------------------------------------------------------------------------
+
+    def new_entry(self, volumes: Sequence[int], kind: str, number: int, protected: bool) -> Entry:
+        """A plan; nothing is done yet."""
+        return {
+            "uuid": f"{self._random.getrandbits(128):032x}",
+            "number": number,
+            "kind": kind,
+            "seq": None,
+            "epoch": self.store.state["epoch"],
+            "after": None,
+            "time_ns": 0,
+            "volumes": list(volumes),
+            "protected": protected,
+            "writable": False,
+        }
+
+    def check_room(self) -> None:
+        """Refused if there are as many as the configuration allows."""
+        if len(self.usable()) >= self.config.count_max:
+            raise Refused(
+                f"there are {self.config.count_max} snapshots already",
+                hint="delete one, or raise count_max in [snapshots]",
+            )
+
+    async def plan(self, entry: Entry) -> list[tuple[Chain, Member]]:
+        """Makes the empty layers and the entry, durably. OSError or DiskFailed."""
+        made: list[tuple[Chain, Member]] = []
+        try:
+            for index in entry["volumes"]:
+                layer = await self.create_file(entry["uuid"], index)
+                made.append((self.chains[index], Member(entry["uuid"], layer)))
+            await self.sync_directory()
+        except BaseException:
+            for _, member in made:
+                member.close()
+            raise
+        self.entries.append(entry)
+        await self.store.save()
+        return made
+
+    def begin(self, entry: Entry, made: list[tuple[Chain, Member]], seq: int, now: int) -> None:
+        """From this step on it holds the volumes as they are; they are after record ``seq``."""
+        entry.update(seq=seq, after=seq, time_ns=now, epoch=self.store.state["epoch"])
+        for chain, member in made:
+            chain.push(member)
+
+    async def take(self, group: Group, entry: Entry, replaces: str | None, now: int) -> None:
+        """Takes a snapshot on a primary: returns when it will survive anything (O21)."""
+        made = await self.plan(entry)
+        mark = Mark(
+            marks.SNAPSHOT,
+            entry["uuid"],
+            tuple(entry["volumes"]),
+            entry["number"],
+            entry["protected"],
+            replaces,
+        )
+        await group.put_mark(mark, lambda seq: self.begin(entry, made, seq, now))
+        await self.store.save()
+        self.tell("snapshot", entry)
+
+    def tell(self, kind: str, entry: Entry) -> None:
+        """Emits an event about a snapshot."""
+        names = [self.volumes[index].name for index in entry["volumes"]]
+        seq, epoch = entry["seq"], entry["epoch"]
+        self.events.emit(kind, **name_of(entry), seq=seq, epoch=epoch, volumes=names)
+
+    # -- dropping ----------------------------------------------------------------------------
+
+    async def delete(self, entry: Entry) -> None:
+        """Deletes a snapshot; what the one before needs of it moves there first."""
+        entry["deleting"] = True
+        await self.store.save()
+        await self.finish_delete(entry)
+
+    async def finish_delete(self, entry: Entry) -> None:
+        async with self.lock:
+            if entry not in self.entries:
+                return
+            if entry.get("lost") is None:
+                for index in entry["volumes"]:
+                    await self._merge(self.chains[index], entry["uuid"])
+            if entry.get("giving_up"):  # a restart had cut it
+                entry["lost"] = entry["giving_up"]
+            elif entry in self.entries:
+                self.entries.remove(entry)
+            await self.store.save()
+            self._unlink(entry)
+            self.tell("snapshot-deleted", entry)
+
+    async def _merge(self, chain: Chain, uuid: str) -> None:
+        while True:
+            try:
+                await chain.merge(uuid)
+                break
+            except OSError as error:
+                await self._give_up(chain, error)
+        member = chain.drop(uuid)
+        if member is not None:
+            self._discard(member)
+
+    def _discard(self, member: Member) -> None:
+        if member.uuid in self.kept_for_restore:
+            return  # the restore closes it
+        self.spawn(member.layer.discard)
+        if member.own is not None:
+            self.spawn(member.own.discard)
+
+    def _unlink(self, entry: Entry) -> None:
+        if entry["uuid"] in self.kept_for_restore:
+            return  # stays until the restore is through; the next start removes it
+        for index in entry["volumes"]:
+            for path in (self.path(entry["uuid"], index), self.path(entry["uuid"], index) + ".own"):
+                if self._disk.exists(path):
+                    self._remove(path)
+
+    # -- when space ends ---------------------------------------------------------------------
+
+    @property
+    def bytes_kept(self) -> int:
+        """About what all layers take."""
+        files = [f for chain in self.chains for m in chain.members for f in (m.layer, m.own)]
+        return sum(file.bytes_kept for file in files if file is not None)
+
+    def _may_keep(self, size: int) -> bool:
+        limit = self.config.space_max
+        return limit is None or self.bytes_kept + size <= limit
+
+    async def _give_up(self, chain: Chain, error: OSError | None) -> None:
+        """Regions could not be kept (``error``, or the limit): makes room by the policy."""
+        async with self._giving:
+            uuids = [member.uuid for member in chain.members]
+            if not uuids:
+                return
+            if error is not None and error.errno not in FULL:
+                await self.lose(uuids, f"an error of the disk: {error}")
+                return
+            why = "the space for snapshots is used up" + (f": {error}" if error else "")
+            await self.lose([next((u for u in uuids if not self._protected(u)), uuids[0])], why)
+
+    def _protected(self, uuid: str) -> bool:
+        entry = self.entry(uuid)
+        return entry is not None and bool(entry["protected"])
+
+    async def lose(self, uuids: list[str], why: str) -> None:
+        """Ends snapshots, durably, before the write that costs them goes on. What older ones need
+        of them moves there, or, where it cannot, those end too."""
+        entries = [entry for uuid in uuids if (entry := self.entry(uuid)) is not None]
+        for entry in entries:
+            entry.update(deleting=True, giving_up=why)
+        await self.store.save()
+        for entry in entries:
+            for index in entry["volumes"]:
+                chain = self.chains[index]
+                try:
+                    await chain.merge(entry["uuid"])
+                except OSError:
+                    older = [m.uuid for m in chain.members[: chain.index(entry["uuid"])]]
+                    await self.lose(older, why)
+                member = chain.drop(entry["uuid"])
+                if member is not None:
+                    self._discard(member)
+            entry["lost"] = why
+        self.prune()
+        await self.store.save()
+        for entry in entries:
+            self._unlink(entry)
+            self.events.emit("snapshot-lost", **name_of(entry), why=why)
+
+    def prune(self) -> None:
+        for entry in [e for e in self.entries if e.get("lost")][:-LOST_MAX]:
+            self.entries.remove(entry)
+
+
+def name_of(entry: Entry) -> dict[str, Any]:
+    """What an event says of which snapshot it is about."""
+    return {"uuid": entry["uuid"], "number": entry["number"], "snapshot_kind": entry["kind"]}

@@ -1,0 +1,154 @@
+"""Snapshots with real daemons and clients: V9-V13, X2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.integration.cluster import MIB, Cluster, Json, Node
+from tests.integration.process import wait_until
+from tests.integration.tools import Writer, connect, pattern
+
+KIB = 1 << 10
+MakeCluster = Callable[..., Cluster]
+
+
+def snapshot_uri(node: Node, name: str) -> str:
+    """Where a client attaches a snapshot."""
+    return node.uri(name)
+
+
+def wait_status(node: Node, what: str, condition: Callable[[Json], object]) -> None:
+    """Waits until the node's status satisfies ``condition``."""
+    wait_until(f"{node.name}: {what}", lambda: condition(node.status()) or None, 30.0)
+
+
+def taken(node: Node) -> list[Json]:
+    """The snapshots that a node has, oldest first."""
+    return [s for s in node.ok("snapshot", "list", "--json").json if s["state"] == "ok"]
+
+
+def test_a_snapshot_is_the_same_on_both_sides_while_writing_goes_on(
+    make_cluster: MakeCluster,
+) -> None:
+    """V9: same uuid, same record, same content; the secondary's can be attached meanwhile."""
+    cluster = make_cluster().start()
+    primary, secondary = cluster.primary, cluster.secondary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(4 * MIB, 1), 0)
+    with Writer(primary.uri(), offset=16 * MIB):
+        made = primary.ok("snapshot", "create", "--json").json
+        handle.pwrite(pattern(4 * MIB, 2), 2 * MIB)
+        wait_status(
+            secondary, "has it", lambda status: any(s["state"] == "ok" for s in status["snapshots"])
+        )
+        (other,) = taken(secondary)
+        assert (other["uuid"], other["seq"]) == (made["uuid"], made["seq"])
+        images = []
+        for node in (primary, secondary):
+            reader = connect(snapshot_uri(node, "data@1"))
+            assert reader.is_read_only()
+            images.append([bytes(reader.pread(MIB, at)) for at in range(0, 8 * MIB, MIB)])
+        assert images[0] == images[1]
+        assert b"".join(images[0][:4]) == pattern(4 * MIB, 1)
+    ranges = primary.ok("snapshot", "diff", "1", "--json").json["ranges"]
+    assert {"volume": "data", "offset": 2 * MIB, "length": 4 * MIB} in ranges
+    cluster.check_in_sync()
+
+
+def test_a_restore_is_there_at_once_and_the_secondary_follows(make_cluster: MakeCluster) -> None:
+    """V11, V12: without stopping replication; only the changed regions travel; reversible."""
+    cluster = make_cluster().start()
+    primary = cluster.primary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(8 * MIB, 1), 0)
+    handle.flush()
+    cluster.wait_in_sync()
+    primary.ok("snapshot", "create", "data")
+    handle.pwrite(pattern(2 * MIB, 2), 3 * MIB)
+    handle.pwrite(pattern(MIB, 3), 20 * MIB)
+    cluster.wait_in_sync()
+    refused = primary.cli("restore", "1")
+    assert refused.code == 4 and "--while-attached" in str(refused)
+    sent = primary.remote()["bytes_sent"]
+    done = primary.ok("restore", "1", "--while-attached", "--json").json
+    assert bytes(handle.pread(8 * MIB, 0)) == pattern(8 * MIB, 1)
+    assert bytes(handle.pread(MIB, 20 * MIB)) == bytes(MIB)
+    handle.pwrite(pattern(4 * KIB, 4), 4 * MIB)
+    handle.flush()
+    wait_status(primary, "is copied", lambda status: status["restore"] is None)
+    cluster.check_in_sync()
+    assert primary.remote()["bytes_sent"] - sent < 3 * MIB + MIB
+    primary.ok("restore", done["undo"][:8], "--while-attached", "--no-keep")
+    assert bytes(handle.pread(2 * MIB, 3 * MIB)) == pattern(2 * MIB, 2)
+    wait_status(primary, "is copied", lambda status: status["restore"] is None)
+    cluster.check_in_sync()
+
+
+def test_the_last_consistent_image_is_there_during_a_resync(make_cluster: MakeCluster) -> None:
+    """X2: a snapshot of its own on the secondary until it is consistent again."""
+    cluster = make_cluster(log_size=4 * MIB).start()
+    primary, secondary = cluster.primary, cluster.secondary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(8 * MIB, 1), 0)
+    handle.flush()
+    cluster.wait_in_sync()
+    cluster.proxy.refuse()
+    for at in range(0, 32 * MIB, MIB):
+        handle.pwrite(pattern(MIB, 2), at)
+    primary.until("tracks", lambda entry: entry["state"] == "tracking")
+    cluster.proxy.heal()
+    cluster.proxy.shape(rate=4 * MIB)
+    wait_status(
+        secondary,
+        "keeps its image",
+        lambda status: any(s["kind"] == "resync" for s in status["snapshots"]),
+    )
+    (image,) = [s for s in taken(secondary) if s["kind"] == "resync"]
+    reader = connect(snapshot_uri(secondary, f"data@{image['uuid'][:8]}"))
+    assert bytes(reader.pread(8 * MIB, 0)) == pattern(8 * MIB, 1)
+    reader.shutdown()
+    cluster.proxy.shape()
+    cluster.check_in_sync()
+    wait_status(secondary, "lets go", lambda status: not status["snapshots"])
+
+
+def test_what_changed_a_facet_by_itself_is_taken_in(make_cluster: MakeCluster) -> None:
+    """V13."""
+    cluster = make_cluster().start()
+    primary = cluster.primary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(MIB, 1), 0)
+    handle.flush()
+    cluster.wait_in_sync()
+    with primary.facets("data")[0].open("r+b") as file:
+        file.seek(512 * KIB)
+        file.write(pattern(64 * KIB, 2))
+    primary.ok("changed", "data", f"{512 * KIB}+{64 * KIB}")
+    cluster.check_in_sync()
+    with cluster.secondary.facets("data")[0].open("rb") as file:
+        file.seek(512 * KIB)
+        assert file.read(64 * KIB) == pattern(64 * KIB, 2)
+
+
+def test_a_secondary_is_restored_only_while_its_link_is_inactive(make_cluster: MakeCluster) -> None:
+    """V14: and what was restored there is compared, not believed, when the primary is back."""
+    cluster = make_cluster().start()
+    primary, secondary = cluster.primary, cluster.secondary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(2 * MIB, 1), 0)
+    primary.ok("snapshot", "create")
+    handle.pwrite(pattern(2 * MIB, 2), MIB)
+    handle.flush()
+    cluster.wait_in_sync()
+    wait_status(secondary, "has it", lambda status: status["snapshots"])
+    refused = secondary.cli("restore", "1")
+    assert refused.code == 4 and "pause this remote" in str(refused)
+    primary.ok("pause", "beta")
+    wait_status(secondary, "is alone", lambda s: s["upstream"]["link"] == "disconnected")
+    secondary.ok("restore", "1")
+    wait_status(secondary, "is copied", lambda status: status["restore"] is None)
+    secondary.restart()
+    with secondary.facets("data")[0].open("rb") as file:
+        assert file.read(2 * MIB) == pattern(2 * MIB, 1)
+    primary.ok("resume", "beta")
+    cluster.check_in_sync()

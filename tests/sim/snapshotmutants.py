@@ -1,0 +1,185 @@
+"""Mutants of snapshots and restores (V9-V12, O21, X2); see ``mutants``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
+from nbdmirror.codec.record import Record
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.core.layers import TENTATIVE
+from nbdmirror.engine.applier import Applier
+from nbdmirror.engine.bypass import Bypass
+from nbdmirror.engine.chain import Chain
+from nbdmirror.engine.follower import Follower
+from nbdmirror.engine.layer import LayerFile
+from nbdmirror.engine.restore import VolumeRestore
+from nbdmirror.engine.restorer import Restorer
+from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.snapshots import Snapshots
+from nbdmirror.engine.volume import Volume
+from tests.sim.mutants import Assign, mutant
+
+
+async def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+class Unsynced:
+    """A file whose sync does nothing."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return _nothing if name == "sync" else getattr(self._file, name)
+
+
+@mutant("O21 a region is overwritten before its old content is durable")
+def _(assign: Assign) -> None:
+    original = LayerFile.keep
+
+    async def keep(self: LayerFile, *args: Any) -> None:
+        file = self._file
+        setattr(self, "_file", Unsynced(file))  # noqa: B010
+        try:
+            await original(self, *args)
+        finally:
+            self._file = file
+
+    assign(LayerFile, "keep", keep)
+
+
+@mutant("O21 after a crash a region is believed without its checksum")
+def _(assign: Assign) -> None:
+    async def prove(self: LayerFile) -> None:
+        for number in list(self._tentative):
+            for region, slot in list(self.map.regions_of(number)):
+                self.map.set(region, slot & ~TENTATIVE)
+        await self.settle()
+
+    assign(LayerFile, "prove", prove)
+
+
+@mutant("O21 what is being cleared is not waited for")
+def _(assign: Assign) -> None:
+    assign(Volume, "wait_landed", _nothing)
+
+
+@mutant("O21 redo keeps nothing")
+def _(assign: Assign) -> None:
+    async def redo(self: Follower, record: Record) -> None:
+        if record.kind == codec.MARK:
+            await self.marked(record)
+
+    assign(Follower, "redo", redo)
+
+
+@mutant("O21 redo keeps whatever it overwrites")
+def _(assign: Assign) -> None:
+    async def redo(self: Follower, record: Record) -> None:
+        if record.kind == codec.MARK:
+            await self.marked(record)
+        elif (chain := self._snapshots.chains[record.volume]).members:
+            await chain.make_way([(record.offset, record.length)])
+
+    assign(Follower, "redo", redo)
+
+
+@mutant("V9 redo follows markers again")
+def _(assign: Assign) -> None:
+    original = Follower.marked
+
+    async def marked(self: Follower, record: Record) -> None:
+        self._snapshots.store.state["marked_seq"] = 0
+        await original(self, record)
+
+    assign(Follower, "marked", marked)
+
+
+@mutant("V9 a plan without a marker is a snapshot")
+def _(assign: Assign) -> None:
+    def recovered(self: Snapshots, end_seq: int) -> None:
+        for entry in self.entries:
+            if entry["seq"] is None:
+                entry.update(seq=end_seq, after=end_seq)
+
+    assign(Snapshots, "recovered", recovered)
+
+
+@mutant("V9 what an older snapshot needs of a deleted one does not move")
+def _(assign: Assign) -> None:
+    assign(Chain, "merge", _nothing)
+
+
+@mutant("V9 a secondary takes snapshots in the middle of a resync")
+def _(assign: Assign) -> None:
+    original = Follower._follow
+
+    async def follow(self: Follower, mark: Mark, record: Record) -> None:
+        upstream = self._snapshots.store.state["upstream"]
+        was, upstream["consistent"] = upstream["consistent"], True
+        try:
+            await original(self, mark, record)
+        finally:
+            upstream["consistent"] = was
+
+    assign(Follower, "_follow", follow)
+
+
+@mutant("X2 region copies keep nothing")
+def _(assign: Assign) -> None:
+    original = Secondary.place
+
+    async def place(self: Secondary, volume: int, *args: Any) -> None:
+        guard, self.volumes[volume].guard = self.volumes[volume].guard, None
+        try:
+            await original(self, volume, *args)
+        finally:
+            self.volumes[volume].guard = guard
+
+    assign(Secondary, "place", place)
+
+
+@mutant("V9 a secondary applies records without keeping")
+def _(assign: Assign) -> None:
+    async def make_way(self: Follower, records: Iterable[Record]) -> None:
+        return None
+
+    assert Applier is not None
+    assign(Follower, "make_way", make_way)
+
+
+@mutant("V11 the restore map is not in the DCM")
+def _(assign: Assign) -> None:
+    original = Bypass.commit
+
+    async def commit(self: Bypass, mark: Mark, maps: Mapping[int, Dcm]) -> int:
+        return await original(self, mark, {})
+
+    assign(Bypass, "commit", commit)
+
+
+@mutant("V12 the copy begins though redo may come by")
+def _(assign: Assign) -> None:
+    assign(Restorer, "_settled", _nothing)
+
+
+@mutant("V12 the copy does not keep what newer snapshots need")
+def _(assign: Assign) -> None:
+    assign(VolumeRestore, "_chain_holds", lambda self, offset, length: False)
+
+
+@mutant("V12 a region is changed before it is copied")
+def _(assign: Assign) -> None:
+    assign(VolumeRestore, "holds", lambda self, offset, length: self._chain_holds(offset, length))
+
+
+@mutant("V12 a restore is not remembered")
+def _(assign: Assign) -> None:
+    async def opened(self: Restorer) -> None:
+        self._store.state["restore"] = None
+
+    assign(Restorer, "open", opened)

@@ -1,0 +1,224 @@
+"""Snapshots in a run: who takes and deletes them, and the oracle that each equals its seq for ever.
+
+A snapshot must read as the group did after its record, on both sides, across crashes, overflows,
+resyncs and deletions in any order (V9, O21, X2); one that was promised must not be gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.mark import Mark
+from nbdmirror.engine.node import Node
+from nbdmirror.errors import NbdmirrorError, VolumeFailed
+from tests.sim.oracle import ID_BYTES, Entry, Violation, Write, compare
+
+if TYPE_CHECKING:
+    from tests.sim.world import Host, World
+
+NOTHING = Entry(0, 0, 0, b"")
+"""What a mark changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A snapshot as a node gives it: its entry, and the content of each of its volumes."""
+
+    entry: dict[str, Any]
+    images: list[bytes]
+
+
+async def read_all(node: Node) -> list[Found]:
+    """Every snapshot that a node shows; one that goes meanwhile is left out."""
+    found = []
+    for entry in list(node.snapshots.entries):
+        if not node.snapshots.shown(entry):
+            continue
+        images = []
+        try:
+            for index in entry["volumes"]:
+                chain = node.snapshots.chains[index]
+                images.append(bytes(await chain.read(entry["uuid"], 0, chain.volume.size)))
+        except VolumeFailed as error:
+            lost = any(not volume.in_service() for volume in node.volumes)
+            lost = lost or "could not be read for it" in str(
+                error
+            )  # the disk refused, and it says so
+            if node.snapshots.shown(entry) and not lost:
+                raise Violation(f"snapshot {entry['uuid']} cannot be read: {error}") from error
+            continue
+        if node.snapshots.shown(entry):
+            found.append(Found(dict(entry), images))
+    return found
+
+
+class Album:
+    """What every snapshot has to show."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._images: dict[str, list[bytes]] = {}
+        self._volumes: dict[str, tuple[int, ...]] = {}
+        self._promised: dict[str, None] = {}
+        self._released: dict[str, None] = {}
+
+    def marked(self, seq: int, mark: Mark) -> None:
+        """The primary logs a mark behind the record ``seq``."""
+        if mark.do == marks.SNAPSHOT:
+            assert mark.uuid is not None
+            image = self._world.history.lines[-1].image(seq)
+            self._images[mark.uuid] = [bytes(image[index]) for index in mark.volumes]
+            self._volumes[mark.uuid] = mark.volumes
+
+    def restored(self, uuid: str, volumes: Sequence[str], seq: int) -> None:
+        """A restore is complete: the group after ``seq`` is another from now on."""
+        world = self._world
+        if world.history.lines[-1].base_seq < seq:
+            names = [volume.name for volume in world.a.config.volumes]
+            shown = dict(zip(self._volumes[uuid], self._images[uuid], strict=True))
+            world.history.restored(seq, {names.index(n): shown[names.index(n)] for n in volumes})
+            world.fired["restored"] += 1
+
+    def recovered(self, node: Node) -> None:
+        """The primary came back: a restore may have been durable before anybody was told."""
+        state = node.store.state.get("restore")
+        if state is not None:
+            names = [node.volumes[int(index)].name for index in state["sources"]]
+            self.restored(state["snapshot"], names, state["seq"])
+
+    def writes(self, uuid: str, volumes: Sequence[int]) -> list[Write]:
+        """A restore is asked for: to clients as if every cell were written at once."""
+        content = self._world.content
+        begun = []
+        shown = dict(zip(self._volumes[uuid], self._images[uuid], strict=True))
+        for volume in volumes:
+            image, cell = shown[volume], content.cell
+            for at in range(0, len(image), cell):
+                value = int.from_bytes(image[at : at + ID_BYTES], "little")
+                begun.append(content.begin(volume, at, cell, value))
+        return begun
+
+    def promise(self, uuid: str) -> None:
+        """A person was told that the primary has it; another may have deleted it meanwhile."""
+        if uuid not in self._released:
+            self._promised[uuid] = None
+
+    def release(self, uuid: str) -> None:
+        """It is being deleted, or was given up and said so."""
+        self._promised.pop(uuid, None)
+        self._released[uuid] = None
+
+    def check(self, host: Host, node: Node, found: Sequence[Found], what: str) -> None:
+        """Violation unless each is what it has to be, and what was promised is in the list, if
+        only as lost."""
+        for one in found:
+            entry = one.entry
+            name = f"{what}: snapshot {entry['number']} ({entry['kind']}) at {entry['seq']}"
+            if entry["kind"] == "resync":
+                group = self._world.history.image(entry["epoch"], entry["seq"])
+                wanted = [bytes(group[index]) for index in entry["volumes"]]
+            else:
+                wanted = self._images[entry["uuid"]]
+            compare(one.images, wanted, name)
+            self._world.fired[f"snapshot checked on {host.role}"] += 1
+        if host.role == "primary":
+            there = {entry["uuid"] for entry in node.snapshots.entries}
+            for uuid in self._promised:
+                if uuid not in there:
+                    raise Violation(f"{what}: snapshot {uuid} is gone")
+
+
+class People:
+    """Takes, refreshes and deletes snapshots while a run goes on."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._random = random.Random(f"{world.seed}:people")
+        world.on_moment.append(self._moment)
+
+    def _moment(self, host: Host, kind: str) -> None:
+        if kind == "synchronised" and self._random.random() < 0.3:
+            self._world.spawn(self._once())
+
+    async def run(self) -> None:
+        """Until they rest."""
+        gap = self._world.options.snapshot_gap
+        while gap and not self._world.people_rest:
+            await asyncio.sleep(gap * self._random.expovariate(1.0))
+            await self._once()
+
+    async def _once(self) -> None:
+        world, rng = self._world, self._random
+        if not world.options.snapshot_gap or world.people_rest:
+            return
+        draw = rng.random()
+        host = world.a if draw < 0.75 else rng.choice(list(world.hosts.values()))
+        node = host.node
+        if node is None:
+            return
+        from tests.sim.world import Gone
+
+        with contextlib.suppress(Gone, NbdmirrorError, OSError):
+            if draw < 0.5:
+                await self._create(host, node)
+            else:
+                shown = [e for e in node.snapshots.entries if node.snapshots.shown(e)]
+                if not shown:
+                    return
+                entry = rng.choice(shown)
+                if host is world.a and rng.random() < 0.25:
+                    await self._restore(host, node, entry)
+                    return
+                world.album.release(entry["uuid"])
+                if draw < 0.6:
+                    work = node.people.refresh(entry["uuid"])
+                    world.album.promise((await world.in_life(host, work))["uuid"])
+                else:
+                    everywhere = host is world.a and draw < 0.65
+                    await world.in_life(host, node.people.delete(entry["uuid"], everywhere))
+
+    async def _restore(self, host: Host, node: Node, entry: dict[str, Any]) -> None:
+        world, rng = self._world, self._random
+        index = rng.choice([None, *entry["volumes"]])
+        volume = None if index is None else node.volumes[index].name
+        places = entry["volumes"] if index is None else [index]
+        keep, force = rng.random() < 0.7, rng.random() < 0.5
+        writes = world.album.writes(entry["uuid"], places)
+        world.trace("people", f"restore {entry['number']} {places} {keep} {force}")
+        acked = False
+        try:
+            work = node.people.restore(entry["uuid"], volume, True, keep, force)
+            await world.in_life(host, work)
+            acked = True
+        finally:
+            for write in writes:
+                world.content.end(write, acked=acked, durable=True)
+            world.trace("people", f"restored {acked}")
+
+    async def _create(self, host: Host, node: Node) -> None:
+        world, rng = self._world, self._random
+        volume = None
+        if rng.random() < 0.5:
+            volume = rng.choice(node.volumes).name
+        made = await world.in_life(host, node.people.create(volume, rng.random() < 0.2))
+        world.album.promise(made["uuid"])
+
+
+async def look(world: World) -> None:
+    """Every snapshot of every node that runs."""
+    from tests.sim.world import Gone
+
+    for host in list(world.hosts.values()):
+        node = host.node
+        if node is None or not node.snapshots.entries:
+            continue
+        with contextlib.suppress(Gone):
+            found = await world.in_life(host, read_all(node))
+            if host.node is node:
+                world.album.check(host, node, found, host.name)

@@ -1,0 +1,527 @@
+"""Snapshots of a primary: taken, read, written into, compared, merged, given up (V9, V10, O21)."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from nbdmirror.codec import record as codec
+from nbdmirror.config import (
+    AdminConfig,
+    Config,
+    LogConfig,
+    NbdConfig,
+    SnapshotConfig,
+    VolumeConfig,
+)
+from nbdmirror.engine.create import create
+from nbdmirror.engine.group import Group
+from nbdmirror.engine.node import Node
+from nbdmirror.engine.snapshotexport import SnapshotVolume
+from nbdmirror.engine.volume import Change
+from nbdmirror.errors import Refused, UsageError
+from nbdmirror.ports import Env
+from tests.sim.checks import Nobody
+from tests.sim.clock import SimClock
+from tests.sim.disk import SimDisk
+from tests.sim.faults import Fault, Kind
+from tests.unit.world import make_disk, run
+
+REGION = 4096
+REGIONS = 16
+
+
+class Cut(BaseException):
+    """The power went at this operation."""
+
+
+class Primary:
+    """A primary without remotes on a disk of its own; two volumes."""
+
+    def __init__(self, disk: SimDisk, snapshots: SnapshotConfig) -> None:
+        self.disk = disk
+        self.config = Config(
+            path="/etc/n.toml",
+            group="g",
+            node="a",
+            state_dir="/state",
+            nbd=NbdConfig(),
+            admin=AdminConfig(socket=""),
+            log=LogConfig(size=1 << 20, hot_extents=61),
+            volumes=tuple(
+                VolumeConfig(name, REGIONS * REGION, (f"/facets/{name}",), REGION)
+                for name in ("v", "w")
+            ),
+            snapshots=snapshots,
+        )
+        self.lives = 0
+
+    async def start(self) -> None:
+        self.lives += 1
+        clock = SimClock(asyncio.get_running_loop(), self.disk)  # type: ignore[arg-type]
+        env = Env(self.disk, Nobody(), clock, random.Random(self.lives))
+        if self.lives == 1:
+            await create(env, self.config, "primary")
+        self.node = Node(env, self.config)
+        await self.node.start(nbd=False)
+
+    async def restart(self, *, cut: bool) -> None:
+        if cut:
+            self.disk.power_cut()
+        else:
+            await self.node.stop()
+        await self.start()
+
+    @property
+    def group(self) -> Group:
+        assert self.node.primary is not None
+        return self.node.primary.group
+
+    async def write(self, region: int, fill: int, volume: int = 0, length: int = REGION) -> None:
+        change = Change(codec.WRITE, 0, region * REGION, length, bytes([fill]) * length)
+        rest = self.group.write(self.node.volumes[volume], [change])
+        if rest is not None:
+            await rest
+
+    async def take(self, volume: str | None = "v", protected: bool = False) -> str:
+        made = await self.node.people.create(volume, protected)
+        return str(made["number"])
+
+    def served(self, name: str) -> SnapshotVolume:
+        assert self.node.exports is not None
+        found = self.node.exports.volume(name)
+        assert isinstance(found, SnapshotVolume)
+        return found
+
+    async def fills(self, name: str) -> list[int]:
+        """The first byte of each region of a snapshot."""
+        data = await self.served(name).read(0, REGIONS * REGION)
+        return [data[region * REGION] for region in range(REGIONS)]
+
+    async def volume_fills(self) -> list[int]:
+        """The first byte of each region of the first volume, as a client reads it."""
+        data = await self.node.volumes[0].read(0, REGIONS * REGION)
+        return [data[region * REGION] for region in range(REGIONS)]
+
+    def states(self) -> list[str]:
+        return [found["state"] for found in self.node.people.list()]
+
+
+def primary(
+    test: Callable[[Primary], Awaitable[None]], snapshots: SnapshotConfig | None = None
+) -> None:
+    async def main() -> None:
+        world = Primary(make_disk(), snapshots or SnapshotConfig())
+        await world.start()
+        await test(world)
+        if world.node.failed is not None and not world.node.failed.done():
+            await world.node.stop()
+
+    run(main())
+
+
+def test_a_snapshot_keeps_what_the_volume_overwrites_across_a_power_cut() -> None:
+    """V9, O21; parts of regions and clearings too."""
+
+    async def test(world: Primary) -> None:
+        for region in range(4):
+            await world.write(region, region + 1)
+        await world.take()
+        await world.write(1, 90, length=512)
+        await world.group.clear(
+            world.node.volumes[0], Change(codec.TRIM, 0, 2 * REGION, 2 * REGION, None)
+        )
+        await world.write(8, 91)
+        for cut in (False, False, True):
+            assert await world.fills("v@1") == [1, 2, 3, 4] + [0] * 12
+            await world.restart(cut=cut)
+
+    primary(test)
+
+
+def test_one_write_copies_once_however_many_snapshots_there_are() -> None:
+    """The chain."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        for _ in range(5):
+            await world.take()
+        await world.write(0, 2)
+        await world.write(0, 3)
+        kept = [found["kept"]["regions"] for found in world.node.people.list()]
+        assert kept == [0, 0, 0, 0, 1]
+        assert [found["changed"]["regions"] for found in world.node.people.list()] == [1] * 5
+        for number in range(1, 6):
+            assert (await world.fills(f"v@{number}"))[0] == 1
+
+    primary(test)
+
+
+def test_a_write_with_a_snapshot_costs_one_sync_and_only_the_first_time() -> None:
+    """The bar: at most one disk sync is added to any request; later ones add none."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        syncs: list[str] = []
+
+        def count(operation: str, path: str, nth: int) -> Fault | None:
+            if operation == "sync":
+                syncs.append(path)
+            return None
+
+        world.disk.faults = count
+        await asyncio.gather(*(world.write(region, 2) for region in range(8)))
+        assert len(syncs) <= 2, "a batch under way, and one for all who came meanwhile"
+        syncs.clear()
+        await asyncio.gather(*(world.write(region, 3) for region in range(8)))
+        assert not syncs
+
+    primary(test)
+
+
+def test_a_copy_on_write_does_not_hold_up_other_regions() -> None:
+    async def test(world: Primary) -> None:
+        for region in (0, 1):
+            await world.write(region, 1)
+        await world.take()
+        await world.write(1, 2)
+        world.disk.stall(30.0)
+        waiting = asyncio.ensure_future(world.write(0, 2))
+        await asyncio.sleep(0)
+        change = Change(codec.WRITE, 0, REGION, REGION, bytes(REGION))
+        assert world.group.write(world.node.volumes[0], [change]) is None, "it had to wait"
+        assert not waiting.done()
+        await waiting
+
+    primary(test)
+
+
+def test_a_group_snapshot_is_of_all_volumes_at_one_record() -> None:
+    async def test(world: Primary) -> None:
+        await world.write(0, 1, volume=0)
+        await world.write(0, 2, volume=1)
+        await world.take(None)
+        await world.write(0, 3, volume=0)
+        await world.write(0, 4, volume=1)
+        assert (await world.fills("v@1"))[0] == 1
+        assert (await world.fills("w@1"))[0] == 2
+        (found,) = world.node.people.list()
+        assert found["seq"] == 3 and found["volumes"] == ["v", "w"]
+
+    primary(test)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_deleting_merges(victim: int) -> None:
+    """The others stay what they are, across a power cut."""
+
+    async def test(world: Primary) -> None:
+        names = []
+        for value in (1, 2, 3):
+            for region in range(value, 12, value):
+                await world.write(region, value)
+            names.append(await world.take())
+        for region in range(0, 12, 5):
+            await world.write(region, 9)
+        wanted = {name: await world.fills(f"v@{name}") for name in names}
+        await world.node.people.delete(names[victim], False)
+        del wanted[names[victim]]
+        for cut in (False, True):
+            assert {name: await world.fills(f"v@{name}") for name in wanted} == wanted
+            await world.restart(cut=cut)
+        assert len(world.disk.list("/state/snapshots")) == 2
+
+    primary(test)
+
+
+def test_diff_names_what_changed_between_two_and_until_now() -> None:
+    async def test(world: Primary) -> None:
+        await world.take()
+        await world.write(1, 1)
+        await world.write(2, 1)
+        await world.take()
+        await world.write(7, 1)
+
+        def ranges(*ends: str) -> list[tuple[int, int]]:
+            found = world.node.people.diff(ends[0], ends[1] if ends[1:] else None, "v")
+            return [(r["offset"] // REGION, r["length"] // REGION) for r in found["ranges"]]
+
+        assert ranges("1", "2") == ranges("2", "1") == [(1, 2)]
+        assert ranges("2") == [(7, 1)]
+        assert ranges("1") == [(1, 2), (7, 1)]
+
+    primary(test)
+
+
+def test_a_writable_snapshot_has_its_own_map_and_leaves_the_volume_alone() -> None:
+    """V9: both maps; what is written survives a power cut after a flush."""
+
+    async def test(world: Primary) -> None:
+        for region in range(3):
+            await world.write(region, 1)
+        await world.take()
+        await world.take()
+        assert world.node.exports is not None
+
+        def read_only() -> bool:
+            assert world.node.exports is not None
+            (found,) = [i for i in world.node.exports.exports() if i.name == name]
+            return found.read_only
+
+        name = "v@1"
+        assert read_only()
+        await world.node.people.export("1", True)
+        assert not read_only()
+        snapshot = world.served(name)
+        change = Change(codec.WRITE, 0, REGION + 512, REGION, b"\7" * REGION)
+        rest = snapshot.write(snapshot, [change])
+        assert rest is not None
+        await rest
+        await snapshot.clear(snapshot, Change(codec.ZERO, 0, 0, REGION, None))
+        await snapshot.flush()
+        await world.write(1, 5)
+        for cut in (False, True):
+            data = bytes(await world.served(name).read(0, 3 * REGION))
+            assert data[:REGION] == bytes(REGION)
+            assert data[REGION : REGION + 512] == b"\1" * 512
+            assert data[REGION + 512 : 2 * REGION + 512] == b"\7" * REGION
+            assert (await world.fills("v@2"))[:3] == [1, 1, 1]
+            first = world.node.people.list()[0]
+            assert first["own"]["regions"] == 3 and first["changed"]["regions"] == 1
+            assert bytes(await world.node.volumes[0].read(REGION, 1)) == b"\5"
+            await world.restart(cut=cut)
+
+    primary(test)
+
+
+def test_refresh_makes_it_anew_with_its_number() -> None:
+    """V10: nothing is copied, and the uuid, which names a content, is new."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        await world.write(0, 2)
+        before = world.node.people.list()[0]
+        after = await world.node.people.refresh("1")
+        assert after["number"] == 1 and after["uuid"] != before["uuid"]
+        assert (await world.fills("v@1"))[0] == 2
+        assert len(world.node.people.list()) == 1
+
+    primary(test)
+
+
+def test_at_the_limit_of_their_number_no_more_are_taken() -> None:
+    async def test(world: Primary) -> None:
+        await world.take()
+        await world.take()
+        with pytest.raises(Refused, match="2 snapshots already"):
+            await world.take()
+        await world.node.people.refresh("2")
+        await world.node.people.delete("1", False)
+        await world.take()
+
+    primary(test, SnapshotConfig(count_max=2))
+
+
+def test_where_the_space_ends_the_oldest_unprotected_goes_and_the_volume_goes_on() -> None:
+    async def test(world: Primary) -> None:
+        await world.take(protected=True)
+        for region in range(4):
+            await world.write(region, 1)
+        await world.take()
+        for region in range(3, 6):
+            await world.write(region, 2)
+        await world.take()
+        await world.write(0, 3)
+        assert world.states() == ["ok", "ok", "ok"]
+        await world.write(1, 3)
+        assert world.states() == ["ok", "lost", "ok"]
+        # What the protected one needs of the one that went has moved to it.
+        assert await world.fills("v@1") == [0] * REGIONS
+        assert await world.fills("v@3") == [1, 1, 1, 2, 2, 2] + [0] * 10
+        for region in range(4, 12):
+            await world.write(region, 3)
+        assert world.states() == ["lost", "lost", "lost"]
+        await world.group.flush()
+        lost = world.node.people.list()[1]
+        assert "space" in lost["why"]
+        await world.restart(cut=True)
+        assert world.states() == ["lost", "lost", "lost"]
+        assert bytes(await world.node.volumes[0].read(11 * REGION, 1)) == b"\3"
+
+    primary(test, SnapshotConfig(space_max=8 * REGION))
+
+
+def test_an_error_of_the_layers_disk_costs_the_snapshots_never_the_volume() -> None:
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        await world.take()
+
+        def fail(operation: str, path: str, nth: int) -> Fault | None:
+            broken = operation == "sync" and path.startswith("/state/snapshots/")
+            return Fault(Kind.ERROR, 5) if broken else None
+
+        world.disk.faults = fail
+        await world.write(0, 2)
+        world.disk.faults = None
+        assert world.states() == ["lost", "lost"]
+        assert bytes(await world.node.volumes[0].read(0, 1)) == b"\2"
+        await world.group.flush()
+        await world.restart(cut=True)
+        assert world.states() == ["lost", "lost"]
+        await world.take()
+        await world.write(0, 3)
+        assert (await world.fills("v@3"))[0] == 2
+
+    primary(test)
+
+
+def test_a_snapshot_in_use_is_not_deleted_and_an_unknown_one_is_named() -> None:
+    async def test(world: Primary) -> None:
+        await world.take()
+        world.served("v@1").clients += 1
+        with pytest.raises(Refused, match="1 clients attached"):
+            await world.node.people.delete("1", False)
+        world.served("v@1").clients -= 1
+        with pytest.raises(UsageError, match=r"no snapshot '9' \(snapshots: 1\)"):
+            await world.node.people.delete("9", False)
+        found: dict[str, Any] = world.node.people.list()[0]
+        await world.node.people.delete("v@" + found["uuid"][:8], False)
+        assert world.node.people.list() == []
+
+    primary(test)
+
+
+def test_a_restore_is_complete_at_once_and_its_copy_survives_any_cut() -> None:
+    """V12: reads and writes right away; V10: what was written into the snapshot is restored too;
+    and the state before is a snapshot to go back to."""
+
+    async def test(world: Primary) -> None:
+        for region in range(6):
+            await world.write(region, 1)
+        await world.take()
+        await world.node.people.export("1", True)
+        snapshot = world.served("v@1")
+        rest = snapshot.write(
+            snapshot, [Change(codec.WRITE, 0, 9 * REGION, 512, b"\6" * 512)], durable=True
+        )
+        assert rest is not None
+        await rest
+        for region in (0, 2, 4, 7):
+            await world.write(region, 2)
+        await world.group.flush()
+        before = await world.volume_fills()
+        world.disk.stall(20.0)  # the copy cannot have got far
+        done = await world.node.people.restore("1", None, False, True, False)
+        wanted = [1] * 6 + [0, 0, 0, 6] + [0] * 6
+        assert await world.volume_fills() == wanted
+        await world.write(2, 5)
+        await world.write(12, 5)
+        wanted[2] = wanted[12] = 5
+        await world.group.flush()
+        for cut in (True, True, False, True):
+            assert await world.volume_fills() == wanted
+            assert (await world.fills(f"v@{done['undo'][:8]}")) == before
+            await world.restart(cut=cut)
+        while world.node.status()["restore"] is not None:
+            await asyncio.sleep(0.1)
+        data = world.disk.content("/facets/v")
+        assert [data[region * REGION] for region in range(REGIONS)] == wanted
+        await world.node.people.restore(done["undo"][:8], None, False, False, False)
+        assert await world.volume_fills() == before
+
+    primary(test)
+
+
+def test_a_restore_is_old_or_new_after_a_cut_at_any_of_its_operations() -> None:
+    """O21, V12: never a mixture, and what was written afterwards and flushed is there."""
+
+    async def main() -> None:
+        outcomes = set()
+        for nth in range(1, 90, 4):
+            world = Primary(make_disk(nth), SnapshotConfig())
+            await world.start()
+            for region in range(5):
+                await world.write(region, 1)
+            await world.take()
+            for region in range(1, 7):
+                await world.write(region, 2)
+            await world.group.flush()
+            left = [nth]
+
+            def die(operation: str, path: str, _: int, left: list[int] = left) -> Fault | None:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Cut
+                return None
+
+            world.disk.faults = die
+            restored = False
+            try:
+                await world.node.people.restore("1", None, False, True, False)
+                restored = True
+                for _ in range(40):
+                    await asyncio.sleep(0.1)
+            except (Cut, asyncio.CancelledError):  # whoever was struck
+                pass
+            world.disk.faults = None
+            dead = world
+            world = Primary(dead.disk.clone(nth), SnapshotConfig())
+            world.lives = 5
+            world.disk.power_cut()
+            await world.start()
+            found = await world.volume_fills()
+            old, new = [1, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]
+            assert found[:7] in ((new,) if restored else (old, new)), nth
+            outcomes.add(found[1])
+            while world.node.status()["restore"] is not None:
+                await asyncio.sleep(0.1)
+            assert await world.volume_fills() == found
+            assert (await world.fills("v@1"))[:7] == new
+        assert outcomes == {1, 2}
+
+    run(main())
+
+
+def test_clients_that_are_attached_are_not_surprised() -> None:
+    async def test(world: Primary) -> None:
+        await world.take()
+        await world.write(0, 1)
+        world.node.volumes[0].clients += 1
+        with pytest.raises(Refused, match="clients are attached to v") as refused:
+            await world.node.people.restore("1", None, False, True, False)
+        assert "--while-attached" in str(refused.value.hint)
+        await world.node.people.restore("1", None, True, True, False)
+        with pytest.raises(Refused, match="being"):
+            await world.take()
+        assert (await world.volume_fills())[0] == 0
+        world.node.volumes[0].clients -= 1
+
+    primary(test)
+
+
+def test_what_was_changed_behind_the_log_stays_and_snapshots_are_not_spoilt_silently() -> None:
+    """V13: no redo brings back what the log had."""
+
+    async def test(world: Primary) -> None:
+        await world.write(3, 1)
+        await world.write(4, 1)
+        world.node.volumes[0].facets[0].file.pwrite(3 * REGION, b"\x09" * REGION)
+        await world.node.people.changed("v", [(3 * REGION, REGION)], False)
+        await world.restart(cut=True)
+        assert (await world.volume_fills())[3:5] == [9, 1]
+        await world.take()
+        with pytest.raises(Refused, match="1 snapshots of v need"):
+            await world.node.people.changed("v", [(3 * REGION, 1)], False)
+        await world.node.people.changed("v", [(3 * REGION, 1)], True)
+        assert world.states() == ["lost"]
+        with pytest.raises(Refused, match="not within"):
+            await world.node.people.changed("v", [(REGIONS * REGION, 1)], False)
+
+    primary(test)
