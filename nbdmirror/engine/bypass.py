@@ -35,9 +35,7 @@ class Bypass:
         """Marks the regions of ``maps`` {volume index: regions} in every DCM, and the point in the
         log; all durable. Returns its seq. What follows must be made durable by the caller."""
         for remote in self._primary.remotes:
-            for index, regions in maps.items():
-                remote.dcms[index].merge(regions)
-            await remote.sync_maps()
+            await remote.merge(maps)
         for index, regions in maps.items():
             size = self._facets.group.volumes[index].region_size
             ranges = [(first * size, count * size) for first, count in regions.runs()]

@@ -8,6 +8,7 @@ What to give up when the disk of the layers is full is decided in ``engine.snaps
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,7 @@ class Chain:
                     _resolve(self._wanted.pop(region), None)
         except BaseException as error:
             # Whatever it was, nobody goes on as if the region were kept.
-            cause = error if isinstance(error, Exception) else ConnectionResetError("stopped")
+            cause = error if isinstance(error, Exception) else stopping()
             for future in self._wanted.values():
                 _resolve(future, cause)
             self._wanted.clear()
@@ -302,6 +303,11 @@ class Chain:
         """Closes all files."""
         for member in self.members:
             member.close()
+
+
+def stopping() -> VolumeFailed:
+    """What a request gets that waits for a copy when the node stops."""
+    return VolumeFailed("the node stops", number=errno.ESHUTDOWN, hint="start it again")
 
 
 def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:

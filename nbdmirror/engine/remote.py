@@ -24,7 +24,8 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import record as codec
@@ -203,21 +204,36 @@ class Remote:
         """Marks a change in the DCM (see ``group.Tracker``)."""
         self.dcms[volume].mark(offset, length)
 
-    async def sync_maps(self) -> None:
-        """Makes every mark so far durable; DiskFailed if it cannot, for the whole node (O16)."""
+    @contextmanager
+    def _writing_maps(self) -> Iterator[None]:
+        """A map that cannot be written is the failure of the whole node (O16), whoever needed it:
+        what it was to hold is known to nothing else."""
         try:
-            for dcm in self.dcms:
-                await dcm.sync()
+            yield
         except DiskFailed as error:
             self.group.fail(error)
             raise
+
+    async def sync_maps(self) -> None:
+        """Makes every mark so far durable; DiskFailed if it cannot, for the whole node."""
+        with self._writing_maps():
+            for dcm in self.dcms:
+                await dcm.sync()
+
+    async def merge(self, maps: Mapping[int, Dcm]) -> None:
+        """Marks the regions of {volume index: map}, durably; DiskFailed as ``sync_maps``."""
+        with self._writing_maps():
+            for index, regions in maps.items():
+                self.dcms[index].merge(regions)
+        await self.sync_maps()
 
     async def fill(self, why: str) -> None:
         """Marks everything, to be compared, durably: the maps first, because what the superblock
         says of them must never be less than what they hold (O12). The log is not needed then, and
         is not read for this remote any more: it may be what is damaged."""
-        for dcm in self.dcms:
-            dcm.fill()
+        with self._writing_maps():
+            for dcm in self.dcms:
+                dcm.fill()
         if not self.tracking:
             self.facts.update(tracking=True, base_seq=0)
             self.group.trackers.append(self)
@@ -249,9 +265,10 @@ class Remote:
         try:
             while cursor.seq < upto:
                 chunk = await log.read(cursor)
-                for record in chunk.parsed():
-                    if record.kind != codec.MARK:
-                        self.mark(record.volume, record.offset, record.length)
+                with self._writing_maps():
+                    for record in chunk.parsed():
+                        if record.kind != codec.MARK:
+                            self.mark(record.volume, record.offset, record.length)
                 self.marked_seq = chunk.last_seq
                 await asyncio.sleep(0)
         except FormatError as error:

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.engine.chain import Chain, Member
+from nbdmirror.engine.chain import Chain, Member, stopping
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.errors import DiskFailed, FormatError, VolumeFailed
 from nbdmirror.ports import Buffer
@@ -179,7 +179,7 @@ class VolumeRestore:
             while batch := self._next():
                 await self._copy(batch)
         except BaseException as error:
-            cause = error if isinstance(error, Exception) else ConnectionResetError("stopped")
+            cause = error if isinstance(error, Exception) else stopping()
             self._resolve(list(self._wanted), cause)
             raise
 
