@@ -44,9 +44,10 @@ class Bypass:
 
 
 async def relieve_log(facets: Facets) -> None:
-    """Local facets that are out of service have what they lack in their maps, not in the log."""
+    """Local facets that are out of service have what they lack in their maps, not in the log, but
+    for a volume's last one."""
     for member in facets.members:
-        if not member.facet.writable:
+        if not member.facet.writable and facets.has_source(member.volume):
             await member.to_map()
 
 
@@ -55,7 +56,9 @@ async def note_beside(facets: Facets, volume: int, ranges: Iterable[tuple[int, i
     facets that are out of service lack them too, and their maps say so, durably."""
     ranges = list(ranges)
     for member in facets.members:
-        if member.volume.index == volume and not member.facet.writable:
+        if member.volume.index != volume or member.facet.writable:
+            continue
+        if facets.has_source(member.volume):
             await member.to_map()
             for offset, length in ranges:
                 member.mark(volume, offset, min(length, member.volume.size - offset))

@@ -141,9 +141,29 @@ class Chain:
                 try:
                     contents.append((region, await self._content_twice(region)))
                 except VolumeFailed:
+                    if self._awaits_facet(region):
+                        raise
                     unreadable.append(region)  # as it is for who reads the volume
             try:
                 await newest.keep(contents, unreadable)
+                return
+            except OSError as error:
+                await self._give_up(self, error)
+
+    def _awaits_facet(self, region: int) -> bool:
+        """Whether only a facet can give the region, and none is in service: one may come back."""
+        volume, size = self.volume, self.volume.region_size
+        if volume.overlay is None or volume.in_service():
+            return False
+        return volume.overlay.hides(region * size, size)
+
+    async def lose(self, regions: Iterable[int]) -> None:
+        """The regions are about to be lost before the newest snapshot has them; it says so."""
+        while self.members:
+            newest = self.members[-1].layer
+            needed = [r for r in regions if not newest.map.kept.is_marked(r)]
+            try:
+                await newest.keep([], needed)
                 return
             except OSError as error:
                 await self._give_up(self, error)

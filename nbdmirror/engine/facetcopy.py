@@ -1,4 +1,4 @@
-"""Copies what a returning local facet lacks from the volume itself, while it is in use (M8, M16).
+"""Copies what a returning local facet lacks from the others, while it is in use (M8, M16).
 
 The facet takes every write already. A marked stretch is read and written under the range lock
 that writes wait for, so the copy is never older than a write beside it (O13). A bit is cleared
@@ -13,6 +13,7 @@ from nbdmirror.core.progress import Progress
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.volume import Volume
+from nbdmirror.ports import Buffer
 
 COPY_BYTES = 1 << 20
 """A stretch is copied in pieces of at most this (or one region): writes to it wait as long."""
@@ -59,7 +60,7 @@ class FacetCopy:
         region = volume.region_size
         offset = first * region
         span = min(count * region, max(HOLE_BYTES, region), volume.size - offset)
-        hole = volume.allocation(offset, span)[0]
+        hole = volume.allocation_below(offset, span)[0]
         if hole[2]:
             # Whole regions only: a region that is partly data is copied.
             count = hole[1] // region if hole[1] < span else -(-span // region)
@@ -70,7 +71,7 @@ class FacetCopy:
         async with volume.locked(offset, length, exclusive=False):
             self._check()
             try:
-                if hole[2] and all(piece[2] for piece in volume.allocation(offset, length)):
+                if hole[2] and all(piece[2] for piece in volume.allocation_below(offset, length)):
                     if any(True for _ in facet.file.data_ranges(offset, length)):
                         await facet.punch(offset, length)
                 elif not hole[2]:
@@ -89,7 +90,7 @@ class FacetCopy:
         end = offset + length
         for at in range(offset, end, COPY_BYTES):
             size = min(COPY_BYTES, end - at)
-            data = await self._volume.read(at, size)
+            data = await self._content(at, size)
             self._check()
             if self._compare and await facet.read(at, size) == data:
                 self.progress.skipped_bytes += size
@@ -97,6 +98,15 @@ class FacetCopy:
             self._check()
             await facet.file.write(at, data)
             self.progress.sent_bytes += size
+
+    async def _content(self, offset: int, length: int) -> Buffer:
+        """What the other facets hold, though a restore may not have come by yet; what a remote
+        has instead of them is what clients read."""
+        volume = self._volume
+        if volume.overlay is None or volume.in_service():
+            return await volume.read_below(offset, length)
+        await volume.overlay.give_up(offset, length)
+        return await volume.read(offset, length)
 
     def _check(self) -> None:
         """A write that came beside the copy may have seen the facet fail."""

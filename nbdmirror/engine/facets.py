@@ -133,14 +133,13 @@ class Facets:
             await member.sync_map()
 
     def holding(self) -> list[Member]:
-        """The facets for which the log is kept, and that could do with a map: with nobody to copy
-        from, what a volume's last facet lacks comes back from the log or not at all."""
-        return [
-            member
-            for member in self.members
-            if not member.tracking
-            and (member.volume.in_service() or self.group.goes_on(member.volume))
-        ]
+        """The facets for which the log is kept, and that could do with a map."""
+        return [one for one in self.members if not one.tracking and self.has_source(one.volume)]
+
+    def has_source(self, volume: Volume) -> bool:
+        """Whether there is anybody to copy from what a facet of the volume lacks; if not, it comes
+        back from the log or not at all."""
+        return bool(volume.in_service()) or self.group.goes_on(volume)
 
     def member(self, path: str) -> Member:
         """The facet of that path; UsageError lists the paths if there is none."""
@@ -165,7 +164,7 @@ class Facets:
         self._take_out(member, why)
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
-        if volume.in_service() or self.group.goes_on(volume):
+        if self.has_source(volume):
             facet.close()
             self._serve(member, pause=RETRY_SECONDS)
 

@@ -155,6 +155,8 @@ class Rescue:
     async def _from_remote(self, volume: Volume, offset: int, length: int) -> Buffer | None:
         """The range from a remote that follows; ``None`` if there is none, or if none can be
         reached for ``REACH_SECONDS``."""
+        if volume.overlay is not None and volume.overlay.hides(offset, length):
+            return None  # a remote has what clients read, not what is below
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_SECONDS
         while self.goes_on(volume) and loop.time() < end:

@@ -20,8 +20,8 @@ So each step may be cut by a crash and is then done again. Remotes get the regio
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine.chain import Chain, Member, stopping
@@ -36,8 +36,27 @@ if TYPE_CHECKING:
 COPY_BYTES = 4 << 20
 """What is copied with one sync of the facets and one of the map."""
 
-Changing = Callable[["Volume", list[tuple[int, int]]], Awaitable[None]]
-FacetsFailed = Callable[["Volume", list["LocalFacet"]], Awaitable[None]]
+PAUSE_SECONDS = 1.0
+"""Whether a facet is back in service is looked at so often."""
+RETRY_SECONDS = 60.0
+"""Regions that the snapshot could not give are tried again so often, or when somebody asks."""
+
+
+class Surroundings(Protocol):
+    """What a restore needs of its node; see ``engine.restorer``."""
+
+    async def settled(self) -> None:
+        """Returns when no redo comes by records from before the restore."""
+
+    async def changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
+        """The copy changes the facets in service in (offset, length) ranges: who watches, or
+        lacks them, is told."""
+
+    async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+        """Facets went out of service; VolumeFailed or DiskFailed if none is left."""
+
+    def stalled(self, volume: Volume, why: str) -> None:
+        """The copy does not go on by itself for now."""
 
 
 def restore_map(chain: Chain, uuid: str) -> Dcm:
@@ -57,21 +76,21 @@ class VolumeRestore:
         chain: Chain,
         members: Sequence[Member],
         left: DcmFile,
-        ready: Callable[[], Awaitable[None]],
-        changing: Changing,
-        failed: FacetsFailed,
+        around: Surroundings,
     ) -> None:
         self.chain = chain
         self.volume = chain.volume
         self.left = left
         """Regions that are not in the facets yet."""
         self._members = list(members)
-        self._ready = ready
-        self._changing = changing
-        self._failed = failed
+        self._around = around
         self._wanted: dict[int, asyncio.Future[None]] = {}
+        self._again = asyncio.Event()
+        """Somebody waits for a region that could not be read."""
+        self.stall: str | None = None
+        """Why the copy does not go on: no local facet is in service."""
         self.unreadable: dict[int, str] = {}
-        """Regions that the snapshot cannot give: reads and writes of them fail until it can."""
+        """Regions that the snapshot could not give when it was last asked for them."""
 
     @property
     def sources(self) -> list[str]:
@@ -119,6 +138,14 @@ class VolumeRestore:
             at = stop
         return b"".join(parts)
 
+    def hides(self, offset: int, length: int) -> bool:
+        """See ``volume.Overlay``."""
+        return bool(self._waiting(offset, length))
+
+    async def give_up(self, offset: int, length: int) -> None:
+        """See ``volume.Overlay``: snapshots that are newer than the restored one."""
+        await self.chain.lose(self._waiting(offset, length))
+
     async def _source(self, region: int) -> Buffer:
         """A region as the snapshot has it; it never is where the facets have it."""
         snapshot = self._members[0]
@@ -151,8 +178,8 @@ class VolumeRestore:
         waits = []
         for offset, length in ranges:
             for region in self._waiting(offset, length):
-                if region in self.unreadable:
-                    raise VolumeFailed(self.unreadable[region], number=5)
+                if self.unreadable.pop(region, None) is not None:
+                    self._again.set()
                 future = self._wanted.get(region)
                 if future is None:
                     future = asyncio.get_running_loop().create_future()
@@ -173,15 +200,43 @@ class VolumeRestore:
     # -- the copy ----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Copies until nothing is left but what cannot be read; DiskFailed ends it."""
+        """Returns when all is copied; DiskFailed ends it."""
         try:
-            await self._ready()
-            while batch := self._next():
-                await self._copy(batch)
+            await self._around.settled()
+            while self.left.map.count:
+                try:
+                    while batch := self._next():
+                        await self._copy(batch)
+                except VolumeFailed as error:
+                    await self._wait_for_facet(error)
+                    continue
+                await self._wait_for_snapshot()
         except BaseException as error:
             cause = error if isinstance(error, Exception) else stopping()
             self._resolve(list(self._wanted), cause)
             raise
+
+    async def _wait_for_facet(self, error: VolumeFailed) -> None:
+        """No local facet is in service, for now: who waits for a region is told so."""
+        self._resolve(list(self._wanted), error)
+        if self.stall is None:
+            self.stall = error.message
+            self._around.stalled(self.volume, error.message)
+        await asyncio.sleep(PAUSE_SECONDS)
+        if self.volume.in_service():
+            self.stall = None
+
+    async def _wait_for_snapshot(self) -> None:
+        """What is left could not be read; it is tried again when somebody needs it, and anyhow."""
+        if not self.left.map.count:
+            return
+        self._around.stalled(self.volume, next(iter(self.unreadable.values()), ""))
+        try:
+            async with asyncio.timeout(RETRY_SECONDS):
+                await self._again.wait()
+        except TimeoutError:
+            self.unreadable.clear()
+        self._again.clear()
 
     def _next(self) -> list[int]:
         """What somebody waits for, else what comes next."""
@@ -199,10 +254,11 @@ class VolumeRestore:
 
     async def _copy(self, batch: list[int]) -> None:
         volume, size = self.volume, self.volume.region_size
+        volume.source()  # raises if there is no facet: what newer snapshots need is in none
         ranges = [(r * size, min(size, volume.size - r * size)) for r in batch]
         while any(self._chain_holds(*one) for one in ranges):
             await self.chain.make_way(ranges)
-        await self._changing(volume, ranges)
+        await self._around.changing(volume, ranges)
         done: list[int] = []
         for region in batch:
             try:
@@ -220,9 +276,9 @@ class VolumeRestore:
             except DiskFailed:
                 lost.append(facet)
         if lost:
-            await self._failed(volume, lost)
+            await self._around.facets_failed(volume, lost)
         # A facet that went out of service meanwhile, whoever saw it fail, may lack some of it.
-        await self._changing(volume, ranges)
+        await self._around.changing(volume, ranges)
         volume.source()  # raises if no facet is left
         self.left.unmark(done)
         await self.left.sync()
@@ -241,7 +297,7 @@ class VolumeRestore:
                 facet.fail("write", error)
                 lost.append(facet)
         if lost:
-            await self._failed(self.volume, lost)
+            await self._around.facets_failed(self.volume, lost)
 
     def _resolve(self, regions: list[int], error: BaseException | None) -> None:
         for region in regions:
@@ -256,7 +312,7 @@ class VolumeRestore:
 
     def status(self) -> dict[str, Any]:
         """What is left, and why it does not go on."""
-        why = next(iter(self.unreadable.values()), None)
+        why = self.stall or next(iter(self.unreadable.values()), None)
         return {
             "volume": self.volume.name,
             "left_bytes": self.left_bytes,

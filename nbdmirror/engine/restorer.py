@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from nbdmirror.engine.node import Node
     from nbdmirror.engine.primary import Primary
 
-RETRY_SECONDS = 60.0
-"""Regions that the snapshot could not give are tried again so often."""
-
 
 class Restorer:
     """The restores of one node; one at a time."""
@@ -91,29 +88,35 @@ class Restorer:
 
     def _volume_restore(self, index: int, members: list[Member], left: DcmFile) -> VolumeRestore:
         chain = self._snapshots.chains[index]
-        return VolumeRestore(
-            chain, members, left, self._settled, self._changing, self._facets_failed
-        )
+        return VolumeRestore(chain, members, left, self)
 
-    async def _facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+    # -- what the copy asks for (``restore.Surroundings``) -------------------------------------
+
+    async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+        """See ``Surroundings``."""
         if self._node.primary is not None:
             await self._node.primary.group.facets_failed(volume, facets)
         elif facets[0].failed is not None:
             raise facets[0].failed
 
-    async def _changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
-        """The copy changes the facets in service: whoever watches or lacks the regions is told."""
+    async def changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
+        """See ``Surroundings``."""
         if self._node.primary is not None:
             for tracker in self._node.primary.group.trackers:
                 for offset, length in ranges:
                     tracker.mark(volume.index, offset, length)
             await note_beside(self._facets(), volume.index, ranges)
 
+    def stalled(self, volume: Volume, why: str) -> None:
+        """See ``Surroundings``."""
+        self._node.events.emit("restore-stalled", volume=volume.name, why=why)
+
     def _facets(self) -> Facets:
         assert self._node.facets is not None
         return self._node.facets
 
-    async def _settled(self) -> None:
+    async def settled(self) -> None:
+        """See ``Surroundings``."""
         if self._node.primary is not None:  # the log of a secondary was emptied
             await self._settle(self._store.state["restore"]["seq"])
 
@@ -266,28 +269,16 @@ class Restorer:
 
     async def _copy(self) -> None:
         """The copy behind; what ends it before its end ends the node, as for any facet or map."""
-        try:
-            while not await self._copied():
-                await asyncio.sleep(RETRY_SECONDS)
-                for one in self._running:
-                    one.unreadable.clear()
-            await self._finish()
-        except NbdmirrorError as error:
-            self._fail(error)
-
-    async def _copied(self) -> bool:
-        """Copies what can be copied; whether that was all."""
         works = [asyncio.ensure_future(one.run()) for one in self._running]
         try:
             await asyncio.gather(*works)
-        except VolumeFailed as error:  # no local facet is left, for now
-            self._node.events.emit("restore-stalled", why=error.message)
-            return False
+            await self._finish()
+        except NbdmirrorError as error:
+            self._fail(error)
         finally:
             for work in works:
                 work.cancel()
             await asyncio.gather(*works, return_exceptions=True)
-        return not any(one.unreadable for one in self._running)
 
     async def _finish(self) -> None:
         state, self._store.state["restore"] = self._store.state["restore"], None
@@ -299,6 +290,9 @@ class Restorer:
             one.left.close(unlink=True)
         self._release()
         self._node.events.emit("restore-copied", uuid=state["snapshot"])
+        if self._node.primary is not None:
+            for remote in self._node.primary.remotes:
+                remote.verify_wanted.set()  # it waited for this
 
     def _release(self) -> None:
         self._snapshots.release_restore()

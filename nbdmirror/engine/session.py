@@ -335,7 +335,7 @@ class Session:
         """Verifies the remote when that is asked for or due, once it is consistent."""
         remote, context = self.remote, self.context
         while True:
-            while not remote.facts["consistent"] or not self._verify_due():
+            while not self._may_verify() or not self._verify_due():
                 remote.verify_wanted.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(DUE_SECONDS):
@@ -349,6 +349,11 @@ class Session:
                 context.store.save,
             )
             await self.verify.run()
+
+    def _may_verify(self) -> bool:
+        """Whether the facets hold, here and there, what clients read."""
+        volumes = self.remote.group.volumes
+        return bool(self.remote.facts["consistent"]) and not any(v.overlay for v in volumes)
 
     def _verify_due(self) -> bool:
         """Whether a verify was asked for, or the interval is over."""

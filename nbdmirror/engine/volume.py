@@ -57,6 +57,13 @@ class Overlay(Protocol):
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes of a range; VolumeFailed if they cannot be had."""
 
+    def hides(self, offset: int, length: int) -> bool:
+        """Whether the facets hold something else than the volume anywhere in the range: then
+        nobody but a facet has what is below, a remote least of all."""
+
+    async def give_up(self, offset: int, length: int) -> None:
+        """What the facets held in the range is lost: who needed it is told."""
+
 
 class Volume:
     """One volume of a group; ``index`` is its number in log records."""
