@@ -23,7 +23,7 @@ CHECK_SEEDS ?= 50
 CUTS ?= 2
 SECONDS ?= 3600
 
-RUN_PACKAGES := python3 python3-venv python3-libnbd
+RUN_PACKAGES := python3 python3-venv python3-libnbd gcc libc6-dev python3-dev libxxhash-dev
 TEST_PACKAGES := $(RUN_PACKAGES) nbdkit nbdkit-plugin-python libnbd-bin nbd-client nbd-server \
 	openssl systemd qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
 	fio sqlite3 strace iproute2 e2fsprogs xfsprogs btrfs-progs
@@ -86,7 +86,7 @@ packages-run packages-test:
 .PHONY: packages-run packages-test
 
 # The system's Python, because its bindings of nbdkit and libnbd are for that one.
-.venv/stamp: pyproject.toml
+.venv/stamp: pyproject.toml $(wildcard nbdmirror/*/*.c)
 	$(PYTHON) -m venv --system-site-packages .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@

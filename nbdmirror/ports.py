@@ -58,6 +58,10 @@ class File(Protocol):
     def pwritev(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Writes the parts one behind the other, in as few system calls as possible."""
 
+    def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
+        """Writes those pieces of ``block`` whose places (``codec.batch``) are in this volume, each
+        as by ``pwrite``, in order; what came before one that fails is written."""
+
     async def write(self, offset: int, data: Buffer) -> None:
         """As ``pwrite``, without stalling the event loop: for large buffers."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from nbdmirror.codec import nbd
+from nbdmirror.codec.batch import Writes
 from nbdmirror.codec.nbd import (
     BLOCK_STATUS,
     CHUNK_DONE,
@@ -56,10 +57,15 @@ def error_chunk(cookie: int, number: int, text: str) -> bytes:
     return head + nbd.ERROR_HEAD.pack(wire_errno(number), len(data)) + data
 
 
-def many(requests: Iterable[Request]) -> bytes:
+def many(requests: Iterable[Request | Writes]) -> bytes:
     """The success of several requests without data, in one piece."""
     pack = _pack_simple
-    return b"".join([pack(SIMPLE_REPLY_MAGIC, 0, request.cookie) for request in requests])
+    return b"".join(
+        [
+            one.replies if isinstance(one, Writes) else pack(SIMPLE_REPLY_MAGIC, 0, one.cookie)
+            for one in requests
+        ]
+    )
 
 
 def read(request: Request, data: Buffer, structured: bool) -> tuple[Buffer, ...]:

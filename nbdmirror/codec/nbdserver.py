@@ -7,7 +7,8 @@ export drives it::
 
     transport.write(session.greeting)
     buffer = session.get_buffer(-1)          the transport fills it
-    requests = session.received(nbytes)      valid ones; the rest is answered already
+    requests = session.received(nbytes)      valid ones; the rest is answered already; plain writes
+                                             come together, as one ``Writes`` behind all others
     session.reply(request) ...               in any order
     transport.writelines(session.take_output())
 
@@ -22,7 +23,8 @@ import errno
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from nbdmirror.codec import nbd, nbdreply
+from nbdmirror.codec import batch, nbd, nbdreply
+from nbdmirror.codec.batch import Writes
 from nbdmirror.codec.nbd import (
     BLOCK_STATUS,
     CACHE,
@@ -142,10 +144,12 @@ class ServerSession:
         """Where the next bytes belong; never empty. What was returned before is void."""
         return self._slab.space()
 
-    def received(self, nbytes: int) -> list[Request]:
+    def received(self, nbytes: int) -> list[Request | Writes]:
         """Takes the first ``nbytes`` of the buffer; returns the requests they complete, in order.
 
-        Payloads are views that stay valid. What is refused has been answered."""
+        Writes without flags of up to ``batch.LENGTH_MAX`` come as one ``Writes`` at the end: what
+        is under way at the same time has no order. Payloads are views that stay valid. What is
+        refused has been answered."""
         slab = self._slab
         slab.received(nbytes)
         if self.closing_reason is not None or self.disconnect_requested:
@@ -226,14 +230,16 @@ class ServerSession:
         if export.block_min == 1 and not self._shutting_down:
             self._plain_max = READ if export.read_only else WRITE
 
-    def _take_requests(self, export_size: int) -> list[Request]:
+    def _take_requests(self, export_size: int) -> list[Request | Writes]:
         """The hot loop: plain reads and writes are checked here, all else in ``_take_other``."""
         slab = self._slab
         view, start, end = slab.view, slab.start, slab.end
         unpack = nbd.REQUEST.unpack_from
         plain_max, length_max = self._plain_max, self._request_max
-        requests: list[Request] = []
+        requests: list[Request | Writes] = []
         append = requests.append
+        taken: list[tuple[bytes, bytes]] = []
+        size = longest = 0
         while end - start >= 28:
             magic, flags, kind, cookie, offset, length = unpack(view, start)
             if (
@@ -243,6 +249,13 @@ class ServerSession:
                 and length <= length_max
                 and offset + length <= export_size
             ):
+                if kind and not flags and 0 < length <= batch.LENGTH_MAX:
+                    limits = batch.LENGTH_MAX, export_size
+                    stop, places, replies, long = batch.take_writes(view, start, end, *limits)
+                    if stop > start:
+                        taken.append((places, replies))
+                        size, longest, start = size + stop - start, max(long, longest), stop
+                        continue
                 start += 28
                 if kind:
                     stop = start + length
@@ -262,9 +275,12 @@ class ServerSession:
                 break
             start, end = slab.start, slab.end
         slab.start = start
+        if taken:
+            all_places, all_replies = map(b"".join, zip(*taken, strict=True))
+            append(Writes(view, all_places, all_replies, size, longest))
         return requests
 
-    def _take_other(self, request: Request, requests: list[Request]) -> bool:
+    def _take_other(self, request: Request, requests: list[Request | Writes]) -> bool:
         """Checks one request in full; passes it on or answers it. False: its payload is due."""
         slab = self._slab
         if request.type == DISC:
@@ -342,7 +358,7 @@ class ServerSession:
         assert number or request.type != READ or not request.length, "a read has data"
         self._output.append(nbdreply.plain(request, number, text, self.structured))
 
-    def reply_many(self, requests: Sequence[Request]) -> None:
+    def reply_many(self, requests: Sequence[Request | Writes]) -> None:
         """The success of several requests, none of them READ or BLOCK_STATUS, at once."""
         self._output.append(nbdreply.many(requests))
 

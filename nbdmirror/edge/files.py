@@ -24,9 +24,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from os import fdatasync, pread, preadv, pwrite, pwritev
 from typing import ParamSpec, TypeVar
 
+from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
 from nbdmirror.ports import Buffer
+
+if batch.COMPILED:
+    from nbdmirror.edge._scatter import pwrite_places
+else:
+
+    def pwrite_places(fd: int, block: Buffer, places: bytes, volume: int, /) -> None:
+        """What ``_scatter.c`` does."""
+        for offset, data in batch.pieces(block, places, volume):
+            _write_all(fd, offset, data)
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -223,6 +234,10 @@ class LinuxFile:
         if count != sum(map(len, parts)):
             _write_all(self._fd, offset + count, memoryview(b"".join(parts))[count:])
 
+    def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
+        """Writes pieces of ``block`` to their places (``codec.batch``), one after the other."""
+        pwrite_places(self._fd, block, places, volume)
+
     async def write(self, offset: int, data: Buffer) -> None:
         """As ``pwrite``, in a thread; ``data`` must not change until it returns."""
         await self._offload(self._disk.io_threads, _write_all, self._fd, offset, data)
@@ -350,6 +365,13 @@ class ScatteredFile(LinuxFile):
         count = pwrite(self._fd, data, offset)
         if count != len(data):
             _write_all(self._fd, offset + count, memoryview(data)[count:])
+
+    def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
+        """As ``LinuxFile.pwrite_places``."""
+        for stretch in batch.stretches(places, 1 << STRETCH_SHIFT):
+            if stretch not in self._touched:
+                self._let_go(stretch)
+        pwrite_places(self._fd, block, places, volume)
 
     def _let_go(self, stretch: int) -> None:
         self._touched.add(stretch)

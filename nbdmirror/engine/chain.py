@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from nbdmirror.core import layers
@@ -19,7 +19,7 @@ from nbdmirror.errors import FormatError, VolumeFailed
 from nbdmirror.ports import Buffer
 
 if TYPE_CHECKING:
-    from nbdmirror.engine.volume import Change, Volume
+    from nbdmirror.engine.volume import Volume
 
 BATCH_BYTES = 2 << 20
 """Regions kept with one sync."""
@@ -72,11 +72,11 @@ class Chain:
             return not is_marked(first)
         return not all(is_marked(region) for region in range(first, last + 1))
 
-    def stops(self, changes: Sequence[Change]) -> bool:
-        """Whether any of a batch has to wait."""
+    def stops(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Whether any of a batch's (offset, length) ranges has to wait."""
         size = self.volume.region_size
         is_marked = self.members[-1].layer.map.kept.is_marked
-        for _, _, offset, length, _ in changes:
+        for offset, length in ranges:
             first = offset // size
             if not is_marked(first):
                 return True

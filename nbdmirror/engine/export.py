@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from nbdmirror.codec import nbd, nbdreply, record
+from nbdmirror.codec.batch import Writes, singly
 from nbdmirror.codec.nbd import ExportInfo, Request
 from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.codec.nbdserver import ServerSession
@@ -23,6 +24,7 @@ from nbdmirror.engine import operations
 from nbdmirror.engine.access import OPEN, Client, Rules
 from nbdmirror.engine.admission import Gate, Room
 from nbdmirror.engine.arrival import Arrival
+from nbdmirror.engine.batch import Batch, Changes, Received
 from nbdmirror.engine.budget import Budget, Holder
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
@@ -166,7 +168,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self.tasks: dict[asyncio.Task[None], int] = {}
         """Requests that wait for something, and the bytes that each will answer with."""
         self._task_bytes = 0
-        self._backlog: list[Request] = []
+        self._backlog: list[Request | Writes] = []
         self._writable = True
         self._reading = True
 
@@ -310,16 +312,18 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     # -- requests ----------------------------------------------------------------------------
 
-    def _execute(self, requests: list[Request]) -> None:
+    def _execute(self, requests: list[Request | Writes]) -> None:
         volume, group = self._volume, self._group
         assert volume is not None and group is not None
         self._server.batches += 1
-        writes: list[Request] = []
+        writes: list[Request | Writes] = []
         changes: list[Change] = []
         answered = 0
         for index, request in enumerate(requests):
             kind = request.type
-            if kind == nbd.WRITE and request.length:
+            if isinstance(request, Writes):
+                self._write_now(volume, group, Received(request), [request])
+            elif kind == nbd.WRITE and request.length:
                 change = Change(record.WRITE, 0, request.offset, request.length, request.payload)
                 if request.flags & nbd.FUA:
                     self._start(request, self._write(volume, [request], [change], True))
@@ -339,7 +343,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             else:
                 self._start(request, self._other(volume, group, request))
         if changes:
-            self._write_now(volume, group, writes, changes)
+            self._write_now(volume, group, Changes(changes), writes)
 
     def _full(self, answered: int) -> bool:
         """Whether no more may be begun: tasks, and bytes of replies, are bounded (I6)."""
@@ -359,18 +363,19 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._send()
 
     def _write_now(
-        self, volume: Volume, group: Writer, writes: list[Request], changes: list[Change]
+        self, volume: Volume, group: Writer, batch: Batch, writes: list[Request | Writes]
     ) -> None:
         try:
-            rest = group.write(volume, changes)
+            rest = group.write_batch(volume, batch)
         except VolumeFailed as error:
-            for request in writes:
+            for request in singly(writes):
                 self._session.reply(request, error.errno, error.message)
             return
         if rest is None:
             self._session.reply_many(writes)
         else:
-            self._start(writes[0], self._complete(rest, writes), writes)
+            requests = list(singly(writes))
+            self._start(requests[0], self._complete(rest, requests), requests)
 
     async def _complete(self, rest: Coroutine[Any, Any, None], writes: list[Request]) -> None:
         await rest

@@ -136,6 +136,12 @@ class LocalFacet:
         if seq > self.written_seq:
             self.written_seq = seq
 
+    def write_places(self, seq: int, block: Buffer, places: bytes, volume: int) -> None:
+        """Carries records up to ``seq`` into the facet (``ports.File.pwrite_places``)."""
+        self.file.pwrite_places(block, places, volume)
+        if seq > self.written_seq:
+            self.written_seq = seq
+
     async def apply(self, record: Record) -> None:
         """Carries a log record into the facet; OSError if the disk refuses."""
         if record.kind == MARK:

@@ -20,14 +20,16 @@ from nbdmirror.codec.mark import Mark
 from nbdmirror.core.active import key_of
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.batch import Changes
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, VolumeFailed
 
 if TYPE_CHECKING:
+    from nbdmirror.engine.batch import Batch, Records
     from nbdmirror.engine.gate import SyncGate
     from nbdmirror.engine.log import Log
-    from nbdmirror.ports import Buffer, Clock
+    from nbdmirror.ports import Clock
 
 
 CLEAR_EXTENTS_MAX = 32
@@ -83,16 +85,22 @@ class Group:
     def write(
         self, volume: Volume, changes: Sequence[Change], *, durable: bool = False
     ) -> Coroutine[Any, Any, None] | None:
+        """Writes these, in order; see ``write_batch``."""
+        return self.write_batch(volume, Changes(changes), durable=durable)
+
+    def write_batch(
+        self, volume: Volume, batch: Batch, *, durable: bool = False
+    ) -> Coroutine[Any, Any, None] | None:
         """Writes a batch, in order. ``None``: all is done and may be replied to; else a coroutine
         that completes it. ``durable``: not before the log is durable past it (FUA).
 
         VolumeFailed (raised here or by the coroutine) carries the client's errno."""
-        if self._must_wait(volume, changes):
-            return self._write_later(volume, changes, durable)
+        if self._must_wait(volume, batch):
+            return self._write_later(volume, batch.changes(), durable)
         try:
-            after = self._commit(volume, changes)
+            after = self._commit(volume, batch)
         except LogLost:
-            return self._write_later(volume, changes, durable)
+            return self._write_later(volume, batch.changes(), durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
         if durable or after is not None or self.gates:
@@ -114,7 +122,7 @@ class Group:
             while True:
                 await self._admit(volume, change, locked=True)
                 try:
-                    self._append(volume, [change])
+                    self._append(volume, Changes([change]))
                     break
                 except LogLost:
                     continue
@@ -156,27 +164,22 @@ class Group:
 
     # -- admission ---------------------------------------------------------------------------
 
-    def _must_wait(self, volume: Volume, changes: Sequence[Change]) -> bool:
-        if volume.guard is not None and volume.guard.stops(changes):
+    def _must_wait(self, volume: Volume, batch: Batch) -> bool:
+        if volume.guard is not None and volume.guard.stops(batch.ranges()):
             return True
-        hot, extent_size = self.active.hot, self.active.extent_size
-        base = key_of(volume.index, 0)
-        held = volume.locks.held
         if self.gates and any(gate.shut for gate in self.gates):
             return True
-        size = largest = 0
-        for _, _, offset, length, _ in changes:
-            first, last = offset // extent_size, (offset + length - 1) // extent_size
-            if base | first not in hot:
+        hot, base = self.active.hot, key_of(volume.index, 0)
+        for extent in batch.stretches(self.active.extent_size):
+            if base | extent not in hot:
                 return True
-            if last != first and any(base | e not in hot for e in range(first + 1, last + 1)):
-                return True
-            if held and volume.locks.conflict(offset, offset + length, exclusive=True):
-                return True
-            size += length + 128
-            if length > largest:
-                largest = length
-        return largest > self.log.payload_max or not self.log.fits(size, largest + 128)
+        if volume.locks.held:
+            for offset, length in batch.ranges():
+                if volume.locks.conflict(offset, offset + length, exclusive=True):
+                    return True
+        if batch.longest > self.log.payload_max:
+            return True
+        return not self.log.fits(batch.size_max, batch.longest + 2 * codec.HEADER_SIZE)
 
     async def _admit(self, volume: Volume, change: Change, *, locked: bool = False) -> None:
         """Waits until nothing stands against this change: returns in the step it may be made."""
@@ -226,7 +229,7 @@ class Group:
         while True:
             await self._admit(volume, piece)
             try:
-                after = self._commit(volume, [piece])
+                after = self._commit(volume, Changes([piece]))
             except LogLost:
                 continue
             if after is not None:
@@ -253,72 +256,49 @@ class Group:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def _commit(
-        self, volume: Volume, changes: Sequence[Change]
-    ) -> Coroutine[Any, Any, None] | None:
+    def _commit(self, volume: Volume, batch: Batch) -> Coroutine[Any, Any, None] | None:
         """Log, then facets, in one step. Returns what must be awaited before the reply, if any."""
-        self._append(volume, changes)
+        records = self._append(volume, batch)
         seq = self.log.next_seq - 1
         lost: list[LocalFacet] = []
         for facet in volume.facets:
             if not facet.writable:
                 continue
-            pwrite = facet.pwrite
             try:
-                for _, _, offset, _, payload in changes:
-                    assert payload is not None
-                    pwrite(offset, payload)
+                records.land(facet.file)
                 facet.written_seq = seq
             except OSError as error:
                 facet.fail("write", error)
                 lost.append(facet)
         return self.facets_failed(volume, lost) if lost else None
 
-    def _append(self, volume: Volume, changes: Sequence[Change]) -> None:
+    def _append(self, volume: Volume, batch: Batch) -> Records:
         """Encodes and appends; marks the maps of remotes in DCM logging."""
         if self.failed is not None:
             raise self._client_error(self.failed)
         self._check_served(volume)
-        log, active = self.log, self.active
-        hot, extent_size, base = active.hot, active.extent_size, key_of(volume.index, 0)
-        epoch, index = self.epoch, volume.index
-        now = self._clock.time_ns()
-        seq = log.next_seq
-        parts: list[Buffer] = []
-        sizes: list[int] = []
-        total = 0
-        encode, padding = codec.encode_header, codec.padding
-        for kind, flags, offset, length, payload in changes:
-            parts.append(encode(kind, flags, epoch, index, seq, offset, length, now, payload))
-            size = 64
-            if payload is not None:
-                parts.append(payload)
-                size += length
-                if length & 63:
-                    pad = padding(length)
-                    parts.append(pad)
-                    size += len(pad)
-            sizes.append(size)
-            total += size
-            for extent in range(offset // extent_size, (offset + length - 1) // extent_size + 1):
-                hot[base | extent] = seq
-            seq += 1
-        if self.trackers:
-            for tracker in self.trackers:
-                for _, _, offset, length, _ in changes:
-                    tracker.mark(index, offset, length)
+        log, active, index = self.log, self.active, volume.index
+        now, seq = self._clock.time_ns(), log.next_seq
+        records = batch.encode(self.epoch, index, seq, now)
+        hot, base, last = active.hot, key_of(index, 0), seq + records.count - 1
+        for extent in batch.stretches(active.extent_size):
+            hot[base | extent] = last
+        for tracker in self.trackers:
+            for offset, length in batch.ranges():
+                tracker.mark(index, offset, length)
         try:
-            log.append(parts, total, len(changes), sizes)
+            log.append(records.parts, records.size, records.count, places=records.places)
         except DiskFailed as error:
             if self.log_back is not None:
                 raise LogLost from error
             raise self._client_error(error) from error
-        self.timeline.add(seq - len(changes), now)
-        self.bytes_written += total
-        self._written_since += total
+        self.timeline.add(seq, now)
+        self.bytes_written += records.size
+        self._written_since += records.size
         if self._written_since >= self.pressure_at:
             self._written_since = 0
             self.on_pressure()
+        return records
 
     async def put_mark(self, mark: Mark, done: Callable[[int], None] = lambda seq: None) -> int:
         """Puts a point into the write order (see ``codec.mark``); durable on return. ``done`` is
@@ -346,7 +326,7 @@ class Group:
         record = codec.Record(codec.MARK, 0, self.epoch, 0, seq, 0, len(payload), now, payload)
         size = codec.stored_size(codec.MARK, len(payload))
         try:
-            self.log.append(codec.encode(record), size, 1, [size])
+            self.log.append(codec.encode(record), size, 1)
         except DiskFailed as error:
             if self.log_back is not None:
                 raise LogLost from error

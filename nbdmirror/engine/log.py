@@ -51,6 +51,8 @@ class Chunk:
     size: int
     next_position: int
     records: list[Record] | None = None
+    places: bytes | None = None
+    """Where the payloads lie in the one part, if they are plain writes all (``codec.batch``)."""
 
     def parsed(self) -> list[Record]:
         """The records; parsed once."""
@@ -170,12 +172,13 @@ class Log:
         parts: list[Buffer],
         size: int,
         count: int,
-        sizes: list[int],
+        *,
         records: list[Record] | None = None,
+        places: bytes | None = None,
     ) -> None:
-        """Appends ``count`` encoded records (``sizes`` their stored sizes, ``parts`` all their
-        bytes, ``records`` them parsed if at hand) that continue at ``next_seq``. Room must have
-        been checked with ``fits``.
+        """Appends ``count`` encoded records (``parts`` all their bytes, ``size`` of them,
+        ``records`` them parsed, if at hand, ``places`` as of a ``Chunk``) that continue at
+        ``next_seq``. Room must have been checked with ``fits``.
 
         Raises DiskFailed; the log is then failed for good (O16)."""
         if self.failed is not None:
@@ -190,18 +193,20 @@ class Log:
                 self._file.pwritev(RING_AT + ring.head % ring.capacity, whole)
                 ring.advance(first, count, size)
             else:
-                self._append_wrapping(parts, sizes)
+                self._append_wrapping(parts)
         except OSError as error:
             raise self._fail("write", error) from error
-        self._remember(Chunk(first, first + count - 1, parts, size, ring.head, records))
+        last = first + count - 1
+        self._remember(Chunk(first, last, parts, size, ring.head, records, places))
         self.appended.set()
 
-    def _append_wrapping(self, parts: list[Buffer], sizes: list[int]) -> None:
+    def _append_wrapping(self, parts: list[Buffer]) -> None:
         """Appends record by record, with a fill where the ring ends."""
         ring = self.ring
         data = memoryview(b"".join(parts))
         at = 0
-        for size in sizes:
+        while at < len(data):
+            size = codec.stored_size(*_peek(data[at:]))
             gap = ring.gap(size)
             if gap:
                 # Only its header is needed: what lies behind it is never looked at.

@@ -56,6 +56,10 @@ class MemoryFile:
             self.pwrite(offset, part)
             offset += len(part)
 
+    def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
+        """Not of a log."""
+        raise AssertionError("a log in memory is written from end to end")
+
     async def write(self, offset: int, data: Buffer) -> None:
         """As ``pwrite``."""
         self.pwrite(offset, data)

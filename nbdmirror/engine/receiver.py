@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from nbdmirror.codec import fields, repl
+from nbdmirror.codec import batch, fields, repl
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.regions import parse_hashes, parse_region
@@ -31,6 +31,16 @@ QUEUE_BYTES_MAX = 8 << 20
 """Frames that wait to be handled; beyond it the connection is not read."""
 ACK_PAUSE_SECONDS = 0.01
 """A primary where nobody waits for this remote hears of its progress no more often than this."""
+
+
+class Portion(NamedTuple):
+    """Verified records that go into the log together; one of the last two says what they are."""
+
+    part: memoryview
+    number: int
+    largest: int
+    records: list[Record] | None
+    places: bytes | None
 
 
 class Receiver:
@@ -49,6 +59,7 @@ class Receiver:
         self._arrived = asyncio.Event()
         self._streaming = False
         self._started = False
+        self._sizes = b"".join(v.size.to_bytes(8, "little") for v in secondary.volumes)
         self.peer = "?"
         self._acked = (-1, -1, -1)
         self._acked_at = 0.0
@@ -208,36 +219,39 @@ class Receiver:
 
     async def _on_records(self, frame: Frame) -> None:
         log = self.secondary.log
-        records, payload = self._checked(frame.payload, log.next_seq)
-        if not records:
-            return
-        for part, some in self._portions(payload, records):
-            sizes = [codec.stored_size(record.kind, record.length) for record in some]
-            largest = max(sizes)
+        for part, count, largest, records, places in self._checked(frame.payload, log.next_seq):
             if largest > log.capacity // 4:
                 raise PeerError(f"a record of {largest} bytes, the log here has {log.capacity}")
             while not log.fits(len(part), largest):
                 await self.secondary.need_space()
             first_seq = log.next_seq
-            log.append([part], len(part), len(some), sizes, some)
+            log.append([part], len(part), count, records=records, places=places)
             self.secondary.applier.arrived(first_seq)
             self.acknowledge()
 
-    def _portions(
-        self, payload: memoryview, records: list[Record]
-    ) -> Iterator[tuple[memoryview, list[Record]]]:
+    def _checked(self, view: memoryview, next_seq: int) -> list[Portion]:
+        """The records that are new here, all verified (X6)."""
+        plain = batch.check_writes(view, next_seq, int(self._hello["epoch"]), self._sizes)
+        if plain is not None and len(view) <= self.secondary.log.capacity // 4:
+            start, places, largest = plain
+            count = len(places) // batch.PLACE_SIZE
+            return [Portion(view[start:], count, largest, None, places)] if count else []
+        records, payload = self._checked_singly(view, next_seq)
+        return list(self._portions(payload, records)) if records else []
+
+    def _portions(self, payload: memoryview, records: list[Record]) -> Iterator[Portion]:
         """A frame's records as a whole, or one by one where the log here is small."""
+        sizes = [codec.stored_size(record.kind, record.length) for record in records]
         if len(payload) <= self.secondary.log.capacity // 4:
-            yield payload, records
+            yield Portion(payload, len(records), max(sizes), records, None)
             return
         at = 0
-        for record in records:
-            size = codec.stored_size(record.kind, record.length)
-            yield payload[at : at + size], [record]
+        for record, size in zip(records, sizes, strict=True):
+            yield Portion(payload[at : at + size], 1, size, [record], None)
             at += size
 
-    def _checked(self, view: memoryview, next_seq: int) -> tuple[list[Record], memoryview]:
-        """The records that are new here, all verified (X6), and their bytes."""
+    def _checked_singly(self, view: memoryview, next_seq: int) -> tuple[list[Record], memoryview]:
+        """The same for records of any kind, and with what is wrong with them; and their bytes."""
         records: list[Record] = []
         start = at = 0
         epoch_max = int(self._hello["epoch"])

@@ -31,7 +31,7 @@ from nbdmirror.ports import Buffer
 
 if TYPE_CHECKING:
     from nbdmirror.engine.facet import LocalFacet
-    from nbdmirror.engine.volume import Change, Volume
+    from nbdmirror.engine.volume import Volume
 
 COPY_BYTES = 4 << 20
 """What is copied with one sync of the facets and one of the map."""
@@ -168,9 +168,9 @@ class VolumeRestore:
         """See ``volume.Guard``."""
         return bool(self._waiting(offset, length)) or self._chain_holds(offset, length)
 
-    def stops(self, changes: Sequence[Change]) -> bool:
+    def stops(self, ranges: Iterable[tuple[int, int]]) -> bool:
         """See ``volume.Guard``."""
-        return any(self.holds(offset, length) for _, _, offset, length, _ in changes)
+        return any(self.holds(offset, length) for offset, length in ranges)
 
     async def make_way(self, ranges: Iterable[tuple[int, int]]) -> None:
         """See ``volume.Guard``."""

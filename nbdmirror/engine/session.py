@@ -44,9 +44,9 @@ from nbdmirror.engine.verify import Verify, request
 from nbdmirror.errors import FormatError, PeerError, Refused
 from nbdmirror.ports import Buffer, Env
 
-FRAME_BYTES = 256 << 10
+FRAME_BYTES = 1 << 20
 """Records are gathered to frames of about this size while the link is busy."""
-LINGER_SECONDS = 0.002
+LINGER_SECONDS = 0.005
 """An asynchronous remote's records wait so long for company: it spares the client's CPU."""
 
 DUE_SECONDS = 30.0

@@ -11,6 +11,7 @@ import errno
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
+from nbdmirror.engine.batch import Batch
 from nbdmirror.engine.chain import Chain
 from nbdmirror.engine.layer import LayerFile
 from nbdmirror.engine.snapshots import Entry, Snapshots
@@ -26,6 +27,11 @@ class Writer(Protocol):
 
     def write(
         self, volume: Volume, changes: Sequence[Change], *, durable: bool = False
+    ) -> Coroutine[Any, Any, None] | None:
+        """Writes these, in order."""
+
+    def write_batch(
+        self, volume: Volume, batch: Batch, *, durable: bool = False
     ) -> Coroutine[Any, Any, None] | None:
         """Writes a batch, in order."""
 
@@ -67,6 +73,12 @@ class SnapshotVolume(Volume):
     ) -> Coroutine[Any, Any, None] | None:
         """See ``Writer``; never done at once."""
         return self._write(changes, durable)
+
+    def write_batch(
+        self, volume: Volume, batch: Batch, *, durable: bool = False
+    ) -> Coroutine[Any, Any, None] | None:
+        """See ``Writer``; never done at once."""
+        return self._write(batch.changes(), durable)
 
     async def clear(self, volume: Volume, change: Change, *, durable: bool = False) -> None:
         """See ``Writer``."""

@@ -13,7 +13,7 @@ from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable
 
     from nbdmirror.engine.facet import LocalFacet
 
@@ -44,8 +44,8 @@ class Guard(Protocol):
     def holds(self, offset: int, length: int) -> bool:
         """Whether a change of this range has to wait for ``make_way``."""
 
-    def stops(self, changes: Sequence[Change]) -> bool:
-        """Whether any of a batch has to wait."""
+    def stops(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Whether any of a batch's (offset, length) ranges has to wait."""
 
     async def make_way(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Does it for (offset, length) ranges; look again then. DiskFailed or VolumeFailed."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
+from nbdmirror.codec.batchpure import PLACE
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import KIB, MIB
 from nbdmirror.ports import Disk, File
@@ -120,6 +121,25 @@ class FileContract:
         assert file.pread(7, 7503) == b"".join(parts) + b"xyz"
         file.close()
 
+    @pytest.mark.parametrize("scattered", [False, True])
+    def test_pieces_go_to_their_places_in_order(self, world: DiskWorld, scattered: bool) -> None:
+        """Those of one volume; where two overlap the later one counts."""
+        file = new_file(world, bytes(10_000))
+        file.close()
+        file = world.disk.open(f"{world.directory}/file", scattered=scattered)
+        places = [(5000, 0, 100, 3), (50, 10, 20, 2), (4990, 100, 50, 3), (5 << 20, 7, 9, 3)]
+        block = random.Random(2).randbytes(200)
+        file.pwrite_places(block, b"".join(PLACE.pack(*place) for place in places), 3)
+        content = bytearray(bytes((5 << 20) + 9))
+        for offset, at, length, volume in places:
+            if volume == 3:
+                content[offset : offset + length] = block[at : at + length]
+        assert file.pread(0, len(content)) == content
+        file.close()
+        with pytest.raises(OSError) as caught:
+            file.pwrite_places(block, PLACE.pack(0, 0, 1, 0), 0)
+        assert caught.value.errno == errno.EBADF
+
     def test_large_writes_are_awaited(self, world: DiskWorld) -> None:
         content = random.Random(3).randbytes(3 * MIB)
         file = new_file(world)
@@ -204,6 +224,10 @@ class FileContract:
         assert caught.value.errno == errno.ENOSPC
         with pytest.raises(OSError):
             file.pwritev(0, [b"e" * KIB] * 2000)
+        with pytest.raises(OSError, match=r"[Nn]o space"):
+            file.pwrite_places(
+                b"e" * KIB, b"".join(PLACE.pack(at * KIB, 0, KIB, 0) for at in range(2000)), 0
+            )
         with pytest.raises(OSError):
             world.run(file.write(0, b"f" * MIB))
         file.pwrite(0, b"g")

@@ -24,6 +24,7 @@ from nbdmirror.codec import (
     x509,
 )
 from nbdmirror.codec.admin import LineFramer, RpcError, parse_reply, parse_request
+from nbdmirror.codec.batch import singly
 from nbdmirror.codec.nbd import ExportInfo
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.codec.repl import FrameReader, Type
@@ -58,7 +59,7 @@ def nbd_server(data: bytes) -> None:
         room = session.get_buffer(-1)
         count = min(len(room), len(view), 1 + data[0])
         room[:count] = view[:count]
-        for request in session.received(count):
+        for request in singly(session.received(count)):
             assert request.offset + request.length <= EXPORT.size or request.type == 3
             assert request.payload is None or len(request.payload) == request.length
         answered += sum(map(len, session.take_output()))

@@ -46,7 +46,7 @@ class Model:
             return
         parts: list[Buffer] = [part for r in batch for part in codec.encode(r)]
         before = log.ring.head // self.capacity
-        log.append(parts, sum(sizes), len(batch), sizes)
+        log.append(parts, sum(sizes), len(batch))
         self.wraps += log.ring.head // self.capacity > before
         self.records += batch
 

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from nbdmirror.codec.batch import pieces
 from nbdmirror.codec.hashing import digests
 from nbdmirror.ports import Buffer
 from tests.sim.faults import Fault, Kind
@@ -64,6 +65,10 @@ class SimFile:
 
     def pwritev(self, offset: int, parts: Sequence[Buffer]) -> None:
         self._write_now(self._admit("pwritev"), offset, b"".join(parts))
+
+    def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
+        for offset, data in pieces(block, places, volume):
+            self.pwrite(offset, data)
 
     async def write(self, offset: int, data: Buffer) -> None:
         fault = self._admit("write")

@@ -26,6 +26,7 @@ from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine import doubt, node, recovery, remoteread, session
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.applier import Applier
+from nbdmirror.engine.batch import Batch, Records
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import Member
@@ -109,14 +110,15 @@ def _(assign: Assign) -> None:
 
 @mutant("O1 only the ends of a long write are marked")
 def _(assign: Assign) -> None:
-    def must_wait(self: Group, volume: Volume, changes: Any) -> bool:
-        return not self.log.fits(sum(c.length + 128 for c in changes), 1 << 20)
+    def must_wait(self: Group, volume: Volume, batch: Batch) -> bool:
+        return not self.log.fits(batch.size_max, 1 << 20)
 
-    def append(self: Group, volume: Volume, changes: Any) -> None:
+    def append(self: Group, volume: Volume, batch: Batch) -> Records:
         before = dict(self.active.hot)
-        original(self, volume, changes)
+        records = original(self, volume, batch)
         for key in [key for key in self.active.hot if key not in before]:
             del self.active.hot[key]
+        return records
 
     original = Group._append
     assign(Group, "_must_wait", must_wait)
@@ -457,10 +459,10 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Group._append
 
-    def append(self: Group, volume: Volume, changes: Any) -> None:
+    def append(self: Group, volume: Volume, batch: Batch) -> Records:
         trackers, self.trackers = self.trackers, []
         try:
-            original(self, volume, changes)
+            return original(self, volume, batch)
         finally:
             self.trackers = trackers
 

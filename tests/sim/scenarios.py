@@ -12,12 +12,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from nbdmirror.codec import record as codec
+from nbdmirror.engine.batch import Changes
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import NbdmirrorError
 from tests.sim.faults import Timing
 from tests.sim.options import KIB, SMALL, Options
 from tests.sim.oracle import Violation, Write, pattern
+from tests.sim.workload import as_received
 from tests.sim.world import Gone, Host, World, clearing
 
 POLL_S = 0.01
@@ -118,7 +120,8 @@ class Script:
         self.world.trace("client", f"write {volume} {cells} {count}{' FUA' if fua else ''}")
 
         async def work() -> None:
-            rest = group.write(node.volumes[volume], changes, durable=fua)
+            batch = Changes(changes) if fua else as_received(changes)
+            rest = group.write_batch(node.volumes[volume], batch, durable=fua)
             if rest is not None:
                 await rest
 

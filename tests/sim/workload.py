@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from nbdmirror.codec import batch as codec_batch
+from nbdmirror.codec import nbd
 from nbdmirror.codec import record as codec
+from nbdmirror.engine.batch import Batch, Changes, Received
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import VolumeFailed
@@ -103,7 +106,8 @@ class Clients:
         world.trace("client", f"write {volume} {what}{' FUA' if durable else ''}")
 
         async def work() -> None:
-            rest = group.write(node.volumes[volume], changes, durable=durable)
+            batch = Changes(changes) if durable else as_received(changes)
+            rest = group.write_batch(node.volumes[volume], batch, durable=durable)
             if rest is not None:
                 await rest
 
@@ -155,3 +159,18 @@ class Clients:
             world.content.check(
                 volume, offset, found[0], since=since, crashed=False, what="a client's read"
             )
+
+
+def as_received(changes: Sequence[Change]) -> Batch:
+    """Writes as a client's requests bring them, where they are plain ones."""
+    data = b"".join(
+        nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.WRITE, cookie, change.offset, change.length)
+        + bytes(change.payload or b"")
+        for cookie, change in enumerate(changes)
+    )
+    limits = codec_batch.LENGTH_MAX, 1 << 40
+    stop, places, replies, longest = codec_batch.take_writes(data, 0, len(data), *limits)
+    if stop < len(data):  # too long
+        return Changes(changes)
+    writes = codec_batch.Writes(memoryview(data), places, replies, len(data), longest)
+    return Received(writes)

@@ -28,10 +28,11 @@ from nbdmirror.config import (
     SnapshotConfig,
     VolumeConfig,
 )
+from nbdmirror.engine.batch import Batch, Records
 from nbdmirror.engine.create import create
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.node import Node
-from nbdmirror.engine.volume import Change, Volume
+from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import NbdmirrorError
 from nbdmirror.ports import Env
 from tests.sim.clock import SimClock
@@ -380,7 +381,7 @@ class World:
         group, history = node.primary.group, self.history
         append = group._append
 
-        def observed(volume: Volume, changes: Sequence[Change]) -> None:
+        def observed(volume: Volume, batch: Batch) -> Records:
             seq = group.log.next_seq
             history.attempted = entries = [
                 Entry(
@@ -389,13 +390,14 @@ class World:
                     change.length,
                     None if change.payload is None else bytes(change.payload),
                 )
-                for change in changes
+                for change in batch.changes()
             ]
-            append(volume, changes)
+            records = append(volume, batch)
             try:
                 history.append(seq, entries)
             except Violation as error:
                 self.fail(error)
+            return records
 
         setattr(group, "_append", observed)  # noqa: B010 (mypy forbids the plain assignment)
         self._observe_marks(group)

@@ -33,7 +33,7 @@ def append(log: Log, lengths: list[int], epoch: int = 1) -> list[Record]:
     parts: list[Buffer] = [part for r in records for part in codec.encode(r)]
     sizes = [codec.stored_size(codec.WRITE, length) for length in lengths]
     assert log.fits(sum(sizes), max(sizes))
-    log.append(parts, sum(sizes), len(records), sizes)
+    log.append(parts, sum(sizes), len(records))
     return records
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from nbdmirror.codec import nbd, nbdreply, nbdslab
+from nbdmirror.codec.batch import singly
 from nbdmirror.codec.nbd import ExportInfo, Request, wire_errno
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.config import KIB, MIB, Limits
@@ -48,7 +49,7 @@ class Client:
             space = self.session.get_buffer(-1)
             part = rest[: len(space)]
             space[: len(part)] = part
-            requests += self.session.received(len(part))
+            requests += singly(self.session.received(len(part)))
             rest = rest[len(part) :]
             self.parser.data += b"".join(self.session.take_output())
         return requests

@@ -72,7 +72,7 @@ def log_with(*records: tuple[int, int, int, bytes | None]) -> Log:
         record = Record(kind, 0, 1, volume, log.next_seq, offset, length, 0, payload)
         parts = codec.encode(record)
         size = sum(map(len, parts))
-        log.append(parts, size, 1, [size])
+        log.append(parts, size, 1)
     return log
 
 

@@ -1,0 +1,3 @@
+from nbdmirror.ports import Buffer
+
+def pwrite_places(fd: int, block: Buffer, places: bytes, volume: int, /) -> None: ...
