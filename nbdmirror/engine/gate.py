@@ -8,6 +8,8 @@ on disk. What holds while a remote cannot be reached is ``on_link_loss``:
     hold      writes wait until it is back
     fail      writes get EIO, before anything is changed
 
+Where this node itself ended the stream, to begin it anew (a restore, a resync), that is no loss:
+writes wait for the attempt that follows, and the policy is for what comes of it.
 A remote that a person paused is waited for by nobody. A write from before the stream's beginning
 is at the remote when the resync that carries it has ended.
 """
@@ -42,6 +44,8 @@ class SyncGate:
         self.streaming = False
         self.engaged = False
         """Replies wait for it."""
+        self.renewing = False
+        """The stream was ended on this side, and is about to begin anew."""
         self.excused = False
         """Paused by a person, or removed."""
         self.consistent = True
@@ -60,6 +64,7 @@ class SyncGate:
     def opened(self, seq: int, consistent: bool) -> None:
         """A stream begins with record ``seq``."""
         self.streaming, self.consistent, self._base_seq = True, consistent, seq
+        self.renewing = False
         self._received_seq = self._durable_seq = seq - 1
         self._engage()
         self._wake_all()
@@ -77,9 +82,10 @@ class SyncGate:
         self.consistent = True
         self._wake_all()
 
-    def lost(self) -> None:
-        """The stream has ended."""
-        self.streaming = False
+    def lost(self, *, renewing: bool = False) -> None:
+        """The stream has ended, or did not begin; ``renewing``: another attempt follows at once,
+        because this side wanted it so."""
+        self.streaming, self.renewing = False, renewing
         if self.engaged:
             self.engaged = False
             self.on_change(False)
@@ -112,7 +118,7 @@ class SyncGate:
     async def admit(self) -> None:
         """Returns when a write may be begun; VolumeFailed if the policy is to fail it."""
         while self.shut:
-            if self.policy == "fail":
+            if self.policy == "fail" and not self.renewing:
                 raise self._failure()
             await self._changed.wait()
 
@@ -120,7 +126,7 @@ class SyncGate:
         """Returns when record ``seq`` is received there, or ``durable``; VolumeFailed if the link
         is lost and the policy is to fail."""
         while not self._passed(seq, durable):
-            if self.policy == "fail" and not self.streaming:
+            if self.policy == "fail" and not (self.streaming or self.renewing):
                 raise self._failure()
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             heap = self._durable if durable else self._received

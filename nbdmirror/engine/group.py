@@ -118,9 +118,17 @@ class Group:
             raise self._client_error(error) from error
 
     async def _clear(self, volume: Volume, change: Change) -> None:
+        while not await self._clear_locked(volume, change):
+            for gate in self.gates:
+                await gate.admit()
+
+    async def _clear_locked(self, volume: Volume, change: Change) -> bool:
+        """Whether it was done: a synchronous remote that is away is not waited for under a lock,
+        because it may be for that lock that it is kept away."""
         async with volume.locked(change.offset, change.length, exclusive=True) as lock:
             while True:
-                await self._admit(volume, change, locked=True)
+                if not await self._admit(volume, change, locked=True):
+                    return False
                 try:
                     self._append(volume, Changes([change]))
                     break
@@ -141,6 +149,7 @@ class Group:
                 except OSError as error:
                     facet.fail("clear", error)
                     await self.facets_failed(volume, [facet])
+        return True
 
     def _clear_pieces(self, change: Change) -> list[Change]:
         """A large TRIM or WRITE_ZEROES cut so that all its extents can be hot at once."""
@@ -181,8 +190,9 @@ class Group:
             return True
         return not self.log.fits(batch.size_max, batch.longest + 2 * codec.HEADER_SIZE)
 
-    async def _admit(self, volume: Volume, change: Change, *, locked: bool = False) -> None:
-        """Waits until nothing stands against this change: returns in the step it may be made."""
+    async def _admit(self, volume: Volume, change: Change, *, locked: bool = False) -> bool:
+        """Waits until nothing stands against this change: returns in the step it may be made.
+        False, where the range is ``locked``: a synchronous remote is away."""
         size = codec.stored_size(change.kind, change.length)
         first = change.offset // self.active.extent_size
         last = (change.offset + change.length - 1) // self.active.extent_size
@@ -191,6 +201,8 @@ class Group:
                 await self.log_back()
                 continue
             if self.gates and any(gate.shut for gate in self.gates):
+                if locked:
+                    return False
                 for gate in self.gates:
                     await gate.admit()
                 continue
@@ -214,7 +226,7 @@ class Group:
             if guard is not None and guard.holds(change.offset, change.length):
                 await guard.make_way([(change.offset, change.length)])
                 continue
-            return
+            return True
 
     async def _write_later(self, volume: Volume, changes: Sequence[Change], durable: bool) -> None:
         try:

@@ -196,6 +196,8 @@ class Primary:
 
     def _disconnected(self, remote: Remote, cause: BaseException) -> None:
         was, remote.link = remote.link, "disconnected"
+        if remote.gate is not None:
+            remote.gate.lost(renewing=remote.drop.is_set())
         if isinstance(cause, Refused):
             text = str(cause)
             remote.refused, remote.failed = (

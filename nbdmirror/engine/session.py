@@ -306,7 +306,7 @@ class Session:
             self.remote.reads = None
             self._reads.close()
             if self.remote.gate is not None:
-                self.remote.gate.lost()
+                self.remote.gate.lost(renewing=self.remote.drop.is_set())
             for task in ends:
                 task.cancel()
             await asyncio.wait(ends)

@@ -113,6 +113,30 @@ def test_fail_fails_what_waits_and_what_comes() -> None:
     run(main())
 
 
+def test_a_stream_that_is_begun_anew_is_no_loss() -> None:
+    """V11: a restore ends the stream on this side; clients wait for the next, and only if that
+    does not come about the policy holds."""
+
+    async def main() -> None:
+        gate = make("fail")
+        waiting = asyncio.ensure_future(gate.wait(7, False))
+        assert not await settled(waiting)
+        gate.lost(renewing=True)
+        admitted = asyncio.ensure_future(gate.admit())
+        assert gate.shut and not await settled(waiting) and not await settled(admitted)
+        gate.opened(7, True)
+        gate.moved(7, 7)
+        assert await settled(waiting) and await settled(admitted)
+        gate.lost(renewing=True)
+        admitted = asyncio.ensure_future(gate.admit())
+        assert not await settled(admitted)
+        gate.lost()
+        with pytest.raises(VolumeFailed, match="cannot be reached"):
+            await admitted
+
+    run(main())
+
+
 @pytest.mark.parametrize("policy", ["hold", "fail"])
 def test_a_paused_remote_is_waited_for_by_nobody(policy: str) -> None:
     async def main() -> None:
