@@ -53,9 +53,15 @@ def decode(payload: Buffer) -> Mark:
         value = json.loads(bytes(payload))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"a mark is not JSON: {error}") from error
+    return checked(value)
+
+
+def checked(value: object) -> Mark:
+    """The mark that a JSON value is; FormatError says why it is none."""
     problem = _problem(value)
     if problem is not None:
         raise FormatError(f"a mark has {problem}")
+    assert isinstance(value, dict)
     return Mark(**{**value, "volumes": tuple(value["volumes"])})
 
 

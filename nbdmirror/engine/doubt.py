@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdmirror.codec.record import MARK
+from nbdmirror.codec.record import MARK, Record
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Cursor, Log
@@ -39,8 +39,8 @@ async def mark_doubtful(
                 dcm.rewrite()
         if remote.tracking:
             # Whether an overflow was finished or not: what the log holds is marked again.
-            for index, offset, length in pending:
-                remote.mark(index, offset, length)
+            for record in pending:
+                remote.note(record)
         differing = [one for one in doubtful if one[0].in_service() or remote is not leader]
         for volume, offset, length in differing:
             remote.mark(volume.index, offset, length)
@@ -55,10 +55,10 @@ async def mark_doubtful(
         await remote.sync_maps()
 
 
-async def _pending(log: Log) -> list[tuple[int, int, int]]:
+async def _pending(log: Log) -> list[Record]:
+    """What is in the log, without the data that the records carry."""
     cursor, found = Cursor(log.ring.tail_seq), []
     while cursor.seq < log.next_seq:
         for record in (await log.read(cursor)).parsed():
-            if record.kind != MARK:
-                found.append((record.volume, record.offset, record.length))
+            found.append(record if record.kind == MARK else record._replace(payload=None))
     return found

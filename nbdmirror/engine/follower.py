@@ -13,7 +13,8 @@ from nbdmirror.codec import mark as marks
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.mark import Mark
 from nbdmirror.codec.record import Record
-from nbdmirror.engine.snapshots import Snapshots, name_of
+from nbdmirror.engine.leftout import LeftOut
+from nbdmirror.engine.snapshots import Entry, Snapshots, name_of
 
 
 class Follower:
@@ -45,9 +46,8 @@ class Follower:
         mark = marks.decode(record.payload)
         assert mark.uuid is not None or mark.do == marks.CHANGED
         known = self._snapshots.entry(mark.uuid) if mark.uuid else None
-        if mark.do == marks.DELETE and known is not None and not known.get("deleting"):
-            known["deleting"] = True
-            self._snapshots.spawn(self._snapshots.finish_delete, known)
+        if mark.do == marks.DELETE:
+            self._drop(mark.uuid)
         if mark.do != marks.SNAPSHOT:
             return
         if known is not None:
@@ -81,15 +81,36 @@ class Follower:
             except OSError as error:
                 why = str(error)
         if why is not None:
-            entry["lost"] = why
-            self._snapshots.entries.append(entry)
-            self._snapshots.prune()
+            self._lack(entry, why)
             await self._snapshots.store.save()
-            self._snapshots.events.emit("snapshot-lacking", **name_of(entry), why=why)
-        replaced = self._snapshots.entry(mark.replaces) if mark.replaces else None
-        if replaced is not None and not replaced.get("deleting"):
-            replaced["deleting"] = True
-            self._snapshots.spawn(self._snapshots.finish_delete, replaced)
+        self._drop(mark.replaces)
+
+    def _lack(self, entry: Entry, why: str) -> None:
+        """This node does not have a snapshot of its primary's: its list says so."""
+        entry["lost"] = why
+        self._snapshots.entries.append(entry)
+        self._snapshots.prune()
+        self._snapshots.events.emit("snapshot-lacking", **name_of(entry), why=why)
+
+    def _drop(self, uuid: str | None) -> None:
+        known = self._snapshots.entry(uuid) if uuid else None
+        if known is not None and not known.get("deleting"):
+            known["deleting"] = True
+            self._snapshots.spawn(self._snapshots.finish_delete, known)
+
+    def left_out(self, told: Iterable[LeftOut]) -> None:
+        """A new stream begins behind these marks: what they say of snapshots is followed as far as
+        it can be. The caller saves."""
+        followed = self._snapshots.store.state.get("marked_seq", 0)
+        for one in told:
+            mark = one.mark
+            if mark.do == marks.DELETE:
+                self._drop(mark.uuid)
+            elif one.seq > followed and mark.uuid and self._snapshots.entry(mark.uuid) is None:
+                entry = self._snapshots.new_entry(mark.volumes, "user", mark.number, mark.protected)
+                entry.update(uuid=mark.uuid, epoch=one.epoch, time_ns=one.time_ns)
+                entry.update(seq=one.seq, after=one.seq)
+                self._lack(entry, "it was taken while this node got no records")
 
     async def make_way(self, records: Iterable[Record]) -> None:
         """Before these records are applied, one after the other up to the next marker: what the

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from nbdmirror.codec.mark import Mark
 from nbdmirror.config import Config
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
@@ -46,6 +47,7 @@ class Primary:
         self._env = env
         self._config = config
         self.group = group
+        group.on_mark = self._marked
         self._store = store
         self._events = events
         self._housekeeper = housekeeper
@@ -71,6 +73,12 @@ class Primary:
     def on_full(self) -> str:
         """The policy when the log is full (M7)."""
         return self._config.log.on_full
+
+    def _marked(self, mark: Mark) -> None:
+        """What is said of snapshots reaches a remote in DCM logging by the next START."""
+        for remote in self.remotes:
+            if remote.tracking:
+                remote.miss(mark)
 
     def serve_beside(self, exports: ExportServer) -> None:
         """What clients ask of the exports is what resyncs yield to."""

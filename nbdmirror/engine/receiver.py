@@ -21,6 +21,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.regions import parse_hashes, parse_region
 from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.engine import leftout
 from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.readserver import ReadServer
@@ -201,13 +202,15 @@ class Receiver:
         log = self.secondary.log
         if action == "continue" and seq != log.next_seq:
             raise PeerError(f"START continues at {seq}, the log here ends at {log.next_seq - 1}")
+        marks = leftout.parse(start, len(self.secondary.volumes))
         delay = start.get("apply_delay", 0.0)
         if not isinstance(delay, int | float) or not 0 <= delay <= 86_400:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
         if delay != self.secondary.applier.settings["delay"]:
             await self.secondary.applier.change(delay=float(delay))
         self.secondary.eager = start.get("eager") is True
-        await self.secondary.adopt(self._hello, seq if action == "reset" else None, bool(resync))
+        reset_seq = seq if action == "reset" else None
+        await self.secondary.adopt(self._hello, reset_seq, bool(resync), marks)
         self._started = True
         self._eager = start.get("eager") is True
         self.link.limit(repl.FRAME_MAX)

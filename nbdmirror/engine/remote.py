@@ -18,6 +18,7 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     verify        a verify that is wanted or runs: see ``engine.verify.request``; null if none
     verified      what the last one found: {finished_ns, differing, ...}; null if there was none
     max_rate, verify_interval, verify_rate, verify_repair    as configured
+    missed        uuids of deleted snapshots of which it was not told (see ``engine.leftout``)
     defaults      {volume name: default bit of its DCM}
 """
 
@@ -28,7 +29,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from nbdmirror.codec import mark as marks
 from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
+from nbdmirror.codec.record import Record
 from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.progress import Progress
@@ -36,6 +40,7 @@ from nbdmirror.core.remotestate import Facts, next_action, state_of
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
+from nbdmirror.engine.leftout import DELETIONS_MAX, deletion
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile, dirty_runs
 from nbdmirror.engine.store import Store
@@ -200,6 +205,14 @@ class Remote:
             return self.durable_seq
         return head_seq if self.marked_seq is None else self.marked_seq
 
+    def note(self, record: Record) -> None:
+        """A record of the log is not forwarded to this remote: what it says is kept for it."""
+        if record.kind != codec.MARK:
+            self.mark(record.volume, record.offset, record.length)
+        else:
+            assert record.payload is not None
+            self.miss(marks.decode(record.payload))
+
     def mark(self, volume: int, offset: int, length: int) -> None:
         """Marks a change in the DCM (see ``group.Tracker``)."""
         self.dcms[volume].mark(offset, length)
@@ -213,6 +226,14 @@ class Remote:
         except DiskFailed as error:
             self.group.fail(error)
             raise
+
+    def miss(self, mark: Mark) -> None:
+        """A mark is left out of the stream to this remote; the caller saves the facts."""
+        gone = deletion(mark)
+        missed = self.facts.setdefault("missed", [])
+        if gone is not None and gone not in missed:
+            missed.append(gone)
+            del missed[:-DELETIONS_MAX]
 
     async def sync_maps(self) -> None:
         """Makes every mark so far durable; DiskFailed if it cannot, for the whole node."""
@@ -267,8 +288,7 @@ class Remote:
                 chunk = await log.read(cursor)
                 with self._writing_maps():
                     for record in chunk.parsed():
-                        if record.kind != codec.MARK:
-                            self.mark(record.volume, record.offset, record.length)
+                        self.note(record)
                 self.marked_seq = chunk.last_seq
                 await asyncio.sleep(0)
         except FormatError as error:

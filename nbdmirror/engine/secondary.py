@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import fields, repl
@@ -23,6 +23,7 @@ from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
+from nbdmirror.engine.leftout import LeftOut
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -237,7 +238,13 @@ class Secondary:
             "altered": bool(state.get("altered")),
         }
 
-    async def adopt(self, hello: dict[str, Any], reset_seq: int | None, resync: bool) -> None:
+    async def adopt(
+        self,
+        hello: dict[str, Any],
+        reset_seq: int | None,
+        resync: bool,
+        left_out: Sequence[LeftOut] = (),
+    ) -> None:
         """Takes over the primary's identity and history, and the terms of START, durably.
 
         Before a resync the log is emptied too: a record from before it, redone over a region
@@ -268,6 +275,7 @@ class Secondary:
         }
         state["altered"] = False
         if reset_seq is not None:
+            self.follower.left_out(left_out)
             self._reset(reset_seq)
         await self.store.save()
         if reset_seq is not None:

@@ -9,7 +9,7 @@ WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, du
           consistent, altered}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
-          eager: clients wait for its acknowledgements}
+          eager: clients wait for its acknowledgements, marks: see ``engine.leftout``}
 READY     {}
 
 While a resync goes over the map of a remote in DCM logging no records are sent. When it goes on in
@@ -33,6 +33,7 @@ from nbdmirror.core.payoff import Payoff
 from nbdmirror.engine.copier import pay
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
+from nbdmirror.engine.leftout import told
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.peers import peers_of
@@ -86,6 +87,8 @@ class Session:
         self._ordered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         """The first record that is forwarded, once that is known."""
         self._ready = asyncio.Event()
+        self._deletions: list[str] = []
+        """Of snapshots, as the last START told of them."""
 
     async def run(self, connected: Callable[[], None]) -> None:
         """Runs until the link is lost or the session dropped; raises the cause.
@@ -218,6 +221,7 @@ class Session:
         await self.context.store.save()
         self._send_start("reset" if reset else "continue", seq, resync, decision.why)
         await self._receive(Type.READY)
+        self._told()
         facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
         if reset:
             facts["base_seq"] = seq - 1
@@ -255,8 +259,18 @@ class Session:
                 "why": why,
                 "apply_delay": facts.get("apply_delay", 0.0),
                 "eager": facts["mode"] == "sync",
+                "marks": self._left_out(seq) if action == "reset" else [],
             },
         )
+
+    def _left_out(self, seq: int) -> list[dict[str, Any]]:
+        self._deletions = list(self.remote.facts.get("missed", []))
+        return told(self.context.store.state.get("snapshots", []), self._deletions, seq)
+
+    def _told(self) -> None:
+        """The remote has followed what the last START told it of deletions; the caller saves."""
+        missed = self.remote.facts.get("missed", [])
+        self.remote.facts["missed"] = [one for one in missed if one not in self._deletions]
 
     async def _resume(self, seq: int) -> None:
         """The remote is READY for the log from ``seq`` on: it is out of DCM logging."""
@@ -275,6 +289,7 @@ class Session:
         self._begin_at(seq, keep=True)
         self._send_start("reset", seq, True, "the resync goes on in order")
         await self._ready.wait()
+        self._told()
         self.remote.facts["base_seq"] = seq - 1
         await self._resume(seq)
 

@@ -112,6 +112,39 @@ def test_the_last_consistent_image_is_there_during_a_resync(make_cluster: MakeCl
     wait_status(secondary, "lets go", lambda status: not status["snapshots"])
 
 
+def test_a_secondary_in_dcm_logging_says_which_it_lacks(make_cluster: MakeCluster) -> None:
+    """V9: no record of these snapshots reached it. It takes the next one, and what was deleted
+    everywhere meanwhile goes there too."""
+    cluster = make_cluster(log_size=4 * MIB).start()
+    primary, secondary = cluster.primary, cluster.secondary
+    handle = connect(primary.uri())
+    primary.ok("snapshot", "create")
+    wait_status(secondary, "has it", lambda status: status["snapshots"])
+    cluster.proxy.refuse()
+    for at in range(0, 16 * MIB, MIB):
+        handle.pwrite(pattern(MIB, 2), at)
+    primary.until("tracks", lambda entry: entry["state"] == "tracking")
+    missed = primary.ok("snapshot", "create", "--json").json
+    primary.ok("snapshot", "delete", "1", "--everywhere")
+    cluster.proxy.heal()
+    cluster.check_in_sync()
+    wait_status(
+        secondary,
+        "follows the deletion",
+        lambda status: [(s["number"], s["state"]) for s in status["snapshots"]] == [(2, "lost")],
+    )
+    (lacking,) = secondary.ok("snapshot", "list", "--json").json
+    assert (lacking["uuid"], lacking["seq"]) == (missed["uuid"], missed["seq"])
+    assert "got no records" in lacking["why"]
+    made = primary.ok("snapshot", "create", "--json").json
+    wait_status(
+        secondary,
+        "takes the next",
+        lambda status: any(s["uuid"] == made["uuid"] for s in status["snapshots"]),
+    )
+    assert [s["uuid"] for s in taken(secondary)] == [made["uuid"]]
+
+
 def test_what_changed_a_facet_by_itself_is_taken_in(make_cluster: MakeCluster) -> None:
     """V13."""
     cluster = make_cluster().start()

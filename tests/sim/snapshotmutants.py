@@ -15,6 +15,7 @@ from nbdmirror.engine.bypass import Bypass
 from nbdmirror.engine.chain import Chain
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.layer import LayerFile
+from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
@@ -127,6 +128,21 @@ def _(assign: Assign) -> None:
             upstream["consistent"] = was
 
     assign(Follower, "_follow", follow)
+
+
+@mutant("V9 a secondary does not say which snapshots its stream left out")
+def _(assign: Assign) -> None:
+    assign(Follower, "left_out", lambda self, told: None)
+
+
+@mutant("V9 deletions are not remembered for a remote in DCM logging")
+def _(assign: Assign) -> None:
+    assign(Remote, "miss", lambda self, mark: None)
+
+
+@mutant("M11 what lies below a restore is read from a remote")
+def _(assign: Assign) -> None:
+    assign(VolumeRestore, "hides", lambda self, offset, length: False)
 
 
 @mutant("X2 region copies keep nothing")

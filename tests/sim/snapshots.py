@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.engine.node import Node
+from nbdmirror.engine.snapshots import LOST_MAX
 from nbdmirror.errors import NbdmirrorError, VolumeFailed
 from tests.sim.oracle import ID_BYTES, Entry, Violation, Write, compare
 
@@ -67,6 +68,8 @@ class Album:
         self._volumes: dict[str, tuple[int, ...]] = {}
         self._promised: dict[str, None] = {}
         self._released: dict[str, None] = {}
+        self._gone: dict[str, None] = {}
+        """Deleted on every node, or refreshed."""
 
     def marked(self, seq: int, mark: Mark) -> None:
         """The primary logs a mark behind the record ``seq``."""
@@ -113,6 +116,31 @@ class Album:
         """It is being deleted, or was given up and said so."""
         self._promised.pop(uuid, None)
         self._released[uuid] = None
+
+    def gone(self, uuid: str) -> None:
+        """A person was told that it is deleted everywhere, or taken anew."""
+        self._gone[uuid] = None
+
+    def check_followed(self) -> None:
+        """All is in sync: each secondary has every snapshot that the primary has, or says that it
+        lacks it, and none that was deleted everywhere."""
+        primary = self._world.a.node
+        assert primary is not None
+        entries = primary.snapshots.entries
+        wanted = [e for e in entries if primary.snapshots.shown(e) and e["kind"] != "resync"]
+        for host in self._world.remotes:
+            node = host.node
+            if node is None or host.torn:
+                continue
+            there = {entry["uuid"] for entry in node.snapshots.entries}
+            lost = [entry for entry in node.snapshots.entries if entry.get("lost")]
+            for entry in wanted if len(lost) < LOST_MAX else []:
+                if entry["uuid"] not in there and entry["uuid"] not in self._released:
+                    raise Violation(f"{host.name} does not say that it lacks {entry['number']}")
+                self._world.fired["snapshot followed, or said to lack"] += 1
+            for entry in node.snapshots.entries:
+                if entry["uuid"] in self._gone and node.snapshots.shown(entry):
+                    raise Violation(f"{host.name} has {entry['number']}, deleted everywhere")
 
     def check(self, host: Host, node: Node, found: Sequence[Found], what: str) -> None:
         """Violation unless each is what it has to be, and what was promised is in the list, if
@@ -179,9 +207,12 @@ class People:
                 if draw < 0.6:
                     work = node.people.refresh(entry["uuid"])
                     world.album.promise((await world.in_life(host, work))["uuid"])
+                    world.album.gone(entry["uuid"])
                 else:
                     everywhere = host is world.a and draw < 0.65
                     await world.in_life(host, node.people.delete(entry["uuid"], everywhere))
+                    if everywhere:
+                        world.album.gone(entry["uuid"])
 
     async def _restore(self, host: Host, node: Node, entry: dict[str, Any]) -> None:
         world, rng = self._world, self._random

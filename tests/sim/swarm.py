@@ -156,6 +156,7 @@ async def _converge(
         compare(remote.images(), world.a.images(), f"{remote.name} in sync (I2)")
     checks.look()
     await snapshots.look(world)
+    world.album.check_followed()
     checks.crash_clone_of_one()
 
 
