@@ -47,7 +47,8 @@ async def read_all(node: Node) -> list[Found]:
                 chain = node.snapshots.chains[index]
                 images.append(bytes(await chain.read(entry["uuid"], 0, chain.volume.size)))
         except VolumeFailed as error:
-            lost = any(not volume.in_service() for volume in node.volumes)
+            # What lies below a restore is in facets only: a read error there is one.
+            lost = any(not v.in_service() or v.overlay is not None for v in node.volumes)
             lost = lost or "could not be read for it" in str(
                 error
             )  # the disk refused, and it says so
