@@ -1,11 +1,13 @@
-"""What snapshots and restores cost: ``python -m tests.bench.snapshots``; prints one JSON object.
+"""What snapshots and restores cost: ``python -m tests.bench.snapshots``; prints one JSON object,
+which is kept in ``tests/bench/results``.
 
-- random 4 KiB writes with 0, 1 and 16 snapshots, after a warm-up that has copied every region once,
-  interleaved; the bar: within 10 % of each other;
-- the longest write while a snapshot is taken under load, against the longest without and against
-  one sync of the disk;
-- a restore: the time until the volume reads as the snapshot (the bar: 1 s), until it is copied, and
-  the bytes that the remote is sent against those that had changed.
+- ``throughput``: random 4 KiB writes with 0, 1 and 16 snapshots, after a warm-up that has copied
+  every region once, interleaved; the bar: within 10 % of each other;
+- ``taking``: the longest of many writes while snapshots are taken, against the longest without, in
+  turn, and against one sync of the same disk; the bar: at most one sync more;
+- ``restore``: of a large, sparse volume of which some has changed: the time until it reads as the
+  snapshot (the bar: 1 s), until it is copied and the remote in sync, what the status said of the
+  progress, and the bytes that the remote was sent against those that had changed.
 """
 
 from __future__ import annotations
@@ -14,24 +16,44 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.bench.report import machine
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.tools import Writer, connect, fio, pattern
 
 ROUNDS = 5
+RESULTS = Path(__file__).parent / "results"
+GIB = 1024 * MIB
+SYNC_S = 900.0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.snapshots", description=__doc__)
     parser.add_argument("--size", type=int, default=256, metavar="MIB", help="of the volume (256)")
-    parser.add_argument("--changed", type=int, default=64, metavar="MIB", help="before the restore")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load (2)")
+    parser.add_argument(
+        "--large", type=int, default=1024, metavar="GIB", help="the restored volume (1024)"
+    )
+    parser.add_argument(
+        "--changed", type=int, default=1024, metavar="MIB", help="of it, before the restore (1024)"
+    )
+    parser.add_argument("--only", choices=list(PARTS), action="append")
     parser.add_argument("--directory", type=Path, help="where the files go (a temporary one)")
     return parser.parse_args()
+
+
+def _fill(cluster: Cluster, size: int, seed: int) -> None:
+    handle = connect(cluster.primary.uri())
+    for at in range(0, size, MIB):
+        handle.pwrite(pattern(MIB, at + seed), at)
+    handle.flush()
+    handle.shutdown()
 
 
 def _rate(cluster: Cluster, directory: Path, seconds: float) -> float:
@@ -47,103 +69,148 @@ def _rate(cluster: Cluster, directory: Path, seconds: float) -> float:
     return float(result["write"]["iops"])
 
 
-def throughput(directory: Path, size: int, seconds: float) -> dict[str, Any]:
+def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write rates by number of snapshots; each group lives on, loads are interleaved."""
+    size = options.size * MIB
     rates: dict[int, list[float]] = {0: [], 1: [], 16: []}
     clusters = {}
     for count in rates:
         cluster = Cluster(directory / f"s{count}", volumes=[Volume(size=size)], log_size=256 * MIB)
         cluster.start()
         clusters[count] = cluster
-        handle = connect(cluster.primary.uri())
-        for at in range(0, size, MIB):
-            handle.pwrite(pattern(MIB, at), at)
+        _fill(cluster, size, 0)
         for _ in range(count):
             cluster.primary.ok("snapshot", "create")
-        for at in range(0, size, MIB):  # every region is copied once
-            handle.pwrite(pattern(MIB, at + 1), at)
-        handle.flush()
-        handle.shutdown()
-        cluster.wait_in_sync(300)  # the secondary has copied every region too
+        _fill(cluster, size, 1)  # every region is copied once
+        cluster.wait_in_sync(SYNC_S)  # the secondary has copied every region too
     try:
-        for _ in range(ROUNDS):
-            for count, cluster in clusters.items():
-                rates[count].append(_rate(cluster, directory, seconds))
+        for turn in range(ROUNDS):
+            order = list(clusters.items())
+            for count, cluster in order if turn % 2 else reversed(order):
+                rates[count].append(_rate(cluster, directory, options.seconds))
     finally:
         for cluster in clusters.values():
             cluster.close()
     medians = {count: statistics.median(found) for count, found in rates.items()}
     ratios = {count: round(median / medians[0], 3) for count, median in medians.items()}
-    return {"writes_per_s": {k: round(v) for k, v in medians.items()}, "ratio_to_none": ratios}
+    return {
+        "writes_per_s": {k: [round(rate) for rate in found] for k, found in rates.items()},
+        "medians": {k: round(v) for k, v in medians.items()},
+        "ratio_to_none": ratios,
+    }
 
 
-def _sync_s(directory: Path) -> float:
-    """The median of one sync of a freshly written 64 KiB."""
+def _sync_s(directory: Path) -> list[float]:
+    """Syncs of a freshly written 64 KiB, each."""
     times = []
     with (directory / "sync").open("wb") as file:
-        for number in range(20):
+        for number in range(50):
             os.pwrite(file.fileno(), pattern(65536, number), number * 65536)
             began = time.monotonic()
             os.fdatasync(file.fileno())
             times.append(time.monotonic() - began)
-    return statistics.median(times)
+    return sorted(times)
 
 
-def taking_and_restoring(directory: Path, size: int, changed: int) -> dict[str, Any]:
-    """The longest write while snapshots are taken; then a restore."""
-    with Cluster(directory / "r", volumes=[Volume(size=size)], log_size=256 * MIB) as cluster:
+def taking(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The longest write with and without a snapshot being taken, in turn, under load."""
+    size = options.size * MIB
+    slowest: dict[str, list[float]] = {"without": [], "taking": []}
+    with Cluster(directory / "t", volumes=[Volume(size=size)], log_size=256 * MIB) as cluster:
         cluster.start()
-        handle = connect(cluster.primary.uri())
-        for at in range(0, size, MIB):
-            handle.pwrite(pattern(MIB, at), at)
-        handle.flush()
-        cluster.wait_in_sync(120)
-        with Writer(cluster.primary.uri()) as without:
-            time.sleep(2.0)
-        with Writer(cluster.primary.uri()) as during:
-            for _ in range(5):
-                cluster.primary.ok("snapshot", "create")
-                time.sleep(0.4)
+        _fill(cluster, size, 0)
+        cluster.wait_in_sync(SYNC_S)
+        with Writer(cluster.primary.uri(), seed=9, blocks=size // 4096):  # the load beside
+            for _ in range(ROUNDS):
+                for name, found in slowest.items():
+                    with Writer(cluster.primary.uri()) as writer:
+                        time.sleep(options.seconds / 4)
+                        if name == "taking":
+                            cluster.primary.ok("snapshot", "create")
+                        time.sleep(options.seconds / 4)
+                    found.append(writer.slowest_s)
+            syncs = _sync_s(directory)
+    return {
+        "longest_write_s": {k: [round(one, 4) for one in v] for k, v in slowest.items()},
+        "medians_s": {k: round(statistics.median(v), 4) for k, v in slowest.items()},
+        "sync_s": {"median": round(syncs[25], 4), "longest": round(syncs[-1], 4)},
+    }
+
+
+def restore(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A large volume, a little of it changed."""
+    size, changed = options.large * GIB, options.changed * MIB
+    with Cluster(directory / "r", volumes=[Volume(size=size)], log_size=GIB) as cluster:
+        cluster.start()
+        _fill(cluster, changed, 0)
+        cluster.wait_in_sync(SYNC_S)
         cluster.primary.ok("snapshot", "create")
-        for at in range(0, changed, MIB):
-            handle.pwrite(pattern(MIB, at + 7), at)
-        handle.flush()
-        cluster.wait_in_sync(120)
+        _fill(cluster, changed, 7)
+        cluster.wait_in_sync(SYNC_S)
+        handle = connect(cluster.primary.uri())
         sent = cluster.primary.remote()["bytes_sent"]
         began = time.monotonic()
-        cluster.primary.rpc("restore", snapshot="6", while_attached=True)
-        first = bytes(handle.pread(4096, 0))
+        cluster.primary.rpc("restore", snapshot="1", while_attached=True)
+        first = bytes(handle.pread(4096, changed - MIB))
         usable = time.monotonic() - began
-        while cluster.primary.status()["restore"] is not None:
-            time.sleep(0.02)
+        assert first == pattern(MIB, changed - MIB)[:4096], "it does not read as the snapshot"
+        progress = _watch(cluster)
         copied = time.monotonic() - began
-        cluster.wait_in_sync(120)
+        cluster.wait_in_sync(SYNC_S)
         in_sync = time.monotonic() - began
-        assert first != pattern(MIB, 7)[:4096], "the volume does not read as the snapshot"
-        cluster.compare()
-        return {
-            "longest_write_s": {"without": without.slowest_s, "taking": during.slowest_s},
-            "restore": {
-                "changed_bytes": changed,
-                "usable_s": round(usable, 3),
-                "copied_s": round(copied, 3),
-                "in_sync_s": round(in_sync, 3),
-                "sent_bytes": cluster.primary.remote()["bytes_sent"] - sent,
-            },
-        }
+        sent = cluster.primary.remote()["bytes_sent"] - sent
+        _compare(cluster, changed)
+    return {
+        "volume_bytes": size,
+        "changed_bytes": changed,
+        "usable_s": round(usable, 3),
+        "copied_s": round(copied, 1),
+        "in_sync_s": round(in_sync, 1),
+        "sent_bytes": sent,
+        "sent_to_changed": round(sent / changed, 3),
+        "progress": progress,
+    }
+
+
+def _watch(cluster: Cluster) -> list[float]:
+    """The shares done that the status told while the copy ran; they must not fall."""
+    seen: list[float] = []
+    while (state := cluster.primary.status()["restore"]) is not None:
+        seen.append(round(state["done_bytes"] / state["total_bytes"], 3))
+        time.sleep(0.5)
+    assert seen == sorted(seen), f"the progress fell: {seen}"
+    return seen
+
+
+def _compare(cluster: Cluster, length: int) -> None:
+    """What was written is the same on both nodes, and what the snapshot had."""
+    files = [node.facets("data")[0].open("rb") for node in (cluster.primary, cluster.secondary)]
+    for at in range(0, length, MIB):
+        for file in files:
+            assert file.read(MIB) == pattern(MIB, at), f"{file.name} differs at {at}"
+    for file in files:
+        file.close()
+
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
+    "restore": restore,
+    "taking": taking,
+    "throughput": throughput,
+}
 
 
 def main() -> None:
-    """Runs all of it."""
+    """Runs what is wanted, and keeps the figures."""
     options = _options()
+    command = " ".join(["python -m tests.bench.snapshots", *sys.argv[1:]])
+    result: dict[str, Any] = {"command": command, "machine": machine()}
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
-        directory = Path(name)
-        result = {
-            "sync_s": round(_sync_s(directory), 6),
-            **taking_and_restoring(directory, options.size * MIB, options.changed * MIB),
-            **throughput(directory, options.size * MIB, options.seconds),
-        }
-    print(json.dumps(result, indent=2))
+        for part in options.only or PARTS:
+            result[part] = PARTS[part](Path(name), options)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"snapshots-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ class Node:
 
     def nbd_listen(self) -> list[str]:
         """Where clients attach; a secondary offers its snapshots."""
-        if self.role != "primary":
-            return [f"unix:{self.nbd_socket}"] if self.cluster.frontend == "native" else []
+        if self.role != "primary" and self.cluster.frontend != "native":
+            return []
         listen = [f"unix:{self.nbd_socket}"]
         return [*listen, f"tcp:127.0.0.1:{self.nbd_port}"] if self.cluster.tcp else listen
 
