@@ -353,7 +353,6 @@ class Secondary:
             return
         while (guard := self.volumes[volume].guard) is not None and guard.holds(offset, length):
             await guard.make_way([(offset, length)])
-        self._placed += 1
         for facet in facets:
             try:
                 if data is not None:
@@ -364,6 +363,8 @@ class Secondary:
                 failure = facet.fail("write", error)
                 self.fail(failure)
                 raise failure from error
+        # Not sooner: a sync that began while a hole was punched does not cover it.
+        self._placed += 1
 
     async def read(self, volume: int, offset: int, length: int) -> Buffer:
         """A range of a facet; DiskFailed if the disk cannot give it."""
