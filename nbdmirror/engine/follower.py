@@ -140,18 +140,14 @@ class Follower:
         if not self._snapshots.config.before_resync:
             return
         former = [e for e in self._snapshots.usable() if e["kind"] == "resync"]
-        entry = self._snapshots.new_entry(range(len(self._snapshots.volumes)), "resync", 0, True)
-        entry.update(seq=seq, after=seq, time_ns=now)
+        volumes = range(len(self._snapshots.volumes))
         try:
-            made = await self._snapshots.plan(entry)
+            await self._snapshots.take_here("resync", volumes, seq, now, protected=True)
         except OSError as error:
             self._snapshots.events.emit(
                 "snapshot-failed", why=f"the last consistent image: {error}"
             )
             return
-        for chain, member in made:
-            chain.push(member)
-        self._snapshots.tell("snapshot", entry)
         for old in former:
             self._snapshots.spawn(self._snapshots.delete, old)
 

@@ -161,7 +161,7 @@ class Restorer:
             self._snapshots.busy = f"snapshot {entry['number']} is being restored"
             try:
                 if self._node.secondary is not None:
-                    await self._begin_alone(entry, indices)
+                    undo = await self._begin_alone(entry, indices, keep=keep)
                 else:
                     await self._begin(entry, indices, undo, force=force)
             except OSError as error:
@@ -205,15 +205,20 @@ class Restorer:
             # Complete: from this step on the volumes read as the snapshot.
             self._started(entry, running)
 
-    async def _begin_alone(self, entry: Entry, indices: list[int]) -> None:
-        """On a secondary whose link is inactive (V14): its primary will compare everything."""
+    async def _begin_alone(self, entry: Entry, indices: list[int], *, keep: bool) -> Entry | None:
+        """On a secondary whose link is inactive (V14): its primary will compare everything.
+        Returns the snapshot of the state before, which no other node has."""
         secondary = self._node.secondary
         assert secondary is not None
         await secondary.detach({})
+        seq, undo = self._node.log.next_seq - 1, None
+        if keep:
+            now = self._node.env.clock.time_ns()
+            undo = await self._snapshots.take_here("restore", indices, seq, now, protected=False)
         running = await self._prepare_maps(entry, indices)
-        state = self._state(entry, None, self._node.log.next_seq - 1, running)
-        await secondary.detach({"restore": state})
+        await secondary.detach({"restore": self._state(entry, undo, seq, running)})
         self._started(entry, running)
+        return undo
 
     async def _prepare_maps(self, entry: Entry, indices: list[int]) -> list[VolumeRestore]:
         """What is to be restored, durably; the volumes must not change meanwhile."""

@@ -291,6 +291,18 @@ class Snapshots:
         await self.store.save()
         self.tell("snapshot", entry)
 
+    async def take_here(
+        self, kind: str, volumes: Sequence[int], seq: int, now: int, *, protected: bool
+    ) -> Entry:
+        """Takes one that only this node has, after record ``seq``: nothing may change the volumes
+        meanwhile. OSError or DiskFailed."""
+        entry = self.new_entry(volumes, kind, 0, protected)
+        entry.update(seq=seq, after=seq, time_ns=now)
+        for chain, member in await self.plan(entry):
+            chain.push(member)
+        self.tell("snapshot", entry)
+        return entry
+
     def tell(self, kind: str, entry: Entry) -> None:
         """Emits an event about a snapshot."""
         names = [self.volumes[index].name for index in entry["volumes"]]

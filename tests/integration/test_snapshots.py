@@ -178,10 +178,42 @@ def test_a_secondary_is_restored_only_while_its_link_is_inactive(make_cluster: M
     assert refused.code == 4 and "pause this remote" in str(refused)
     primary.ok("pause", "beta")
     wait_status(secondary, "is alone", lambda s: s["upstream"]["link"] == "disconnected")
-    secondary.ok("restore", "1")
+    done = secondary.ok("restore", "1", "--json").json
     wait_status(secondary, "is copied", lambda status: status["restore"] is None)
+    reader = connect(snapshot_uri(secondary, f"data@{done['undo'][:8]}"))
+    assert bytes(reader.pread(2 * MIB, MIB)) == pattern(2 * MIB, 2)  # the state before
+    reader.shutdown()
     secondary.restart()
     with secondary.facets("data")[0].open("rb") as file:
         assert file.read(2 * MIB) == pattern(2 * MIB, 1)
     primary.ok("resume", "beta")
     cluster.check_in_sync()
+
+
+def test_a_restore_where_changes_are_not_tracked_is_refused_or_compared(
+    make_cluster: MakeCluster,
+) -> None:
+    """V14: on_full = "block" never gives up order by itself; forced, everything is compared, and
+    what is the same does not travel."""
+    cluster = make_cluster(on_full="block").start()
+    primary = cluster.primary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(8 * MIB, 1), 0)
+    primary.ok("snapshot", "create")
+    handle.pwrite(pattern(MIB, 2), 2 * MIB)
+    handle.flush()
+    handle.shutdown()
+    cluster.wait_in_sync()
+    refused = primary.cli("restore", "1")
+    assert refused.code == 4 and "--force" in str(refused) and "not tracked" in str(refused)
+    assert primary.status()["restore"] is None
+    cluster.check_in_sync()
+    sent = primary.remote()["bytes_sent"]
+    primary.ok("restore", "1", "--force")
+    reader = connect(primary.uri())
+    assert bytes(reader.pread(8 * MIB, 0)) == pattern(8 * MIB, 1)
+    wait_status(primary, "is copied", lambda status: status["restore"] is None)
+    cluster.check_in_sync()
+    assert primary.remote()["bytes_sent"] - sent < 4 * MIB
+    kinds = [(e["kind"], e.get("action")) for e in primary.ok("events", "--no-follow").lines]
+    assert ("handshake", "full") in kinds[-20:] or ("handshake", "reset") in kinds[-20:]
