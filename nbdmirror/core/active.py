@@ -46,6 +46,11 @@ class ActiveMap:
         """How many extents fit."""
         return len(self._slots)
 
+    @property
+    def free(self) -> int:
+        """How many extents can be taken in without letting one go."""
+        return len(self._free)
+
     def load(self, sector: int, slots: list[int]) -> None:
         """Takes over a sector as found on disk; its extents count as written just now (seq 0)."""
         for number, value in enumerate(slots):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from nbdmirror.codec import mappage
 from nbdmirror.core.active import ActiveMap
@@ -11,6 +11,8 @@ from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk, File
 
 FILE_NAME = "active"
+ALONG_MAX = mappage.SLOTS
+"""Extents that come along with one that is wanted: what one more sector holds."""
 
 
 class ActiveMapFile:
@@ -26,6 +28,8 @@ class ActiveMapFile:
         self.extent_size = extent_size
         self.hot = self.map.hot
         self._lock = asyncio.Lock()
+        self._wanted: dict[int, None] = {}
+        """What is waited for: one sync serves all who wait."""
         self.damaged: str | None = None
         """Why the map could not be read: then every extent may differ."""
 
@@ -64,10 +68,21 @@ class ActiveMapFile:
             except FormatError as error:
                 self.damaged = f"{self._file.path}: {error}"
 
-    async def activate(self, keys: list[int]) -> None:
-        """Returns when all ``keys`` are durably in the map. DiskFailed if they cannot be."""
+    async def activate(self, keys: list[int], along: Iterable[int] = ()) -> None:
+        """Returns when all ``keys`` are durably in the map. DiskFailed if they cannot be.
+
+        One sync serves all who wait, and takes in some of ``along`` where there is room: extents
+        that are likely to be next. They are compared after a power loss, and first to go."""
+        self._wanted.update(dict.fromkeys(key for key in keys if key not in self.hot))
         async with self._lock:
             cold = [key for key in dict.fromkeys(keys) if key not in self.hot]
+            if cold:
+                # In the same sync, as far as they do not crowd each other out: others' keys.
+                more = [k for k in self._wanted if k not in self.hot and k not in cold]
+                cold += more[: max(0, self.map.slots_max // 2 - len(cold))]
+                spare = min(ALONG_MAX, self.map.free - len(cold))
+                likely = [k for k in along if k not in self.hot and k not in cold]
+                cold += likely[: max(0, spare)]
             while cold:
                 batch = cold[: self.map.slots_max]
                 sectors = self.map.admit(batch, self.safe_seq(), keys)
@@ -81,6 +96,8 @@ class ActiveMapFile:
                     self.map.withdraw(batch)
                     raise
                 self.map.enter(batch)
+                for key in batch:
+                    self._wanted.pop(key, None)
                 cold = cold[len(batch) :]
 
     async def _write(self, sectors: list[int]) -> None:

@@ -19,7 +19,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.codec.mark import Mark
 from nbdmirror.core.active import key_of
 from nbdmirror.core.timeline import Timeline
-from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.activemap import ALONG_MAX, ActiveMapFile
 from nbdmirror.engine.batch import Changes
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.volume import Change, Volume
@@ -216,7 +216,7 @@ class Group:
             keys = [key_of(volume.index, extent) for extent in range(first, last + 1)]
             if any(key not in self.active.hot for key in keys):
                 try:
-                    await self.active.activate(keys)
+                    await self.active.activate(keys, self._neighbours(volume, change.offset))
                 except DiskFailed:
                     if self.log.failed is None or self.log_back is None:
                         raise
@@ -232,12 +232,33 @@ class Group:
 
     async def _write_later(self, volume: Volume, changes: Sequence[Change], durable: bool) -> None:
         try:
+            await self._heat(volume, changes)
             for change in changes:
                 for piece in self._pieces(change):
                     await self._write_piece(volume, piece)
             await self._reach(self.log.next_seq - 1, durable)
         except DiskFailed as error:
             raise self._client_error(error) from error
+
+    async def _heat(self, volume: Volume, changes: Sequence[Change]) -> None:
+        """Makes the extents of a batch hot with one sync, not with one for each."""
+        base = key_of(volume.index, 0)
+        extents = dict.fromkeys(Changes(changes).stretches(self.active.extent_size))
+        cold = [base | extent for extent in extents if base | extent not in self.active.hot]
+        if len(cold) > 1:
+            try:
+                along = self._neighbours(volume, changes[0].offset)
+                await self.active.activate(cold[: self.active.map.slots_max // 2], along)
+            except DiskFailed:
+                if self.log.failed is None or self.log_back is None:
+                    raise  # else ``_admit`` waits for the log that comes
+
+    def _neighbours(self, volume: Volume, offset: int) -> list[int]:
+        """The extents behind an offset, then those before it: where the next writes may be."""
+        here, end = offset // self.active.extent_size, -(-volume.size // self.active.extent_size)
+        near = [*range(here + 1, min(end, here + 1 + ALONG_MAX))]
+        near += range(here - 1, max(-1, here - 1 - ALONG_MAX), -1)
+        return [key_of(volume.index, extent) for extent in near]
 
     async def _write_piece(self, volume: Volume, piece: Change) -> None:
         while True:

@@ -182,3 +182,45 @@ def test_a_clean_stop_empties_it() -> None:
         assert found_after_a_cut(disk) == [2]
 
     run(main())
+
+
+def test_one_sync_serves_all_who_wait() -> None:
+    """A burst of writes into cold extents costs few syncs, not one for each."""
+
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        syncs: list[str] = []
+
+        def watch(operation: str, path: str, nth: int) -> None:
+            if operation == "sync":
+                syncs.append(path)
+
+        disk.faults = watch
+        await asyncio.gather(*(active.activate([key, key + 100]) for key in range(20)))
+        assert len(syncs) <= 3  # the first asks alone
+        assert set(found_after_a_cut(disk)) == {*range(20), *range(100, 120)}
+        # They do not crowd each other out: a quarter of them is enough for the map.
+        await asyncio.gather(*(active.activate([1000 + key]) for key in range(4 * SLOTS)))
+        assert len(active.hot) <= SLOTS
+
+    run(main())
+
+
+def test_likely_extents_come_along_where_there_is_room() -> None:
+    """They cost no sync of their own, and crowd nobody out."""
+
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        active.safe_seq = lambda: 0
+        await active.activate([5], along=range(6, 6 + 2 * SLOTS))
+        assert 5 in active.hot and len(active.hot) == SLOTS
+        assert found_after_a_cut(disk) == sorted(active.hot)
+        for key in active.hot:
+            active.hot[key] = 1  # not safe yet
+        active.hot[7] = 0
+        await active.activate([1000], along=range(2000, 2010))
+        assert 1000 in active.hot and 7 not in active.hot and 2000 not in active.hot
+
+    run(main())
