@@ -26,7 +26,7 @@ from nbdmirror.codec import record
 from nbdmirror.edge.nbdkit_bridge import Bridge, Client, die_with_supervisor, end
 from nbdmirror.engine import operations
 from nbdmirror.engine.export import BLOCK_STATUS_EXTENTS_MAX
-from nbdmirror.engine.group import Group
+from nbdmirror.engine.snapshotexport import Writer
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError, UsageError, VolumeFailed
 from nbdmirror.ports import Buffer
@@ -197,13 +197,13 @@ def pwrite(client: Client, buf: memoryview, offset: int, flags: int) -> None:
 
 
 def _write(volume: Volume, change: Change, durable: bool) -> Later | None:
-    return _group().write(volume, [change], durable=durable)
+    return _writer(volume).write(volume, [change], durable=durable)
 
 
 @answered
 def flush(client: Client, flags: int) -> None:
     """FLUSH."""
-    client.call(lambda: _group().flush())
+    client.call(lambda: _writer(client.volume).flush())
 
 
 @answered
@@ -213,7 +213,7 @@ def trim(client: Client, count: int, offset: int, flags: int) -> None:
 
 
 def _trim(volume: Volume, offset: int, length: int, durable: bool) -> Later:
-    return operations.trim(_group(), volume, offset, length, durable=durable)
+    return operations.trim(_writer(volume), volume, offset, length, durable=durable)
 
 
 @answered
@@ -223,7 +223,9 @@ def zero(client: Client, count: int, offset: int, flags: int) -> None:
 
 
 def _zero(volume: Volume, offset: int, length: int, keep_space: bool, durable: bool) -> Later:
-    return operations.zero(_group(), volume, offset, length, keep_space=keep_space, durable=durable)
+    return operations.zero(
+        _writer(volume), volume, offset, length, keep_space=keep_space, durable=durable
+    )
 
 
 @answered
@@ -240,8 +242,11 @@ def extents(client: Client, count: int, offset: int, flags: int) -> list[tuple[i
     return [(start, length, HOLE if hole else 0) for start, length, hole in pieces[:limit]]
 
 
-def _group() -> Group:
-    """The group, as it is now (on the loop)."""
+def _writer(volume: Volume) -> Writer:
+    """What takes the changes of its clients, as it is now (on the loop): the group, or, of a
+    writable snapshot, that snapshot itself."""
     exports = _bridge.daemon.node.exports
-    assert exports is not None and exports.group is not None
-    return exports.group
+    assert exports is not None
+    writer = exports.writer(volume)
+    assert writer is not None
+    return writer

@@ -325,3 +325,29 @@ def test_failed_log_ends_the_daemon(alone: Node, tmp_path: Path) -> None:
     finally:
         tracer.kill()
     assert "sync of the log" in alone.daemon.output()
+
+
+# -- snapshots -----------------------------------------------------------------------------------
+
+
+def test_what_is_written_into_a_snapshot_stays_there(make_cluster: MakeCluster) -> None:
+    """V9: as with the native front end; the volume, and its remote, know nothing of it."""
+    cluster = make_cluster(frontend="nbdkit").start()
+    primary = cluster.primary
+    handle = connect(primary.uri())
+    handle.pwrite(pattern(MIB, 1), 0)
+    handle.flush()
+    primary.ok("snapshot", "create")
+    handle.pwrite(pattern(MIB, 2), 0)
+    reader = connect(primary.uri("data@1"))
+    assert reader.is_read_only() and bytes(reader.pread(MIB, 0)) == pattern(MIB, 1)
+    reader.shutdown()
+    primary.ok("snapshot", "export", "1", "--writable")
+    writer = connect(primary.uri("data@1"))
+    writer.pwrite(pattern(4096, 3), 8192)
+    writer.trim(4096, 65536)
+    writer.flush()
+    assert bytes(writer.pread(4096, 8192)) == pattern(4096, 3)
+    assert bytes(writer.pread(4096, 65536)) == bytes(4096)
+    assert bytes(handle.pread(MIB, 0)) == pattern(MIB, 2)
+    cluster.check_in_sync()
