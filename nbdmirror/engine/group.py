@@ -70,8 +70,8 @@ class Group:
         """Awaited when the log has failed: returns when there is another (M13)."""
         self.goes_on: Callable[[Volume], bool] = lambda volume: False
         """Whether a volume with no local facet in service is of use: a remote follows (M11)."""
-        self.on_mark: Callable[[Mark], None] = lambda mark: None
-        """Called in the step in which a mark is logged."""
+        self.on_mark: Callable[[int, Mark], None] = lambda seq, mark: None
+        """Called in the step in which a mark is logged, with its seq."""
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         """Called once, when no write is taken any more; the node then ends."""
         self.failed: NbdmirrorError | None = None
@@ -367,7 +367,7 @@ class Group:
                 raise LogLost from error
             raise self._client_error(error) from error
         self.timeline.add(seq, now)
-        self.on_mark(mark)
+        self.on_mark(seq, mark)
         return seq
 
     def _check_served(self, volume: Volume) -> None:

@@ -74,11 +74,10 @@ class Primary:
         """The policy when the log is full (M7)."""
         return self._config.log.on_full
 
-    def _marked(self, mark: Mark) -> None:
-        """What is said of snapshots reaches a remote in DCM logging by the next START."""
+    def _marked(self, seq: int, mark: Mark) -> None:
+        """A mark was logged: any remote may have to be told of it by the next START."""
         for remote in self.remotes:
-            if remote.tracking:
-                remote.miss(mark)
+            remote.miss(seq, mark)
 
     def serve_beside(self, exports: ExportServer) -> None:
         """What clients ask of the exports is what resyncs yield to."""

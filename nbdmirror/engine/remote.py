@@ -18,7 +18,8 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     verify        a verify that is wanted or runs: see ``engine.verify.request``; null if none
     verified      what the last one found: {finished_ns, differing, ...}; null if there was none
     max_rate, verify_interval, verify_rate, verify_repair    as configured
-    missed        uuids of deleted snapshots of which it was not told (see ``engine.leftout``)
+    missed        [uuid, seq] of deletions of snapshots that it may not have durably, and that a new
+                  stream would leave out (see ``engine.leftout``)
     defaults      {volume name: default bit of its DCM}
 """
 
@@ -211,7 +212,7 @@ class Remote:
             self.mark(record.volume, record.offset, record.length)
         else:
             assert record.payload is not None
-            self.miss(marks.decode(record.payload))
+            self.miss(record.seq, marks.decode(record.payload))
 
     def mark(self, volume: int, offset: int, length: int) -> None:
         """Marks a change in the DCM (see ``group.Tracker``)."""
@@ -227,13 +228,18 @@ class Remote:
             self.group.fail(error)
             raise
 
-    def miss(self, mark: Mark) -> None:
-        """A mark is left out of the stream to this remote; the caller saves the facts."""
+    def miss(self, seq: int, mark: Mark) -> None:
+        """A mark was logged that the stream to this remote may come to leave out; the caller saves
+        the facts."""
         gone = deletion(mark)
-        missed = self.facts.setdefault("missed", [])
-        if gone is not None and gone not in missed:
-            missed.append(gone)
-            del missed[:-DELETIONS_MAX]
+        if gone is None:
+            return
+        missed = self.facts.get("missed", [])
+        if not self.tracking:  # in order: what it has durably it has followed
+            missed = [one for one in missed if one[1] > self.durable_seq]
+        if all(uuid != gone for uuid, _ in missed):
+            missed.append([gone, seq])
+        self.facts["missed"] = missed[-DELETIONS_MAX:]
 
     async def sync_maps(self) -> None:
         """Makes every mark so far durable; DiskFailed if it cannot, for the whole node."""

@@ -207,9 +207,11 @@ class Restorer:
 
     async def _begin_alone(self, entry: Entry, indices: list[int], *, keep: bool) -> Entry | None:
         """On a secondary whose link is inactive (V14): its primary will compare everything.
-        Returns the snapshot of the state before, which no other node has."""
+        Returns the snapshot of the state before, which no other node has; in the middle of a
+        resync that is no state to go back to, and the image from before the resync is there."""
         secondary = self._node.secondary
         assert secondary is not None
+        keep = keep and bool((self._store.state["upstream"] or {}).get("consistent"))
         await secondary.detach({})
         seq, undo = self._node.log.next_seq - 1, None
         if keep:

@@ -264,13 +264,13 @@ class Session:
         )
 
     def _left_out(self, seq: int) -> list[dict[str, Any]]:
-        self._deletions = list(self.remote.facts.get("missed", []))
+        self._deletions = [uuid for uuid, _ in self.remote.facts.get("missed", [])]
         return told(self.context.store.state.get("snapshots", []), self._deletions, seq)
 
     def _told(self) -> None:
         """The remote has followed what the last START told it of deletions; the caller saves."""
         missed = self.remote.facts.get("missed", [])
-        self.remote.facts["missed"] = [one for one in missed if one not in self._deletions]
+        self.remote.facts["missed"] = [one for one in missed if one[0] not in self._deletions]
 
     async def _resume(self, seq: int) -> None:
         """The remote is READY for the log from ``seq`` on: it is out of DCM logging."""

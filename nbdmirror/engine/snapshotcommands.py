@@ -77,6 +77,7 @@ class SnapshotCommands:
         write order."""
         entry = self._find(spec, lost=True)
         self._check_unused(entry)
+        self._check_needless(entry)
         self._check_idle()
         if everywhere:
             group = self._group()
@@ -270,6 +271,16 @@ class SnapshotCommands:
             raise Refused(
                 f"snapshot {label(entry)} has {clients} clients attached",
                 hint="detach them first",
+            )
+
+    def _check_needless(self, entry: Entry) -> None:
+        """X2: the last consistent image stays while nothing else is promotable."""
+        upstream = self._node.store.state["upstream"]
+        waits = self._node.secondary is not None and upstream and not upstream["consistent"]
+        if waits and entry["kind"] == "resync" and not entry.get("lost"):
+            raise Refused(
+                f"snapshot {label(entry)} is the last consistent image of this node",
+                hint="it goes by itself when the resync is through",
             )
 
     def _check_idle(self) -> None:

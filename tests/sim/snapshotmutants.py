@@ -137,7 +137,18 @@ def _(assign: Assign) -> None:
 
 @mutant("V9 deletions are not remembered for a remote in DCM logging")
 def _(assign: Assign) -> None:
-    assign(Remote, "miss", lambda self, mark: None)
+    assign(Remote, "miss", lambda self, seq, mark: None)
+
+
+@mutant("V9 deletions that wait in the log are forgotten when the stream begins anew")
+def _(assign: Assign) -> None:
+    original = Remote.miss
+
+    def miss(self: Remote, seq: int, mark: Mark) -> None:
+        if self.tracking:
+            original(self, seq, mark)
+
+    assign(Remote, "miss", miss)
 
 
 @mutant("M11 what lies below a restore is read from a remote")
@@ -157,6 +168,39 @@ def _(assign: Assign) -> None:
             self.volumes[volume].guard = guard
 
     assign(Secondary, "place", place)
+
+
+@mutant("X2 no image is kept before a resync")
+def _(assign: Assign) -> None:
+    assign(Follower, "before_resync", _nothing)
+
+
+@mutant("X2 the image from before a resync is never released")
+def _(assign: Assign) -> None:
+    assign(Follower, "consistent_again", lambda self: None)
+
+
+@mutant("V14 a secondary that was restored does not say so")
+def _(assign: Assign) -> None:
+    original = Secondary.detach
+
+    async def detach(self: Secondary, change: dict[str, Any]) -> None:
+        await original(self, change)
+        self.store.state["altered"] = False
+        await self.store.save()
+
+    assign(Secondary, "detach", detach)
+
+
+@mutant("V14 a primary is let in while a secondary is being restored")
+def _(assign: Assign) -> None:
+    original = Secondary.refusal
+
+    def refusal(self: Secondary, hello: dict[str, Any]) -> tuple[str, str] | None:
+        refused = original(self, hello)
+        return None if refused is not None and refused[0] == "V14" else refused
+
+    assign(Secondary, "refusal", refusal)
 
 
 @mutant("V9 a secondary applies records without keeping")
@@ -180,7 +224,7 @@ def _(assign: Assign) -> None:
 
 @mutant("V12 the copy begins though redo may come by")
 def _(assign: Assign) -> None:
-    assign(Restorer, "_settled", _nothing)
+    assign(Restorer, "settled", _nothing)
 
 
 @mutant("V12 the copy does not keep what newer snapshots need")

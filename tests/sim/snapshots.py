@@ -118,6 +118,28 @@ class Album:
         self._promised.pop(uuid, None)
         self._released[uuid] = None
 
+    def check_image(self, host: Host, node: Node) -> None:
+        """X2: a secondary that is not consistent has an image of when it was, or says that it lost
+        it."""
+        state, fired = node.store.state, self._world.fired
+        upstream = state["upstream"]
+        if not upstream or upstream["consistent"] or upstream["since"] is None:
+            return
+        doubts = ("snapshot-failed", "log-damaged", "superblock-damaged")
+        if host.restored or any(fired[f"event {kind}"] for kind in doubts):
+            return
+        if not any(entry["kind"] == "resync" for entry in node.snapshots.entries):
+            raise Violation(f"{host.name} is not consistent and has no image of before (X2)")
+        fired["image kept in a resync"] += 1
+
+    def check_released(self) -> None:
+        """All is in sync: images of before go (their deletion may be under way)."""
+        for host in self._world.remotes:
+            node = host.node
+            for entry in node.snapshots.usable() if node is not None else []:
+                if entry["kind"] == "resync" and not entry.get("deleting"):
+                    raise Violation(f"{host.name} is consistent and keeps an image of before (X2)")
+
     def gone(self, uuid: str) -> None:
         """A person was told that it is deleted everywhere, or taken anew."""
         self._gone[uuid] = None
@@ -149,7 +171,7 @@ class Album:
         for one in found:
             entry = one.entry
             name = f"{what}: snapshot {entry['number']} ({entry['kind']}) at {entry['seq']}"
-            if entry["kind"] == "resync":
+            if entry["uuid"] not in self._images:  # of this node's own
                 group = self._world.history.image(entry["epoch"], entry["seq"])
                 wanted = [bytes(group[index]) for index in entry["volumes"]]
             else:
@@ -201,6 +223,9 @@ class People:
                 if not shown:
                     return
                 entry = rng.choice(shown)
+                if host is not world.a and rng.random() < 0.4:
+                    await self._restore_alone(host, node, entry)
+                    return
                 if host is world.a and rng.random() < 0.25:
                     await self._restore(host, node, entry)
                     return
@@ -233,6 +258,25 @@ class People:
                 world.content.end(write, acked=acked, durable=True)
             world.trace("people", f"restored {acked}")
 
+    async def _restore_alone(self, host: Host, node: Node, entry: dict[str, Any]) -> None:
+        """On a secondary, while the primary has paused it (V14)."""
+        world, rng = self._world, self._random
+        primary = world.a.node
+        if primary is None:
+            return
+        await world.in_life(world.a, primary.pause(host.name))
+        try:
+            await asyncio.sleep(0.2 * rng.random())
+            world.trace("people", f"restore {entry['number']} on {host.name}")
+            host.restored = True
+            keep = rng.random() < 0.7
+            await world.in_life(host, node.people.restore(entry["uuid"], None, True, keep, False))
+            world.fired["restored on a secondary"] += 1
+            await asyncio.sleep(0.2 * rng.random())
+        finally:
+            if world.a.node is primary:
+                await world.in_life(world.a, primary.resume(host.name))
+
     async def _create(self, host: Host, node: Node) -> None:
         world, rng = self._world, self._random
         volume = None
@@ -248,8 +292,10 @@ async def look(world: World) -> None:
 
     for host in list(world.hosts.values()):
         node = host.node
-        if node is None or not node.snapshots.entries:
+        if node is None:
             continue
+        if host.role == "secondary":
+            world.album.check_image(host, node)
         with contextlib.suppress(Gone):
             found = await world.in_life(host, read_all(node))
             if host.node is node:

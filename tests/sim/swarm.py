@@ -157,6 +157,7 @@ async def _converge(
     checks.look()
     await snapshots.look(world)
     world.album.check_followed()
+    world.album.check_released()
     checks.crash_clone_of_one()
 
 

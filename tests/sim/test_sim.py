@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.sim import mutants, swarm
+from tests.sim import mutants, snapshotmutants, swarm
 
 SEEDS = 48
 BATCH = 8
@@ -59,3 +59,11 @@ def test_a_mutant_leaves_no_trace() -> None:
     before = swarm.run(7).digest
     mutants.kill("I3 a flush syncs nothing", range(3))
     assert swarm.run(7).digest == before
+
+
+@pytest.mark.parametrize("rule", mutants.MUTANTS)
+def test_every_mutant_still_fits_the_engine(rule: str) -> None:
+    """What it breaks is there under that name: else its campaign ends before it begins."""
+    assert snapshotmutants  # imported for its mutants
+    with mutants.broken(rule):
+        pass

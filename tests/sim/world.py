@@ -68,6 +68,8 @@ class Host:
         """The node while it serves."""
         self.created = False
         self.lost_power = False
+        self.restored = False
+        """A snapshot was restored on it, as a secondary (V14)."""
         self.torn = False
         """A slot of its superblock was found torn: it cannot prove what it had."""
         self.forked = False
@@ -327,7 +329,7 @@ class World:
             self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
         if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
             self.album.release(event["uuid"])
-        if event["kind"] == "restored":
+        if event["kind"] == "restored" and host.role == "primary":
             self.album.restored(event["uuid"], event["volumes"], event["seq"])
         host.torn = host.torn or event["kind"] == "superblock-damaged"
         if event["kind"] == "started":
@@ -345,6 +347,8 @@ class World:
         """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
         if event["rule"] == "T5" and self.hosts[event["remote"]].torn:
             return  # a save that was torn may have been of what it had confirmed
+        if self.hosts[event["remote"]].restored and "was restored on" in event["why"]:
+            return
         if event["rule"] in ("T5", "T6", "T9", "T12"):
             self.fail(
                 Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
