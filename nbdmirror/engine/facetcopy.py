@@ -68,7 +68,7 @@ class FacetCopy:
             hole = (offset, 0, False)
             count = min(max(1, COPY_BYTES // region), -(-span // region))
         length = min(count * region, volume.size - offset)
-        async with volume.locked(offset, length, exclusive=False):
+        async with volume.locked(offset, length, exclusive=False), volume.beside:
             self._check()
             try:
                 if hole[2] and all(piece[2] for piece in volume.allocation_below(offset, length)):

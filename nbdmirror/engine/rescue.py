@@ -112,7 +112,7 @@ class Rescue:
 
     async def _mend(self, volume: Volume, facet: LocalFacet, offset: int, length: int) -> None:
         """Writes a range anew from another facet; writes to it wait meanwhile."""
-        async with volume.locked(offset, length, exclusive=True):
+        async with volume.locked(offset, length, exclusive=True), volume.beside:
             data = await self._from_others(volume, facet, offset, length)
             if data is None or not facet.writable:
                 return

@@ -259,16 +259,8 @@ class VolumeRestore:
         while any(self._chain_holds(*one) for one in ranges):
             await self.chain.make_way(ranges)
         await self._around.changing(volume, ranges)
-        done: list[int] = []
-        for region in batch:
-            try:
-                data = await self._source(region)
-            except VolumeFailed as error:
-                self.unreadable[region] = error.message
-                self._resolve([region], error)
-                continue
-            await self._place(region * size, data)
-            done.append(region)
+        async with volume.beside:
+            done = await self._place_all(batch)
         lost = []
         for facet in volume.writable():
             try:
@@ -283,6 +275,20 @@ class VolumeRestore:
         self.left.unmark(done)
         await self.left.sync()
         self._resolve(done, None)
+
+    async def _place_all(self, batch: list[int]) -> list[int]:
+        """Puts regions into the facets; returns those that could be read."""
+        done: list[int] = []
+        for region in batch:
+            try:
+                data = await self._source(region)
+            except VolumeFailed as error:
+                self.unreadable[region] = error.message
+                self._resolve([region], error)
+                continue
+            await self._place(region * self.volume.region_size, data)
+            done.append(region)
+        return done
 
     async def _place(self, offset: int, data: Buffer) -> None:
         zeros = bytes(data).count(0) == len(data)

@@ -85,6 +85,10 @@ class Volume:
         self.facets = facets
         self.locks: RangeLocks[asyncio.Future[None]] = RangeLocks()
         self.clients = 0
+        self.beside = asyncio.Lock()
+        """Held by a copy between facets, and by a restore's copy into them, from its read to its
+        write: a restore takes no range lock, because who holds one may wait for it. Taken after a
+        range lock, never before."""
         self.guard: Guard | None = None
         self.overlay: Overlay | None = None
         self._landing: dict[RangeLock[asyncio.Future[None]], None] = {}

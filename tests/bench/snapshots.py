@@ -2,7 +2,8 @@
 which is kept in ``tests/bench/results``.
 
 - ``throughput``: random 4 KiB writes with 0, 1 and 16 snapshots, after a warm-up that has copied
-  every region once, interleaved; the bar: within 10 % of each other;
+  every region once, interleaved, and what one costs both nodes of CPU, which says more where others
+  use the machine too; the bar: within 10 % of each other;
 - ``taking``: the longest of many writes while snapshots are taken, against the longest without, in
   turn, and against one sync of the same disk; the bar: at most one sync more;
 - ``restore``: of a large, sparse volume of which some has changed: the time until it reads as the
@@ -56,8 +57,17 @@ def _fill(cluster: Cluster, size: int, seed: int) -> None:
     handle.shutdown()
 
 
-def _rate(cluster: Cluster, directory: Path, seconds: float) -> float:
-    """4 KiB random writes a second at depth 16."""
+def _cpu_s(cluster: Cluster) -> float:
+    """What the daemons have used so far."""
+    ticks = 0
+    for node in (cluster.primary, cluster.secondary):
+        words = Path(f"/proc/{node.daemon.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(words[11]) + int(words[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _rate(cluster: Cluster, directory: Path, seconds: float) -> tuple[float, float]:
+    """4 KiB random writes a second at depth 16, and what one costs both nodes, in us of CPU."""
     load: dict[str, Any] = {
         "rw": "randwrite",
         "bs": "4k",
@@ -65,14 +75,17 @@ def _rate(cluster: Cluster, directory: Path, seconds: float) -> float:
         "time_based": 1,
         "runtime": seconds,
     }
-    result = fio(cluster.primary.uri(), directory, **load)
-    return float(result["write"]["iops"])
+    began = _cpu_s(cluster)
+    result = fio(cluster.primary.uri(), directory, **load)["write"]
+    cluster.wait_in_sync(SYNC_S)
+    return float(result["iops"]), (_cpu_s(cluster) - began) / result["total_ios"] * 1e6
 
 
 def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write rates by number of snapshots; each group lives on, loads are interleaved."""
     size = options.size * MIB
     rates: dict[int, list[float]] = {0: [], 1: [], 16: []}
+    costs: dict[int, list[float]] = {0: [], 1: [], 16: []}
     clusters = {}
     for count in rates:
         cluster = Cluster(directory / f"s{count}", volumes=[Volume(size=size)], log_size=256 * MIB)
@@ -87,20 +100,28 @@ def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         for turn in range(options.rounds):
             order = list(clusters.items())
             for count, cluster in order if turn % 2 else reversed(order):
-                rates[count].append(_rate(cluster, directory, options.seconds))
+                rate, cost = _rate(cluster, directory, options.seconds)
+                rates[count].append(rate)
+                costs[count].append(cost)
     finally:
         for cluster in clusters.values():
             cluster.close()
     medians = {count: statistics.median(found) for count, found in rates.items()}
     # Of loads next to each other: what else the machine does meets all three.
-    ratios = {
-        count: round(statistics.median(a / b for a, b in zip(found, rates[0], strict=True)), 3)
-        for count, found in rates.items()
-    }
     return {
         "writes_per_s": {k: [round(rate) for rate in found] for k, found in rates.items()},
         "medians": {k: round(v) for k, v in medians.items()},
-        "ratio_to_none": ratios,
+        "ratio_to_none": _ratios(rates),
+        "cpu_us_per_write": {k: round(statistics.median(v), 1) for k, v in costs.items()},
+        "cpu_ratio_to_none": _ratios(costs),
+    }
+
+
+def _ratios(found: dict[int, list[float]]) -> dict[int, float]:
+    """Medians over the loads next to each other."""
+    return {
+        count: round(statistics.median(a / b for a, b in zip(some, found[0], strict=True)), 3)
+        for count, some in found.items()
     }
 
 

@@ -13,6 +13,7 @@ from nbdmirror.core.layers import TENTATIVE
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.bypass import Bypass
 from nbdmirror.engine.chain import Chain
+from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.layer import LayerFile
 from nbdmirror.engine.remote import Remote
@@ -149,6 +150,20 @@ def _(assign: Assign) -> None:
             original(self, seq, mark)
 
     assign(Remote, "miss", miss)
+
+
+@mutant("M8 a facet is filled while a restore overwrites what was read for it")
+def _(assign: Assign) -> None:
+    original = FacetCopy._copy
+
+    async def copy(self: FacetCopy, offset: int, length: int) -> None:
+        self._volume.beside.release()
+        try:
+            await original(self, offset, length)
+        finally:
+            await self._volume.beside.acquire()
+
+    assign(FacetCopy, "_copy", copy)
 
 
 @mutant("M11 what lies below a restore is read from a remote")

@@ -194,6 +194,9 @@ async def _facets_in_sync(world: World) -> None:
     while node is not None and not all(f.in_service for v in node.volumes for f in v.facets):
         if world.loop.time() > end:
             raise Violation(f"facets do not come back: {node.facet_list()} (M8)")
+        for facet in node.facet_list():
+            if facet["offline"]:  # by a command that the end of the faults has overtaken
+                await world.in_life(world.a, node.facet("online", facet["path"]))
         await asyncio.sleep(0.1)
         node = world.a.node
     if node is None:
