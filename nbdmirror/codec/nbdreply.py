@@ -61,7 +61,7 @@ def many(requests: Iterable[Request | Writes]) -> bytes:
     """The success of several requests without data, in one piece."""
     pack = _pack_simple
     return b"".join(
-        [
+        [  # a batch has them ready
             one.replies if isinstance(one, Writes) else pack(SIMPLE_REPLY_MAGIC, 0, one.cookie)
             for one in requests
         ]

@@ -240,6 +240,12 @@ class ServerSession:
         append = requests.append
         taken: list[tuple[bytes, bytes]] = []
         size = longest = 0
+        limits = batch.LENGTH_MAX, export_size
+        if plain_max == WRITE:  # most often there is nothing else
+            stop, places, replies, longest = batch.take_writes(view, start, end, *limits)
+            if stop > start:
+                taken.append((places, replies))
+                size, start = stop - start, stop
         while end - start >= 28:
             magic, flags, kind, cookie, offset, length = unpack(view, start)
             if (
@@ -250,7 +256,6 @@ class ServerSession:
                 and offset + length <= export_size
             ):
                 if kind and not flags and 0 < length <= batch.LENGTH_MAX:
-                    limits = batch.LENGTH_MAX, export_size
                     stop, places, replies, long = batch.take_writes(view, start, end, *limits)
                     if stop > start:
                         taken.append((places, replies))
@@ -276,8 +281,11 @@ class ServerSession:
             start, end = slab.start, slab.end
         slab.start = start
         if taken:
-            all_places, all_replies = map(b"".join, zip(*taken, strict=True))
-            append(Writes(view, all_places, all_replies, size, longest))
+            if len(taken) > 1:
+                places, replies = map(b"".join, zip(*taken, strict=True))
+            else:
+                places, replies = taken[0]
+            append(Writes(view, places, replies, size, longest))
         return requests
 
     def _take_other(self, request: Request, requests: list[Request | Writes]) -> bool:

@@ -79,6 +79,7 @@ class Received:
 
     def __init__(self, writes: codec_batch.Writes) -> None:
         self._writes = writes
+        self._stretches: tuple[int, list[int]] = (0, [])
         self.ranges = writes.ranges
         self.longest = writes.longest
         self.size_max = writes.size + len(writes) * 2 * codec.HEADER_SIZE
@@ -92,7 +93,9 @@ class Received:
 
     def stretches(self, size: int) -> list[int]:
         """See ``Batch``."""
-        return codec_batch.stretches(self._writes.places, size)
+        if self._stretches[0] != size:
+            self._stretches = size, codec_batch.stretches(self._writes.places, size)
+        return self._stretches[1]
 
     def encode(self, epoch: int, volume: int, seq: int, time_ns: int) -> Records:
         """See ``Batch``."""

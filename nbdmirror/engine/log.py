@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
@@ -79,6 +80,8 @@ class Log:
         self.payload_max = min(codec.PAYLOAD_MAX, capacity // 8 // 4096 * 4096)
         self.durable_seq = tail_seq - 1
         self._recent: dict[int, Chunk] = {}
+        self._recent_seqs: deque[int] = deque()
+        """Its keys, oldest first: a dict walks over all that was removed to find its first."""
         self._recent_bytes = 0
         self._commit = GroupCommit(self._sync_head)
         self.failed: DiskFailed | None = None
@@ -136,6 +139,7 @@ class Log:
         self.payload_max = min(codec.PAYLOAD_MAX, capacity // 8 // 4096 * 4096)
         self.durable_seq = seq - 1
         self._recent.clear()
+        self._recent_seqs.clear()
         self._recent_bytes = 0
         self.failed = None
 
@@ -220,10 +224,11 @@ class Log:
 
     def _remember(self, chunk: Chunk) -> None:
         self._recent[chunk.first_seq] = chunk
+        self._recent_seqs.append(chunk.first_seq)
         self._recent_bytes += chunk.size
         while self._recent_bytes > RECENT_BYTES_MAX:
-            oldest = self._recent.pop(next(iter(self._recent)))
-            self._recent_bytes -= oldest.size
+            oldest = self._recent.pop(self._recent_seqs.popleft(), None)
+            self._recent_bytes -= oldest.size if oldest is not None else 0
 
     # -- durability --------------------------------------------------------------------------
 
@@ -378,6 +383,7 @@ class Log:
         self.ring = Ring(capacity, head, seq)
         self.durable_seq = seq - 1
         self._recent.clear()
+        self._recent_seqs.clear()
         self._recent_bytes = 0
 
     # -- recovery ----------------------------------------------------------------------------
