@@ -26,6 +26,9 @@ SNAPSHOTS_MAX = 256
 LOG_SIZE_MIN = 1 * MIB
 LOG_SIZE_MAX = 16 * TIB
 LOG_SIZE_STEP = 4 * KIB
+SPILL_THRESHOLD_MIN = 64 * KIB
+SPILL_THRESHOLD_STEP = 4 * KIB
+SPILL_THRESHOLD_DEFAULT = 64 * MIB
 EXTENT_SIZE_MIN = 64 * KIB
 EXTENT_SIZE_MAX = 1 * GIB
 RATE_MIN = 16 * KIB
@@ -124,6 +127,8 @@ class AdminConfig:
 class LogConfig:
     """``[log]``: the transaction queue, and the active map that goes with it.
 
+    ``mode``: "disk": every entry is in the file before the write is acknowledged; "spill": entries
+    are in memory up to ``spill_threshold`` bytes (0: not used), and go to the file only past it.
     ``extent_size`` is what one bit of the active map covers, in bytes; ``hot_extents`` how many
     of them stay marked without being written again."""
 
@@ -133,6 +138,7 @@ class LogConfig:
     path: str | None = None
     extent_size: int = 4 * MIB
     hot_extents: int = 1024
+    spill_threshold: int = 0
 
 
 @dataclass(frozen=True, slots=True)

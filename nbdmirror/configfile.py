@@ -52,8 +52,6 @@ _REMOTE_TLS_HINT = "leave it out: [replication] tls or secret_file secures these
 
 # (table, key, which values are refused, what works instead). Delete a row when it is built.
 _NOT_YET: tuple[tuple[str, str, Callable[[object], bool], str], ...] = (
-    ("log", "mode", lambda value: value == "spill", 'use "disk"'),
-    ("log", "spill_threshold", _always, "leave it out"),
     ("remote", "mode", lambda value: value == "checkpoint", 'use "async" or "sync"'),
     ("remote", "tls", _always, _REMOTE_TLS_HINT),
 )
@@ -216,9 +214,14 @@ def _log(table: Table) -> LogConfig:
     size = table.size("size", default.size, c.LOG_SIZE_MIN, c.LOG_SIZE_MAX)
     if size % c.LOG_SIZE_STEP:
         table.fail("size", f"must be a multiple of {format_size(c.LOG_SIZE_STEP)}, not {size}")
+    mode = table.choice("mode", ("disk", "spill"), default.mode)
+    threshold = _spill_threshold(table, size) if mode == "spill" else 0
+    if mode == "disk" and "spill_threshold" in table:
+        table.fail("spill_threshold", 'belongs to mode = "spill", the log has mode = "disk"')
     result = LogConfig(
         size=size,
-        mode=table.choice("mode", ("disk",), default.mode),
+        mode=mode,
+        spill_threshold=threshold,
         on_full=table.choice("on_full", ("dcm", "block"), default.on_full),
         path=_path(table, "path", table.text("path")) if "path" in table else None,
         extent_size=_power_of_two(
@@ -229,6 +232,15 @@ def _log(table: Table) -> LogConfig:
     table.raw("path", None)
     table.finish()
     return result
+
+
+def _spill_threshold(table: Table, log_size: int) -> int:
+    step = c.SPILL_THRESHOLD_STEP
+    default = min(c.SPILL_THRESHOLD_DEFAULT, log_size)
+    size = table.size("spill_threshold", default, c.SPILL_THRESHOLD_MIN, log_size)
+    if size % step:
+        table.fail("spill_threshold", f"must be a multiple of {format_size(step)}, not {size}")
+    return size
 
 
 def _volume(table: Table) -> VolumeConfig:

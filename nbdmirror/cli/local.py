@@ -113,11 +113,12 @@ def detach(args: argparse.Namespace) -> int:
 
 def _config_lines(config: Config) -> list[str]:
     log = config.log
+    spill = f" past {size_text(log.spill_threshold)}" if log.mode == "spill" else ""
     lines = [
         f"{config.path}: good",
         f"group {config.group}, node {config.node}, state in {config.state_dir}",
         f"admin socket {config.admin.socket}",
-        f"log {size_text(log.size)}, mode {log.mode}, on_full {log.on_full}"
+        f"log {size_text(log.size)}, mode {log.mode}{spill}, on_full {log.on_full}"
         + (f", at {log.path}" if log.path else ""),
     ]
     for volume in config.volumes:

@@ -210,6 +210,13 @@ def _log(log: Json) -> list[str]:
     ]
     mode = "in memory only" if log.get("in_memory") else f"mode {log.get('mode')}"
     lines = ["", _row("log", f"{usage}, {mode}")]
+    spill = log.get("spill")
+    if spill and spill.get("on_disk"):
+        lines.append(_inner("spill", "all in the file, until every volume has a facet again"))
+    elif spill and not log.get("in_memory"):
+        memory, file = size_text(spill["memory_bytes"]), size_text(spill["file_bytes"])
+        threshold = size_text(spill["threshold"])
+        lines.append(_inner("spill", f"{memory} in memory (of {threshold}), {file} in the file"))
     if log.get("in_memory"):
         lines.append(_inner("next", "on a good disk: nbdmirror log replace PATH"))
     return lines + ([_inner("seq", ", ".join(seqs))] if seqs else [])

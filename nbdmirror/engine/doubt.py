@@ -6,7 +6,7 @@ from nbdmirror.codec.record import MARK, Record
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Cursor, Log
-from nbdmirror.engine.recovery import Recovered, doubtful_ranges, level
+from nbdmirror.engine.recovery import Recovered, doubtful_ranges, level, write_anew
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.store import Store
 
@@ -20,14 +20,20 @@ async def mark_doubtful(
 ) -> None:
     """At start, before anything is served; nothing at all after a clean stop."""
     group = facets.group
-    doubtful = doubtful_ranges(active, group.volumes) if recovered.power_loss else []
+    doubtful = doubtful_ranges(active, group.volumes) if recovered.in_doubt else []
+    if recovered.memory_lost:
+        await write_anew(group.volumes, doubtful)
     await level(group.volumes, doubtful, recovered.healed)
     lost = None
     if recovered.lost:
         lost = f"the log lost {recovered.lost} records: it was damaged"
     elif store.damaged is not None:
         lost = f"the superblock may be out of date: {store.damaged}"
-    await facets.recover(recovered.clean, doubtful, lost)
+    await facets.recover(recovered.clean, doubtful, lost, spilled=recovered.memory_lost)
+    if recovered.memory_lost and any(volume.in_service() for volume in group.volumes):
+        # Nothing of before is sent: the facets may hold more than that, or less.
+        for remote in remotes:
+            remote.leave_log()
     pending = []
     if any(remote.tracking for remote in remotes):
         pending = await _pending(group.log)
@@ -50,7 +56,8 @@ async def mark_doubtful(
             # Records past the end are not in the history: the remote may be set back to there.
             base_seq = min(remote.facts["base_seq"], recovered.end_seq)
             remote.facts.update(compare=True, consistent=False, base_seq=base_seq)
-            remote.facts["why"] = remote.facts["why"] or "the primary lost power"
+            why = "the primary lost power" if recovered.power_loss else "the primary's process died"
+            remote.facts["why"] = remote.facts["why"] or why
         remote.save_defaults()
         await remote.sync_maps()
 

@@ -36,6 +36,8 @@ class LocalFacet:
         self.read_errors = 0
         """Reads that failed since it was opened."""
         self.failed: DiskFailed | None = None
+        self.unnoted = False
+        """It failed, and that is not durable yet: no write may be acknowledged (M12)."""
         self.writable = state is FacetState.SYNCHRONISED
         """Whether it takes every write: in service, or being synchronised."""
         self.kept_seq: int | None = None
@@ -58,6 +60,7 @@ class LocalFacet:
     def attach(self, file: File) -> None:
         """Goes on with this open file; what failed before was another one's."""
         self._file = file
+        self.unnoted = False
         self.pwrite = file.pwrite
         self.try_pread = file.try_pread
         self.failed = None
@@ -99,6 +102,7 @@ class LocalFacet:
                 number=error.errno or 5,
                 hint="replace its disk, then restart the node",
             )
+            self.unnoted = self.state is not FacetState.NOT_SYNCHRONISED
         self.leave()
         return self.failed
 

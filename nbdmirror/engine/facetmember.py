@@ -20,6 +20,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec.record import MARK
+from nbdmirror.core.active import volume_extent
 from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.log import Cursor
@@ -76,6 +77,12 @@ class Member:
     def durable_seq(self) -> int:
         """It lacks what the log holds after this seq."""
         return self.facet.kept_seq or 0
+
+    @property
+    def owed(self) -> bool:
+        """Whether it lacks something that the log has no more, and no map has yet."""
+        kept_seq = self.facet.kept_seq
+        return kept_seq is not None and kept_seq + 1 < self._owner.group.log.ring.tail_seq
 
     async def overflow(self, why: str) -> None:
         """Gives up its part of the log: what it lacks is in its map afterwards (O12)."""
@@ -154,9 +161,11 @@ class Member:
     async def _mark_pending(self, upto: int) -> None:
         log, facet = self._owner.group.log, self.facet
         assert facet.kept_seq is not None
-        cursor = Cursor(facet.kept_seq + 1)
-        if cursor.seq < log.ring.tail_seq:  # a move of the log was cut short
-            raise FormatError(f"the log begins at {log.ring.tail_seq}, not at {cursor.seq}")
+        if self.owed:
+            if self._owner.spill is None:  # a move of the log was cut short
+                raise FormatError(f"the log begins at {log.ring.tail_seq}, not before")
+            self._mark_active(facet.kept_seq)
+        cursor = Cursor(max(facet.kept_seq + 1, log.ring.tail_seq))
         while cursor.seq < upto:
             chunk = await log.read(cursor)
             for record in chunk.parsed():
@@ -164,6 +173,16 @@ class Member:
                     self.mark(record.volume, record.offset, record.length)
             await self.sync_map()
             facet.kept_seq = chunk.last_seq
+
+    def _mark_active(self, since: int) -> None:
+        """Marks the extents written after ``since``: they are active until the facet has them. They
+        are not compared: what it holds of them may be in the page cache only (O16)."""
+        active = self._owner.group.active
+        for key, seq in active.hot.items():
+            index, extent = volume_extent(key)
+            if seq > since and index == self.volume.index:
+                offset = extent * active.extent_size
+                self.mark(index, offset, min(active.extent_size, self.volume.size - offset))
 
     async def _new_map(self) -> None:
         """An empty map, durably so before it is said to be in use."""

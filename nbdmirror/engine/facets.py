@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec.record import MARK
 from nbdmirror.engine.events import EventLog
@@ -34,6 +34,9 @@ from nbdmirror.errors import (
 )
 from nbdmirror.ports import Disk
 
+if TYPE_CHECKING:
+    from nbdmirror.engine.spill import Spill
+
 RETRY_SECONDS = 10.0
 """A facet that failed is tried again after so long, then after twice that, ..."""
 RETRY_SECONDS_MAX = 3600.0
@@ -52,6 +55,8 @@ class Facets:
         self.events = events
         self._disk = disk
         self._directory = directory
+        self.spill: Spill | None = None
+        """Of a log that is partly in memory: it minds whether each volume has a facet."""
         self.members: list[Member] = []
         for volume, saved in zip(group.volumes, store.state["volumes"], strict=True):
             for facet, entry in zip(volume.facets, saved["facets"], strict=True):
@@ -70,10 +75,16 @@ class Facets:
         return DcmFile(self._disk, path, volume.regions, volume.region_size)
 
     async def recover(
-        self, clean: bool, doubtful: list[tuple[Volume, int, int]], lost: str | None
+        self,
+        clean: bool,
+        doubtful: list[tuple[Volume, int, int]],
+        lost: str | None,
+        *,
+        spilled: bool,
     ) -> None:
         """At start: what may differ after a power loss, or all if records were ``lost``, goes into
-        the map of each facet that is not in service; the others were made equal."""
+        the map of each facet that is not in service; the others were made equal. ``spilled``: what
+        one lacks that the log has no more lies in ``doubtful`` extents (``engine.spill``)."""
         for member in self.members:
             facet = member.facet
             if facet.in_service:
@@ -85,6 +96,8 @@ class Facets:
             if lost is not None and (member.dcm is not None or facet.kept_seq is not None):
                 member.fill()
             if facet.kept_seq is not None and doubtful:
+                if spilled and member.owed:
+                    facet.kept_seq = self.group.log.ring.tail_seq - 1
                 await member.to_map()
             if member.dcm is None:
                 continue
@@ -158,14 +171,21 @@ class Facets:
         """A facet failed: durably not-synchronised when this returns (M12)."""
         member = self._of(facet)
         why = facet.failed.message if facet.failed else None
+        if facet.failed is not None and self.spill is not None:
+            await self.spill.facet_lost()
         if facet.failed is None or facet.state is FacetState.NOT_SYNCHRONISED:
             await self.store.save()  # another request saw it first; it may be about to save it
+            facet.unnoted = False
             return
         self._take_out(member, why)
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
+        facet.unnoted = False
+        if self.spill is not None:
+            self.spill.look()
         if self.has_source(volume):
             facet.close()
+            await self.settle_owed()
             self._serve(member, pause=RETRY_SECONDS)
 
     def _take_out(self, member: Member, why: str | None) -> None:
@@ -177,6 +197,15 @@ class Facets:
         )
         # A map with marks left in it is added to when the facet returns.
         member.saved["tracking"] = member.dcm is not None
+        if self.spill is not None:
+            self.spill.note()
+
+    async def settle_owed(self) -> None:
+        """Who lacks what the log has no more gets it into its map while the active map knows of
+        it, but for a volume's last one."""
+        for member in self.members:
+            if member.owed and self.has_source(member.volume):
+                await member.to_map()
 
     async def offline(self, path: str) -> None:
         """Takes a facet out of service until ``online`` (M8); Refused if it is the last."""
@@ -198,6 +227,7 @@ class Facets:
             self._take_out(member, "by a person")
         await self.store.save()
         facet.close()
+        await self.settle_owed()
         self.events.emit("facet-offline", volume=volume.name, facet=path)
 
     async def _end(self, member: Member) -> None:
@@ -351,6 +381,7 @@ class Facets:
                 self._take_out(member, why)
             member.saved["why"] = why
             await self.store.save()
+            facet.unnoted = False
             facet.close()
             self.events.emit("facet-retry", facet=facet.path, why=why, seconds=pause)
 
@@ -369,6 +400,8 @@ class Facets:
         if facet.failed is not None:
             raise facet.failed
         facet.state = FacetState.SYNCHRONISED
+        if self.spill is not None:
+            self.spill.look()
         copied, member.copy = member.copy.progress.sent_bytes, None
         member.drop_map()
         self.events.emit(

@@ -298,6 +298,8 @@ class Group:
         lost: list[LocalFacet] = []
         for facet in volume.facets:
             if not facet.writable:
+                if facet.unnoted:
+                    lost.append(facet)
                 continue
             try:
                 records.land(facet.file)
@@ -350,7 +352,7 @@ class Group:
                 except LogLost:
                     continue
                 done(seq)
-                await self._sync_log(seq)
+                await self._sync_log(seq, kept=True)
                 return seq
 
     def mark(self, mark: Mark) -> int:
@@ -393,10 +395,13 @@ class Group:
         for gate in list(self.gates):
             await gate.wait(seq, durable)
 
-    async def _sync_log(self, seq: int) -> None:
+    async def _sync_log(self, seq: int, *, kept: bool = False) -> None:
+        """``kept``: it is found in the log itself, wherever else its content may be."""
         while True:
             try:
                 await self.log.sync(seq)
+                if kept:
+                    await self.log.keep()
                 return
             except DiskFailed:
                 if self.log.failed is None or self.log_back is None:

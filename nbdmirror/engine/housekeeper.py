@@ -154,7 +154,9 @@ class Housekeeper:
             return  # it is being replaced
         await self._release()
         now = asyncio.get_running_loop().time()
-        pressed = self._waiting or self._log.ring.used > self._log.capacity * SYNC_AT
+        # Their syncs free what is kept for a redo, and nothing else.
+        full = self._waiting or self._log.ring.used > self._log.capacity * SYNC_AT
+        pressed = full and self._log.redone
         if pressed or now - self._synced_at >= SYNC_SECONDS:
             self._synced_at = now
             await self.sync_facets()
@@ -168,9 +170,14 @@ class Housekeeper:
         self._kick.set()
 
     async def sync_log(self) -> int:
-        """For a log in memory: syncs the facets, and returns the seq up to which they have all."""
+        """For a log in memory: syncs the facets, and returns the seq up to which they have all.
+        DiskFailed if a volume's last one has failed, now or before."""
         upto = self._log.next_seq - 1
         await self.sync_facets()
+        for volume in self._volumes:
+            if not volume.in_service() and not self._goes_on(volume):
+                failed = (facet.failed for facet in volume.facets if facet.failed is not None)
+                raise next(failed, None) or DiskFailed(volume.no_facet().message)
         return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
 
     async def sync_facets(self, *, everything: bool = False) -> None:
@@ -187,7 +194,8 @@ class Housekeeper:
             if isinstance(result, DiskFailed):
                 await self.facet_lost(volume, facet)
                 if not volume.in_service() and not self._goes_on(volume):
-                    raise result  # nobody else holds what was promised
+                    self._fail(result)  # nobody else holds what was promised, whoever asked
+                    raise result
             elif isinstance(result, BaseException):
                 raise result
 
@@ -196,7 +204,9 @@ class Housekeeper:
 
     def _floor(self) -> int:
         applied = self._applied_seq()
-        floors = [facet.floor(applied) for v in self._volumes for facet in v.facets]
+        facets = [facet for volume in self._volumes for facet in volume.facets]
+        redone = self._log.redone
+        floors = [facet.floor(applied) for facet in facets if redone or not facet.writable]
         floors += [remote.floor(applied) for remote in self.remotes]
         if self.rescue is not None and self.rescue.leans():
             # What their facets lack is laid over what is read from them.
@@ -226,7 +236,8 @@ class Housekeeper:
                 self._log.release(seq, position)
                 for volume in self._volumes:
                     for facet in volume.writable():
-                        facet.synced_seq = max(facet.synced_seq, seq - 1)
+                        has = seq - 1 if self._log.redone else facet.floor(seq - 1)
+                        facet.synced_seq = max(facet.synced_seq, has)
             if ring.durable_tail < ring.tail:
                 await self._confirm()
 
@@ -242,7 +253,7 @@ class Housekeeper:
             return  # the log was reset meanwhile
         position = ring.tail
         self._store.state["tail"] = {"position": position, "seq": ring.tail_seq}
-        self._store.state["durable_seq"] = self._log.durable_seq
+        self._store.state["durable_seq"] = self._log.kept_seq
         await self._store.save()
         if self._log.ring is ring:
             self._log.confirm_tail(position)

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
 from nbdmirror.core.ring import Ring
+from nbdmirror.engine import logscan
 from nbdmirror.engine.groupcommit import GroupCommit
+from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.errors import DiskFailed, FormatError, StateError
 from nbdmirror.ports import Buffer, Disk, File
 
@@ -32,8 +34,6 @@ PAGE = 4096
 page cache and is written in part is read from the disk first (130 us measured, against 20)."""
 READ_BYTES = 256 << 10
 """What one read for a far reader takes at a time."""
-SEARCH_BYTES = 2 * codec.PAYLOAD_MAX + (64 << 10)
-"""Where the log ends for recovery, so much behind is looked at for a sign that it went on."""
 _HEADER = struct.Struct("<8sQ")
 _MAGIC = b"NMLOG001"
 _ZEROS = bytes(PAGE)
@@ -75,7 +75,7 @@ class Log:
     """The open log of a node. Appends are immediate; durability is ``sync``'s business."""
 
     def __init__(self, file: File, capacity: int, tail_position: int, tail_seq: int) -> None:
-        self._file = file
+        self._file: File | SpillFile = file
         self.ring = Ring(capacity, tail_position, tail_seq)
         self.payload_max = min(codec.PAYLOAD_MAX, capacity // 8 // 4096 * 4096)
         self.durable_seq = tail_seq - 1
@@ -89,7 +89,12 @@ class Log:
         """Called once, when the log has failed; whoever holds the node together sets it."""
         self.stand_in: StandIn | None = None
         """Of a log in memory: makes durable elsewhere what was appended, and says up to where
-        (``engine.logloss``)."""
+        (``engine.logloss``, ``engine.spill``)."""
+        self.spilled: SpillFile | None = None
+        """Of a log that is partly in memory: where which part is."""
+        self._kept_seq = 0
+        self.redone = True
+        """After a crash the facets are brought up from it, so it is kept until they are synced."""
         self.frozen = False
         """Nothing fits: the log is being moved."""
         self.appended = asyncio.Event()
@@ -134,7 +139,7 @@ class Log:
         it is needed, nobody reads, and the superblock says so already."""
         seq = self.ring.next_seq
         self._file.close()
-        self._file, self.stand_in = file, stand_in
+        self._file, self.stand_in, self.spilled, self.redone = file, stand_in, None, True
         self.ring = Ring(capacity, 0, seq)
         self.payload_max = min(codec.PAYLOAD_MAX, capacity // 8 // 4096 * 4096)
         self.durable_seq = seq - 1
@@ -143,7 +148,37 @@ class Log:
         self._recent_bytes = 0
         self.failed = None
 
+    def spill(self, threshold: int, stand_in: StandIn) -> SpillFile:
+        """From here on the newest ``threshold`` bytes are in memory (``engine.spill``)."""
+        assert not isinstance(self._file, SpillFile)
+        self._file = self.spilled = SpillFile(self._file, RING_AT, self.ring, threshold)
+        self.stand_in, self._kept_seq = stand_in, self.durable_seq
+        return self.spilled
+
+    def write_through(self) -> None:
+        """From here on each append goes to the file, as what is in memory does now; if the disk
+        refuses, the log has failed (O16)."""
+        assert self.spilled is not None
+        self.spilled.through = True
+        try:
+            self.spilled.write_all()
+        except OSError as error:
+            self._fail("write", error)
+
+    def unspill(self) -> None:
+        """From here on everything is in the file, as it was made to be before (``keep``)."""
+        assert self.spilled is not None and self.durable_seq <= self.kept_seq
+        assert self.spilled.memory_bytes == 0
+        self._file, self.spilled, self.stand_in = self.spilled.file, None, None
+
     # -- state -------------------------------------------------------------------------------
+
+    @property
+    def kept_seq(self) -> int:
+        """Recovery finds every record up to here in the file, even after a power loss."""
+        if self.spilled is None:
+            return self.durable_seq
+        return max(self._kept_seq, self.ring.tail_seq - 1)
 
     @property
     def next_seq(self) -> int:
@@ -258,6 +293,25 @@ class Log:
             raise self._fail("sync", error) from error
         if self.ring is ring:  # not reset meanwhile: ``upto`` would be of a former stream
             self.durable_seq = max(self.durable_seq, upto)
+
+    async def keep(self) -> None:
+        """Returns when what was appended is durable in the file itself, if the log has one;
+        DiskFailed if that cannot be."""
+        upto, file = self.next_seq - 1, self.spilled
+        if file is None:
+            if self.stand_in is None:
+                await self.sync(upto)
+            return
+        if self.failed is not None:
+            raise self.failed
+        try:
+            await file.write_out()
+            await file.sync()
+        except OSError as error:
+            if file is self.spilled:
+                raise self._fail("sync", error) from error
+        if file is self.spilled:
+            self._kept_seq = max(self._kept_seq, upto)
 
     def _fail(self, what: str, error: OSError) -> DiskFailed:
         self.failed = DiskFailed(
@@ -375,6 +429,8 @@ class Log:
         """The superblock with this tail is durable: the space before it may be used again."""
         assert self.ring.durable_tail <= position <= self.ring.tail
         self.ring.durable_tail = position
+        if self.spilled is not None:
+            self.spilled.drop(position)
 
     def reset(self, seq: int) -> None:
         """Empties the log, to go on with ``seq``: a secondary starts a new stream. The superblock
@@ -393,43 +449,7 @@ class Log:
 
         Stops at the first whose checksum fails, whose seq is not the next, whose epoch goes back,
         is above ``epoch_max``, or belongs to an epoch that ended before it (``forks``)."""
-        end = self.ring.head
-        for record in self._scan(forks, epoch_max):
-            if record.kind != codec.FILL:
-                end = self.ring.head
-                yield record
-        # A fill with nothing behind it is dropped: its epoch may end here, and the next scan would
-        # not pass it to what is appended now.
-        self.ring.head = end
-
-    def _scan(self, forks: list[tuple[int, int]], epoch_max: int) -> Iterator[Record]:
-        ring = self.ring
-        window, base = memoryview(b""), 0
-        epoch = 0
-        while ring.head - ring.tail <= ring.capacity:
-            at = ring.head % ring.capacity
-            if not base <= at < base + len(window):
-                window, base = self._window(at), at
-            try:
-                record = codec.parse(window, at - base)
-            except FormatError:
-                if base == at:
-                    return
-                window, base = self._window(at), at
-                continue
-            if record.seq != ring.next_seq or not epoch <= record.epoch <= epoch_max:
-                return
-            if any(record.seq > end and record.epoch <= old for old, end in forks):
-                return
-            epoch = record.epoch
-            size = codec.stored_size(record.kind, record.length)
-            if ring.head + size - ring.tail > ring.capacity:
-                return
-            if record.kind == codec.FILL:
-                ring.head += size
-            else:
-                ring.advance(record.seq, 1, size)
-            yield record
+        return logscan.scan(self._file, RING_AT, self.ring, forks, epoch_max)
 
     async def rewrite(self, seq: int) -> None:
         """Writes the records from ``seq`` to the head again, as they are; DiskFailed if the disk
@@ -450,21 +470,7 @@ class Log:
     def seq_behind(self, forks: list[tuple[int, int]]) -> int:
         """After ``scan``: the seq of a record near behind the head that proves that the log once
         went on there, so that it did not end but was damaged; 0 if there is none."""
-        ring = self.ring
-        left = min(SEARCH_BYTES, ring.capacity - (ring.head - ring.tail))
-        at = ring.head % ring.capacity
-        while left > 0:
-            length = min(left, ring.capacity - at)
-            for found in codec.find_headers(self._file.pread(RING_AT + at, length)):
-                ended = any(found.seq > end and found.epoch <= old for old, end in forks)
-                if found.seq >= ring.next_seq and found.kind != codec.FILL and not ended:
-                    return found.seq
-            at, left = 0, left - length
-        return 0
-
-    def _window(self, at: int) -> memoryview:
-        length = min(4 << 20, self.ring.capacity - at)
-        return memoryview(self._file.pread(RING_AT + at, length))
+        return logscan.seq_behind(self._file, RING_AT, self.ring, forks)
 
     def close(self) -> None:
         """Closes the file."""

@@ -28,6 +28,7 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import RING_AT, Log
 from nbdmirror.engine.memoryfile import MemoryFile
 from nbdmirror.engine.primary import Primary
+from nbdmirror.engine.spill import NO_SPILL, Spill
 from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused
 from nbdmirror.ports import Disk
 
@@ -65,7 +66,9 @@ class LogKeeper:
         facets: Facets,
         housekeeper: Housekeeper,
         disk: Disk,
+        spill_threshold: int,
     ) -> None:
+        """``size`` of the log, and of its part in memory if it spills, in bytes."""
         self._log = log
         self._size = size
         self._primary = primary
@@ -77,8 +80,21 @@ class LogKeeper:
         self._task: asyncio.Task[None] | None = None
         self._moving = asyncio.Lock()
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
+        self.spill: Spill | None = None
+        if spill_threshold:
+            self.spill = Spill(log, spill_threshold, facets, housekeeper)
+            facets.spill = self.spill
+
+    def begin(self) -> None:
+        """The superblock is saved: from here on the log is as it says."""
         if self.volatile:
-            log.stand_in = housekeeper.sync_log
+            self._log.stand_in = self._housekeeper.sync_log
+        elif self.spill is not None:
+            self.spill.begin()
+
+    def status(self) -> dict[str, Any]:
+        """Of the ``log`` object of the status: its mode, and what goes with that."""
+        return NO_SPILL if self.spill is None else {"mode": "spill", "spill": self.spill.status()}
 
     @property
     def volatile(self) -> bool:
@@ -112,6 +128,8 @@ class LogKeeper:
         try:
             async with self._moving, self._housekeeper.releasing:
                 self._events.emit("log-lost", why=error.message)
+                if self.spill is not None:
+                    await self.spill.end()
                 await self._settle(f"the log was lost: {error.message}")
                 if not self.survivable:
                     raise error  # the last facet that held it is gone too
@@ -150,6 +168,7 @@ class LogKeeper:
         state = self._store.state
         seq = self._log.next_seq
         state.update(log_volatile=volatile, tail={"position": 0, "seq": seq}, durable_seq=seq - 1)
+        state["log_spill"] = self.spill is not None and not volatile
         if path is not None:
             state["log_path"] = path
         await self._store.save()
@@ -181,10 +200,13 @@ class LogKeeper:
                 self._check_served()
                 self._log.frozen = True
                 try:
+                    if self.spill is not None:
+                        await self.spill.end()
                     await self._settle("the log was moved")
                     self._check_served()  # one that fails from here on lacks nothing of the log
                     await self._note(volatile=False, path=path)
                     self._log.go_on(file, capacity, None)
+                    self.begin()
                 except DiskFailed as error:
                     self.on_failed(error)  # of the state directory, or of the last facet
                     raise
@@ -221,6 +243,8 @@ class LogKeeper:
         if self.volatile:
             await self._catch_up()
             await self.mark_pending("the log in memory does not cover it", upto)
+            for member in self._facets.holding():
+                await member.to_map()
 
     async def mark_pending(self, why: str, upto: int) -> None:
         """Puts what remotes lack up to a seq into their maps."""
@@ -232,6 +256,8 @@ class LogKeeper:
         """Clean stop, after the links have ended: what is pending is marked, for it is gone."""
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
+        if self.spill is not None:
+            await self.spill.end()
         if self.volatile:
             await self.mark_pending("the log was in memory", self._log.next_seq - 1)
             for member in self._facets.holding():

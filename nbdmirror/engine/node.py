@@ -38,6 +38,7 @@ from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshotcommands import SnapshotCommands
 from nbdmirror.engine.snapshotexport import SnapshotExports
 from nbdmirror.engine.snapshots import Snapshots
+from nbdmirror.engine.spill import NO_SPILL, may_spill
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.engine.waiting import wait_until
@@ -113,7 +114,7 @@ class Node:
         except DiskFailed:
             await self._note_failed_log()
             raise
-        self.snapshots.recovered(recovered.end_seq)
+        self.snapshots.recovered(recovered.end_seq, redone=not recovered.memory_lost)
         self.housekeeper = Housekeeper(
             self.volumes, self.log, self.store, self.events, self._applied_seq
         )
@@ -131,6 +132,7 @@ class Node:
             role=self.role,
             clean=recovered.clean,
             power_loss=recovered.power_loss,
+            memory_lost=recovered.memory_lost,
             records=recovered.records,
             facets_healed=list(recovered.healed),
         )
@@ -178,6 +180,7 @@ class Node:
         await active.settle()
         state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
         state["durable_seq"] = self.log.durable_seq
+        state["log_spill"] = await may_spill(config, self.housekeeper, self.volumes, state)
         # The new epoch is durable before the first append (O10).
         await self.store.save()
         group.need_space = self.housekeeper.need_space
@@ -185,7 +188,13 @@ class Node:
         self.housekeeper.facets = self.facets
         self.rescue = Rescue(self.volumes, self.primary.remotes, self.events, self.facets.lost)
         keeper = self.logkeeper = LogKeeper(
-            self.log, config.log.size, self.primary, self.facets, self.housekeeper, self.env.disk
+            self.log,
+            config.log.size,
+            self.primary,
+            self.facets,
+            self.housekeeper,
+            self.env.disk,
+            config.log.spill_threshold,
         )
         keeper.on_failed = self._fail
         self.log.on_failed, group.log_back = keeper.lost, keeper.back
@@ -193,6 +202,7 @@ class Node:
         self.housekeeper.rescue = self.rescue
         group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick
+        keeper.begin()
         self.housekeeper.on_full = config.log.on_full
         self.facets.start()
         self.primary.start()
@@ -227,7 +237,9 @@ class Node:
         if not recovered.clean:
             same_boot = self.store.state["boot_id"] == self.env.clock.boot_id()
             self.store.state["cache_doubt"] = same_boot
-        self.store.state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
+        self.store.state.update(
+            clean=False, boot_id=self.env.clock.boot_id(), log_failed=False, log_spill=False
+        )
         if (recovered.lost or self.store.damaged) and self.store.state["upstream"] is not None:
             self.store.state["upstream"]["consistent"] = False  # it promised more than it has
         await self.store.save()
@@ -249,12 +261,14 @@ class Node:
         assert self.primary is not None
         upto = self.log.next_seq - 1
         await self.log.sync(upto)
+        await self.log.keep()  # a spilling log: in the file too, for remotes
         await self.logkeeper.make_safe(upto)
         for remote in self.primary.remotes:
             await remote.sync_maps()
         assert self.facets is not None
+        await self.facets.settle_owed()
         await self.facets.sync_maps()
-        self.store.state["durable_seq"] = upto
+        self.store.state["durable_seq"] = self.log.kept_seq
         await self.store.save()
         self._safe = upto
 
@@ -357,8 +371,8 @@ class Node:
             "epoch": state["epoch"],
             "volumes": [self._volume_status(volume) for volume in self.volumes],
             "log": {
-                "mode": config.log.mode,
                 "in_memory": bool(state.get("log_volatile")),
+                **(self.logkeeper.status() if self.primary is not None else NO_SPILL),
                 "on_full": config.log.on_full,
                 **self.housekeeper.status(),
             },

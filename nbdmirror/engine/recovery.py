@@ -6,7 +6,8 @@ Start costs the log's tail, never the volume (I7). What happened is read off the
 - the process died, same boot: the page cache holds all that was written, the log at least what
   the facets hold; redo, and count the facets as unsynced from the tail on (O23);
 - power loss: the valid part of the log is redone and synced; the end of the epoch becomes a fork,
-  and every active extent goes into every remote's DCM, to be compared.
+  and every active extent goes into every remote's DCM, to be compared;
+- either, of a log that was in memory in part (``engine.spill``): the same, but nothing is redone.
 
 Every step may itself be cut by a crash and is then done again (O19).
 """
@@ -17,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nbdmirror.codec.record import Record
+from nbdmirror.codec.record import MARK, Record
 from nbdmirror.core.active import volume_extent
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
@@ -38,6 +39,8 @@ class Recovered:
 
     clean: bool
     power_loss: bool
+    memory_lost: bool
+    """The newest entries of the log were in memory only: nothing was redone."""
     records: int
     end_seq: int
     lost: int
@@ -45,7 +48,12 @@ class Recovered:
     timeline: Timeline
     """When the records in the log were taken, for lag in seconds."""
     healed: tuple[str, ...] = ()
-    """Facets that had failed and that the log has brought back."""
+    """Facets that had failed and that are trusted again: the log has brought them back."""
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the facets, and remotes, may hold what the log does not."""
+        return self.power_loss or self.memory_lost
 
 
 Before = Callable[[Record], Awaitable[None]]
@@ -66,14 +74,12 @@ async def redo(
     power_loss = not clean and (
         volatile or state["boot_id"] != boot_id or bool(state.get("log_failed"))
     )
+    memory_lost = not clean and bool(state.get("log_spill"))
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
-    healing = _healing(store, volumes, log.ring.tail_seq)
-    for volume in volumes:
-        for facet in volume.facets:
-            facet.synced_seq = log.ring.tail_seq - 1
-    timeline = Timeline()
-    records = 0
-    # The damaged slot of the superblock may have told of a newer epoch.
+    healing = _last_ones(store, volumes) if memory_lost else _healing(store, volumes, log)
+    for facet in (facet for volume in volumes for facet in volume.facets):
+        facet.synced_seq = log.ring.tail_seq - 1
+    timeline, records = Timeline(), 0  # the damaged superblock slot may tell of a newer epoch
     epoch_max = int(state["epoch"]) + (store.damaged is not None)
     for record in log.scan(forks, epoch_max):
         records += 1
@@ -91,33 +97,35 @@ async def redo(
     until = end_seq if limit is None else min(limit, end_seq)
     # Within one boot the page cache holds all that was written, so what is behind the damage is in
     # the facets; redoing what lies before it would only bring back what it had replaced.
-    behind = 0 if power_loss or end_seq == state.get("cut_seq") else log.seq_behind(forks)
-    if power_loss:
-        # What lies behind is left from before, and proves nothing until more is appended.
+    in_doubt = power_loss or memory_lost
+    behind = 0 if in_doubt or end_seq == state.get("cut_seq") else log.seq_behind(forks)
+    if in_doubt:  # what lies behind is left from before, and proves nothing yet
         state["cut_seq"] = end_seq
     if behind:
         healing = []
-    if not behind and (not clean or healing):
+    elif not memory_lost and (not clean or healing):
         await _apply(store, log, until, volumes, healing, before, only_healing=clean)
+    if memory_lost:
+        await _follow_marks(log, before)
+        state["redo_seq"] = end_seq
     for volume in volumes:
-        for facet in volume.facets:
-            if facet.failed is None:
-                facet.written_seq = max(until, log.ring.tail_seq - 1)
-                # Redo may have brought back older versions of blocks: nothing counts as synced
-                # (O23).
-                redone = records and (not clean or facet in healing)
-                facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
-                if facet in healing or (power_loss and facet.in_service):
-                    await _sync(store, volume, facet)
+        for facet in (one for one in volume.facets if one.failed is None):
+            facet.written_seq = max(until, log.ring.tail_seq - 1)
+            # Redo may have brought back older versions of blocks: nothing counts as synced (O23).
+            redone = records and not memory_lost and (not clean or facet in healing)
+            facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
+            if facet in healing or (in_doubt and facet.in_service):
+                await _sync(store, volume, facet)
     _trust_again(store, [facet for facet in healing if facet.failed is None])
     _note_failed(store, volumes)
-    known = 0 if volatile else max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
+    known = max(behind, int(state.get("end_seq" if clean else "durable_seq", 0)))
     return Recovered(
         clean=clean,
         power_loss=power_loss,
+        memory_lost=memory_lost,
         records=records,
         end_seq=end_seq,
-        lost=max(0, known - end_seq),
+        lost=0 if volatile else max(0, known - end_seq),
         timeline=timeline,
         healed=tuple(facet.path for facet in healing),
     )
@@ -134,7 +142,8 @@ async def _apply(
     only_healing: bool,
 ) -> None:
     """Carries the log's records up to ``until`` into the facets."""
-    cursor = Cursor(log.ring.tail_seq)
+    # What an earlier start did not redo, the facets have in a newer version.
+    cursor = Cursor(max(log.ring.tail_seq, int(store.state.get("redo_seq", 0)) + 1))
     while cursor.seq <= until:
         for record in (await log.read(cursor)).parsed():
             if record.seq > until:
@@ -150,6 +159,15 @@ async def _apply(
                     failure = facet.fail("redo", error)
                     if not volume.in_service() and not _followed(store):
                         raise failure from error
+
+
+async def _follow_marks(log: Log, before: Before) -> None:
+    """What is not redone may hold the mark of a snapshot that is only planned."""
+    cursor = Cursor(log.ring.tail_seq)
+    while cursor.seq < log.next_seq:
+        for record in (await log.read(cursor)).parsed():
+            if record.kind == MARK:
+                await before(record)
 
 
 async def _sync(store: Store, volume: Volume, facet: LocalFacet) -> None:
@@ -177,24 +195,42 @@ def _entries(store: Store) -> Iterator[dict[str, Any]]:
         yield from volume["facets"]
 
 
-def _healing(store: Store, volumes: list[Volume], tail_seq: int) -> list[LocalFacet]:
-    """The failed facets for which the log holds everything since their last sync."""
+def _failed(store: Store, volume: Volume) -> list[tuple[int, LocalFacet]]:
+    """(last record that it had synced, facet) of those that failed and lack what followed."""
     entries = {
         entry["path"]: entry
         for entry in _entries(store)
         if not entry.get("tracking") and not entry.get("offline")
     }
-
-    def held(facet: LocalFacet) -> bool:
+    found = []
+    for facet in volume.facets:
         entry = entries.get(facet.path, {})
         synced = entry.get("since")
-        if synced is None or synced + 1 < tail_seq:
-            return False
-        # Another file in its place has not what the log is added to.
-        return entry.get("identity") in (None, facet.file.identity())
+        if synced is None or facet.writable or not facet.is_open:
+            continue
+        # Another file in its place has not what is added to here.
+        if entry.get("identity") in (None, facet.file.identity()):
+            found.append((synced, facet))
+    return found
 
-    facets = (facet for volume in volumes for facet in volume.facets)
-    return [facet for facet in facets if facet.is_open and not facet.writable and held(facet)]
+
+def _healing(store: Store, volumes: list[Volume], log: Log) -> list[LocalFacet]:
+    """The failed facets for which the log holds everything since their last sync."""
+    begin = max(log.ring.tail_seq - 1, int(store.state.get("redo_seq", 0)))
+    failed = [one for volume in volumes for one in _failed(store, volume)]
+    return [facet for synced, facet in failed if synced >= begin]
+
+
+def _last_ones(store: Store, volumes: list[Volume]) -> list[LocalFacet]:
+    """Of volumes without a facet in service, the one that was synced last: no redo will bring back
+    what it has not, so it is taken as after a power loss of its own (``engine.spill``). Had there
+    been a remote to go on with, the superblock would say that the log is on disk."""
+    found = []
+    for volume in volumes:
+        failed = _failed(store, volume)
+        if failed and not volume.in_service():
+            found.append(max(failed, key=lambda one: one[0])[1])
+    return found
 
 
 def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
@@ -209,7 +245,7 @@ def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
 
 def note_fork(store: Store, recovered: Recovered) -> None:
     """Remembers where a power loss, or damage, ended the epoch; the caller saves (O10)."""
-    if recovered.power_loss or recovered.lost or store.damaged:
+    if recovered.in_doubt or recovered.lost or store.damaged:
         store.state["forks"].append([store.state["epoch"], recovered.end_seq])
 
 
@@ -227,6 +263,20 @@ def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[
                 length = min(active.extent_size, volume.size - offset)
                 ranges.append((volume, offset, length))
     return ranges
+
+
+async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
+    """Writes what the facets hold in the ranges once more, durably. A sync that failed before the
+    process died may have left it in the page cache, marked clean; else redo does that (O16)."""
+    for volume, offset, length in ranges:
+        for facet in volume.in_service():
+            for start, size in facet.file.data_ranges(offset, length):
+                for at in range(start, start + size, LEVEL_BYTES):
+                    step = min(LEVEL_BYTES, start + size - at)
+                    facet.pwrite(at, await facet.read(at, step))
+    for volume in volumes:
+        for facet in volume.in_service():
+            await facet.sync()
 
 
 async def level(

@@ -304,6 +304,12 @@ class Remote:
         self.marked_seq = None
         self.notify()
 
+    def leave_log(self) -> None:
+        """At start: the caller marks what is pending, and saves."""
+        if self.facts["initialised"] and not self.tracking:
+            self.facts.update(tracking=True, base_seq=self.durable_seq)
+            self.group.trackers.append(self)
+
     def resume_log(self) -> None:
         """The remote reads the log again, from where a handshake said. The facts are saved by
         the caller before anything is cleared from the DCM (O12)."""

@@ -12,6 +12,7 @@ They are part of the superblock, oldest first::
     volumes     indices
     protected   not given up for space while there is another
     writable    whether it is exported so (V9)
+    pending     its marker is logged, but may not be durable, nor what it follows in the facets
     deleting    what older ones need of it is on its way to them; it is not shown as usable
     giving_up   ... because of this: it will be lost, not deleted
     lost        why it is gone, if it is: kept until a person has seen it
@@ -163,13 +164,14 @@ class Snapshots:
             if name.partition(".")[0] not in known:
                 self._remove(f"{self.directory}/{name}")
 
-    def recovered(self, end_seq: int) -> None:
-        """After redo: plans without a marker, and snapshots of records that were lost, go. The
-        caller saves."""
+    def recovered(self, end_seq: int, *, redone: bool) -> None:
+        """After redo: plans without a marker, and snapshots of records that were lost, go. What was
+        not ``redone`` is no more than what the facets have. The caller saves."""
         # A log in memory ends wherever it was last released; what it held is in the facets (M13).
         volatile = bool(self.store.state.get("log_volatile"))
         for entry in self.entries:
             beyond = not volatile and (entry["after"] or 0) > end_seq
+            beyond = beyond or (entry.pop("pending", False) and not redone)
             if entry.get("lost") is None and (entry["seq"] is None or beyond):
                 entry["deleting"] = True
 
@@ -278,6 +280,7 @@ class Snapshots:
 
     async def take(self, group: Group, entry: Entry, replaces: str | None, now: int) -> None:
         """Takes a snapshot on a primary: returns when it will survive anything (O21)."""
+        entry["pending"] = True
         made = await self.plan(entry)
         mark = Mark(
             marks.SNAPSHOT,
@@ -288,6 +291,7 @@ class Snapshots:
             replaces,
         )
         await group.put_mark(mark, lambda seq: self.begin(entry, made, seq, now))
+        del entry["pending"]
         await self.store.save()
         self.tell("snapshot", entry)
 

@@ -23,6 +23,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
     log_path       where the log is, if it was moved; log_volatile: true while it is in memory only
+    log_spill      true while the log's newest records may be in memory only: see ``engine.spill``
+    redo_seq       no record up to here is redone: the facets were ahead of the log there
     log_failed     true after a sync of the log failed: what it had not synced may be gone
     cache_doubt    on a secondary: a former process of this boot may have seen a sync fail, so what
                    is in the page cache may not be on disk (O16); false once it is consistent

@@ -198,12 +198,14 @@ class Nbdmirror(Subject):
     name = "nbdmirror"
     what = "nbdmirror, one async remote"
     frontend = "native"
+    log_mode = "disk"
 
     def prepare(self, source: Path) -> None:
         self.cluster = Cluster(
             self.directory / "group",
             volumes=[Volume(size=source.stat().st_size)],
             log_size=1 << 30,
+            log_mode=self.log_mode,
             frontend=self.frontend,
             proxied=False,
             tuning={},
@@ -236,6 +238,14 @@ class Nbdmirror(Subject):
             self.cluster.close()
 
 
+class NbdmirrorSpill(Nbdmirror):
+    """Ours with the log in memory while the remote keeps up (the remote's own is on disk)."""
+
+    name = "nbdmirror-spill"
+    what = "nbdmirror, log mode spill, one async remote"
+    log_mode = "spill"
+
+
 class NbdmirrorNbdkit(Nbdmirror):
     """Ours behind the nbdkit front end."""
 
@@ -250,5 +260,6 @@ ALL: list[type[Subject]] = [
     QemuBackground,
     QemuBlocking,
     NbdmirrorNbdkit,
+    NbdmirrorSpill,
 ]
 DEFAULT = ("nbdmirror", "nbdkit", "qemu-bg", "qemu-wb")

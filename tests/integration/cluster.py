@@ -119,6 +119,7 @@ class Node:
             f"size = {cluster.log_size}",
             f'mode = "{cluster.log_mode}"',
             f'on_full = "{cluster.on_full}"',
+            *self.keys.get("log", []),
             "[nbd]",
             f"listen = {json.dumps(self.nbd_listen())}",
             f'frontend = "{cluster.frontend}"',

@@ -23,7 +23,7 @@ from nbdmirror.codec.repl import Type
 from nbdmirror.core import identity
 from nbdmirror.core.active import ActiveMap
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.engine import doubt, node, recovery, remoteread, session
+from nbdmirror.engine import doubt, logscan, node, recovery, remoteread, session
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.batch import Batch, Records
@@ -34,7 +34,7 @@ from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.engine.housekeeper import Housekeeper
-from nbdmirror.engine.log import Log
+from nbdmirror.engine.log import RING_AT, Log
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.remote import Remote
@@ -345,7 +345,7 @@ def _(assign: Assign) -> None:
     def scan(self: Log, forks: Any, epoch_max: int) -> Iterator[codec.Record]:
         ring = self.ring
         while ring.head - ring.tail < ring.capacity:
-            window = self._window(ring.head % ring.capacity)
+            window = logscan.window(self._file, RING_AT, ring, ring.head % ring.capacity)
             try:
                 record = codec.parse(window, 0)
             except FormatError:

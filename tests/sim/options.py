@@ -86,6 +86,8 @@ class Options:
     on_link_loss: str = "continue"
     last_facet: bool = False
     """The last facet of a volume may fail too: a remote stands in for it (M11)."""
+    spill: int = 0
+    """Bytes of the primary's log that are kept in memory; 0: all of it goes to the file."""
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
@@ -142,7 +144,15 @@ def draw(seed: int) -> Options:
         faults = {k: v for k, v in options.faults.items() if "power" not in k and "die" not in k}
         options = replace(options, last_facet=True, faults=faults)
     options = _storm(options, rng) if rng.random() < 0.08 else options
+    options = _spill(options, random.Random(f"{seed}:spill"))
     return _snapshots(options, random.Random(f"{seed}:snapshots"))
+
+
+def _spill(options: Options, rng: random.Random) -> Options:
+    if rng.random() < 0.7:
+        return options
+    threshold = rng.choice([4, 8, 16, 32, 64, 1024]) * KIB
+    return replace(options, spill=min(threshold, options.log_size))
 
 
 def _snapshots(options: Options, rng: random.Random) -> Options:

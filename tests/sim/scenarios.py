@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nbdmirror.codec import record as codec
@@ -490,12 +491,48 @@ async def restore(s: Script) -> None:
     await s.in_sync()
 
 
+async def spill(s: Script) -> None:
+    """A log in memory, past its threshold and around the ring, through a kill, a power cut and a
+    clean stop (M4)."""
+    world = s.world
+    await _load(s)
+    await s.in_sync()
+    s.arm()
+    s.link(up=False)
+    for turn in range(3):
+        await s.write(0, 8 * turn, count=BLOCK, pause=0.01)
+    await s.flush()
+    await s.write(1, 5, count=2)
+    s.kill(world.a)
+    await _load(s)
+    s.link(up=True)
+    await s.in_sync()
+    await s.write(0, 40, 60, count=BLOCK)
+    s.power_cut(world.a)
+    await _load(s)
+    await s.in_sync()
+    s.link(up=False)
+    await s.write(0, 80, count=BLOCK)
+    await s.stop(world.a)
+    s.link(up=True)
+    await _load(s)
+    await s.in_sync()
+
+
 async def create(s: Script) -> None:
     """From nothing to the first synchronisation (O18): operations count from ``create`` on."""
     await _load(s)
 
 
 Scenario = Callable[[Script], Awaitable[None]]
+SPILLING = replace(OPTIONS, spill=8 * KIB, facets=2)
+
+
+def options_of(scenario: str) -> Options:
+    """What the nodes of a scenario are like."""
+    return SPILLING if scenario == "spill" else OPTIONS
+
+
 SCENARIOS: dict[str, Scenario] = {
     "write": write,
     "overflow": overflow,
@@ -511,4 +548,5 @@ SCENARIOS: dict[str, Scenario] = {
     "snapshots": snapshots,
     "restore": restore,
     "create": create,
+    "spill": spill,
 }

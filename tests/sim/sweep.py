@@ -28,7 +28,7 @@ from tests.sim.checks import Checks
 from tests.sim.loop import SimLoop
 from tests.sim.oracle import Entry, Violation, compare
 from tests.sim.pool import ordered
-from tests.sim.scenarios import OPTIONS, SCENARIOS, Script
+from tests.sim.scenarios import OPTIONS, SCENARIOS, Script, options_of
 from tests.sim.snapshots import look
 from tests.sim.world import Gone, Host, World, constants
 
@@ -113,7 +113,7 @@ class Run:
     def __init__(self, point: Point, trace: Callable[[str], None] | None) -> None:
         self.point = point
         seed = list(SCENARIOS).index(point.scenario)
-        self.world = SweepWorld(seed, OPTIONS, trace=trace)
+        self.world = SweepWorld(seed, options_of(point.scenario), trace=trace)
         self.rng = random.Random(str(point))
         self.deaths = 0
         self.marks = 0

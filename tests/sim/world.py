@@ -182,6 +182,8 @@ class World:
             admin=AdminConfig(socket=""),
             log=LogConfig(
                 size=options.log_size if primary else options.remote_log_size,
+                mode="spill" if options.spill and primary else "disk",
+                spill_threshold=options.spill if primary else 0,
                 on_full=options.on_full,
                 extent_size=options.extent,
                 hot_extents=SLOTS_MIN,
@@ -333,7 +335,11 @@ class World:
             self.album.restored(event["uuid"], event["volumes"], event["seq"])
         host.torn = host.torn or event["kind"] == "superblock-damaged"
         if event["kind"] == "started":
-            host.forked = event["power_loss"]
+            host.forked = event["power_loss"] or event["memory_lost"]
+            if event["memory_lost"]:
+                self.fired["mark a log in memory is lost"] += 1
+                if event["facets_healed"]:  # it may lack what was not synced, as after a power loss
+                    self.content.forget_volatile()
         if event["kind"] == "verify-differs":
             self.fail(Violation(f"a verify on {host.name} found what is not there: {fields}"))
         if event["kind"] == "handshake":

@@ -144,9 +144,20 @@ BAD = [
     ("[admin]", "[log]\nsize = 1048577\n[admin]", "log.size", "multiple of 4KiB"),
     ("[admin]", "[log]\nsize = '1GB'\n[admin]", "log.size", '"1GiB"'),
     ("[admin]", "[log]\nsize = true\n[admin]", "log.size", "not a size"),
-    ("[admin]", "[log]\nmode = 'spill'\n[admin]", "log.mode", "not in this version"),
-    ("[admin]", "[log]\nmode = 'x'\n[admin]", "log.mode", 'must be "disk"'),
-    ("[admin]", "[log]\nspill_threshold = 1\n[admin]", "spill_threshold", "not in this version"),
+    ("[admin]", "[log]\nmode = 'x'\n[admin]", "log.mode", 'must be "disk" or "spill"'),
+    ("[admin]", "[log]\nspill_threshold = 65536\n[admin]", "spill_threshold", 'mode = "spill"'),
+    (
+        "[admin]",
+        "[log]\nmode = 'spill'\nspill_threshold = 1\n[admin]",
+        "log.spill_threshold",
+        "from 64KiB to 1GiB",
+    ),
+    (
+        "[admin]",
+        "[log]\nmode = 'spill'\nspill_threshold = 65537\n[admin]",
+        "log.spill_threshold",
+        "multiple of 4KiB",
+    ),
     ("[admin]", "[log]\non_full = 'drop'\n[admin]", "log.on_full", '"dcm" or "block"'),
     ("[admin]", "[log]\nextent_size = '3MiB'\n[admin]", "log.extent_size", "power of two"),
     ("[admin]", "[log]\nhot_extents = 0\n[admin]", "log.hot_extents", "from 64"),
@@ -328,3 +339,19 @@ def test_addresses_and_loopback(text: str, loopback: bool) -> None:
     assert isinstance(address, c.TcpAddress)
     assert address.loopback is loopback
     assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "threshold"),
+    [
+        ("mode = 'disk'", 0),
+        ("mode = 'spill'", 64 << 20),
+        ("mode = 'spill'\nspill_threshold = '1MiB'", 1 << 20),
+        ("mode = 'spill'\nsize = '16MiB'", 16 << 20),
+    ],
+    ids=["disk", "default", "given", "no larger than the log"],
+)
+def test_how_much_of_the_log_is_in_memory(text: str, threshold: int) -> None:
+    """M4: what each mode means for the memory that the log takes."""
+    config = parse(MINIMAL.replace("[admin]", f"[log]\n{text}\n[admin]"), FILE)
+    assert config.log.spill_threshold == threshold

@@ -1,0 +1,94 @@
+"""Finding the end of a log, from what its file holds: for recovery, before anything is appended.
+
+A record counts if it follows from the one before (O10); the first that does not is the end. Called
+by ``engine.log`` with its own file and ring, and moves the ring's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from nbdmirror.codec import record as codec
+from nbdmirror.codec.record import Record
+from nbdmirror.core.ring import Ring
+from nbdmirror.errors import FormatError
+
+SEARCH_BYTES = 2 * codec.PAYLOAD_MAX + (64 << 10)
+"""Where the log ends for recovery, so much behind is looked at for a sign that it went on."""
+WINDOW_BYTES = 4 << 20
+
+Forks = list[tuple[int, int]]
+
+
+class Readable(Protocol):
+    """What is asked of the file."""
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """See ``ports.File``."""
+
+
+def scan(file: Readable, base: int, ring: Ring, forks: Forks, epoch_max: int) -> Iterator[Record]:
+    """See ``Log.scan``; the ring begins at ``base`` in the file."""
+    end = ring.head
+    for record in follow(file, base, ring, forks, epoch_max):
+        if record.kind != codec.FILL:
+            end = ring.head
+            yield record
+    # A fill with nothing behind it is dropped: its epoch may end here, and the next scan would
+    # not pass it to what is appended now.
+    ring.head = end
+
+
+def follow(file: Readable, base: int, ring: Ring, forks: Forks, epoch_max: int) -> Iterator[Record]:
+    """Every valid record from the tail on, fills too."""
+    view, begin = memoryview(b""), 0
+    epoch = 0
+    while ring.head - ring.tail <= ring.capacity:
+        at = ring.head % ring.capacity
+        if not begin <= at < begin + len(view):
+            view, begin = window(file, base, ring, at), at
+        try:
+            record = codec.parse(view, at - begin)
+        except FormatError:
+            if begin == at:
+                return
+            view, begin = window(file, base, ring, at), at
+            continue
+        if record.seq != ring.next_seq or not epoch <= record.epoch <= epoch_max:
+            return
+        if _ended(record, forks):
+            return
+        epoch = record.epoch
+        size = codec.stored_size(record.kind, record.length)
+        if ring.head + size - ring.tail > ring.capacity:
+            return
+        if record.kind == codec.FILL:
+            ring.head += size
+        else:
+            ring.advance(record.seq, 1, size)
+        yield record
+
+
+def window(file: Readable, base: int, ring: Ring, at: int) -> memoryview:
+    """A piece of the ring that is read at once."""
+    return memoryview(file.pread(base + at, min(WINDOW_BYTES, ring.capacity - at)))
+
+
+def seq_behind(file: Readable, base: int, ring: Ring, forks: Forks) -> int:
+    """See ``Log.seq_behind``."""
+    left = min(SEARCH_BYTES, ring.capacity - (ring.head - ring.tail))
+    at = ring.head % ring.capacity
+    while left > 0:
+        length = min(left, ring.capacity - at)
+        for found in codec.find_headers(file.pread(base + at, length)):
+            after = found.seq >= ring.next_seq and found.kind != codec.FILL
+            if after and not _ended(found, forks):
+                return found.seq
+        at, left = 0, left - length
+    return 0
+
+
+def _ended(record: Record, forks: Forks) -> bool:
+    """Whether its epoch had ended before it."""
+    return any(record.seq > end and record.epoch <= old for old, end in forks)

@@ -1,0 +1,161 @@
+"""Mutants of a log that is partly in memory (M4, ``engine.spill``); see ``mutants``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbdmirror.core.active import ActiveMap
+from nbdmirror.engine import doubt, node, recovery
+from nbdmirror.engine.facetmember import Member
+from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.log import Log
+from nbdmirror.engine.spill import Spill
+from nbdmirror.engine.spillfile import SpillFile
+from nbdmirror.engine.store import Store
+from tests.sim.mutants import Assign, mutant
+
+
+async def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+@mutant("M4 an extent is let go though the file lacks its records")
+def _(assign: Assign) -> None:
+    async def keep(self: Log) -> None:
+        self._kept_seq = self.next_seq - 1
+
+    assign(Log, "keep", keep)
+
+
+@mutant("M4 a flush, and letting go of an extent, sync no facet")
+def _(assign: Assign) -> None:
+    async def durable(self: Spill) -> int:
+        return self._log.next_seq - 1
+
+    assign(Spill, "_durable", durable)
+
+
+@mutant("M4 what the file holds is redone into facets that are ahead")
+def _(assign: Assign) -> None:
+    original = recovery.redo
+
+    async def redo(store: Store, *args: Any) -> Any:
+        store.state["log_spill"] = False
+        return await original(store, *args)
+
+    assign(node, "redo", redo)
+
+
+@mutant("M4 a later start redoes what an earlier one did not")
+def _(assign: Assign) -> None:
+    original = recovery._apply
+
+    async def apply(store: Store, *args: Any, **named: Any) -> None:
+        store.state["redo_seq"] = 0
+        await original(store, *args, **named)
+
+    assign(recovery, "_apply", apply)
+
+
+@mutant("M4 memory is dropped before the tail is durable")
+def _(assign: Assign) -> None:
+    original = Log.release
+
+    def release(self: Log, seq: int, position: int) -> None:
+        original(self, seq, position)
+        if self.spilled is not None:
+            self.spilled.drop(position)
+
+    assign(Log, "release", release)
+
+
+@mutant("M4 memory that is needed is dropped instead of written out")
+def _(assign: Assign) -> None:
+    def write_to(self: SpillFile, upto: int) -> None:
+        self.start = max(self.start, upto)
+
+    assign(SpillFile, "_write_to", write_to)
+
+
+@mutant("M4 what is written out is read from where it was in memory")
+def _(assign: Assign) -> None:
+    def split(self: SpillFile, offset: int, length: int) -> tuple[int, bytes]:
+        ring = self._ring
+        at = ring.head - (ring.head - (offset - self._base)) % ring.capacity
+        return 0, bytes(self._memory[(at + i) % self.threshold] for i in range(length))
+
+    assign(SpillFile, "_split", split)
+
+
+@mutant("M4 after a process death nothing is compared")
+def _(assign: Assign) -> None:
+    original = recovery.doubtful_ranges
+
+    def ranges(active: Any, volumes: Any) -> Any:
+        found = original(active, volumes)
+        return [] if active.damaged is None else found
+
+    assign(doubt, "doubtful_ranges", ranges)
+
+
+@mutant("M4 after a process death local facets are not made equal")
+def _(assign: Assign) -> None:
+    assign(doubt, "level", _nothing)
+
+
+@mutant("O16 after a process death what is in the page cache is taken to be on disk")
+def _(assign: Assign) -> None:
+    assign(doubt, "write_anew", _nothing)
+
+
+@mutant("M4 a facet that leaves does not get the extents that it had not synced")
+def _(assign: Assign) -> None:
+    assign(Member, "_mark_active", lambda self, since: None)
+
+
+@mutant("O6 an extent is let go before a facet that left has it in its map")
+def _(assign: Assign) -> None:
+    assign(Facets, "settle_owed", _nothing)
+
+
+@mutant("M11 a volume without a local facet leaves its entries in memory")
+def _(assign: Assign) -> None:
+    assign(Spill, "look", lambda self: None)
+
+
+@mutant("M11 the log is said to be on disk before the other facets are synced")
+def _(assign: Assign) -> None:
+    async def to_disk(self: Spill) -> None:
+        self._store.state["log_spill"] = False
+        await self._store.save()
+        self._log.write_through()
+        self._log._kept_seq = self._log.durable_seq
+        self._log.unspill()
+        self._both = False
+
+    assign(Spill, "_to_disk", to_disk)
+
+
+@mutant("M4 the log is in memory again before the superblock says so")
+def _(assign: Assign) -> None:
+    original = Spill._to_memory
+
+    async def to_memory(self: Spill) -> None:
+        save, self._store.save = self._store.save, _nothing  # type: ignore[assignment]
+        try:
+            await original(self)
+        finally:
+            self._store.save = save
+        self._store.state["log_spill"] = False
+
+    assign(Spill, "_to_memory", to_memory)
+
+
+@mutant("O6 an extent of a spilling log is let go by a boolean")
+def _(assign: Assign) -> None:
+    original = ActiveMap.admit
+
+    def admit(self: ActiveMap, keys: list[int], safe_seq: int, keep: Any = ()) -> Any:
+        return original(self, keys, max(self.hot.values(), default=0), keep)
+
+    assign(ActiveMap, "admit", admit)
