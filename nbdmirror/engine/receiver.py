@@ -174,7 +174,7 @@ class Receiver:
         # The former session ends before this one may write: a stale one never comes after.
         await self.secondary.enter(self)
         # What is told as durable is durable (O4).
-        await self.secondary.log.sync(self.secondary.log.next_seq - 1)
+        await self.secondary.commit()
         self.link.send_json(Type.WELCOME, self.secondary.welcome())
 
     def _impostor(self, hello: dict[str, Any]) -> tuple[str, str] | None:

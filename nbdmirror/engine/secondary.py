@@ -121,12 +121,16 @@ class Secondary:
             while log.durable_seq >= log.next_seq - 1:
                 log.appended.clear()
                 await log.appended.wait()
-            await log.sync(log.next_seq - 1)
-            self.applier.wake()
+            await self.commit()
             await self._tell()
             if not self.eager:
                 # Nobody waits for an asynchronous secondary: larger commits cost its host less.
                 await asyncio.sleep(COMMIT_PAUSE_SECONDS)
+
+    async def commit(self) -> None:
+        """Makes durable what is in the log by now: from then on it may be applied."""
+        await self.log.sync(self.log.next_seq - 1)
+        self.applier.wake()
 
     async def _tell(self) -> None:
         if self.current is not None:

@@ -212,7 +212,7 @@ class Session:
         seq = log.next_seq if in_map else decision.seq
         assert log.ring.tail_seq <= seq <= log.next_seq
         ordered = not (in_map and self._passes_first())
-        self._begin_at(seq, keep=ordered)
+        self._begin_at(seq, keep=ordered, applied=reset)
         resync = remote.dirty_regions > 0
         if resync:
             facts["consistent"] = False
@@ -240,12 +240,14 @@ class Session:
         room = int(capacity * LOG_SHARE) - remote.group.log.ring.used
         return not convergence.begin_ordered(remote.dirty_bytes, room, remote.order_failures)
 
-    def _begin_at(self, seq: int, *, keep: bool) -> None:
+    def _begin_at(self, seq: int, *, keep: bool, applied: bool = True) -> None:
         """The stream begins at ``seq``. From this step on the log is kept for the remote, whatever
-        it answers; without ``keep`` what follows is in its map."""
+        it answers; without ``keep`` what follows is in its map. Not ``applied``: what the remote
+        has in its log may not be in its facets yet; its first ACK says."""
         remote = self.remote
         remote.starting = keep
-        remote.durable_seq = remote.received_seq = remote.applied_seq = seq - 1
+        remote.durable_seq = remote.received_seq = seq - 1
+        remote.applied_seq = seq - 1 if applied else min(remote.applied_seq, seq - 1)
         self._shipped_seq = seq - 1
 
     def _send_start(self, action: str, seq: int, resync: bool, why: str) -> None:
