@@ -49,8 +49,8 @@ class Surroundings(Protocol):
         """Returns when no redo comes by records from before the restore."""
 
     async def changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
-        """The copy changes the facets in service in (offset, length) ranges: who watches, or
-        lacks them, is told."""
+        """The copy changes the facets in service in (offset, length) ranges: facets that lack
+        them are told."""
 
     async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Facets went out of service; VolumeFailed or DiskFailed if none is left."""

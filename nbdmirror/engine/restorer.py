@@ -102,9 +102,7 @@ class Restorer:
     async def changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
         """See ``Surroundings``."""
         if self._node.primary is not None:
-            for tracker in self._node.primary.group.trackers:
-                for offset, length in ranges:
-                    tracker.mark(volume.index, offset, length)
+            # Not the maps of remotes: what clients read, and remotes get, does not change by it.
             await note_beside(self._facets(), volume.index, ranges)
 
     def stalled(self, volume: Volume, why: str) -> None:

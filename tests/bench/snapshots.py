@@ -4,6 +4,7 @@ which is kept in ``tests/bench/results``.
 - ``throughput``: random 4 KiB writes with 0, 1 and 16 snapshots, after a warm-up that has copied
   every region once, interleaved, and what one costs both nodes of CPU, which says more where others
   use the machine too; the bar: within 10 % of each other;
+- ``cost``: what a write of 4 KiB, 16 of them at once, costs the engine alone of CPU, with as many;
 - ``taking``: the longest of many writes while snapshots are taken, against the longest without, in
   turn, and against one sync of the same disk; the bar: at most one sync more;
 - ``restore``: of a large, sparse volume of which some has changed: the time until it reads as the
@@ -24,6 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nbdmirror.codec.record import WRITE
+from nbdmirror.config import AdminConfig, Config, LogConfig, NbdConfig, VolumeConfig
+from nbdmirror.edge.env import real_env, run
+from nbdmirror.engine.create import create
+from nbdmirror.engine.node import Node
+from nbdmirror.engine.volume import Change
 from tests.bench.report import machine
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.tools import Writer, connect, fio, pattern
@@ -137,6 +144,60 @@ def _sync_s(directory: Path) -> list[float]:
     return sorted(times)
 
 
+def cost(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What a write costs the engine of CPU, with the snapshots that one primary gets meanwhile: no
+    network, no client, and nobody else's work counts."""
+    return run(_cost(directory / "c", options.rounds))
+
+
+async def _cost(directory: Path, rounds: int) -> dict[str, Any]:
+    size, batch = 64 * MIB, 16
+    nodes: dict[int, Node] = {}
+    for count in (0, 1, 16):
+        path = directory / str(count)
+        path.mkdir(parents=True)
+        config = Config(
+            path="",
+            group="g",
+            node="a",
+            state_dir=str(path / "state"),
+            nbd=NbdConfig(),
+            admin=AdminConfig(socket=""),
+            log=LogConfig(size=256 * MIB),
+            volumes=(VolumeConfig("data", size, (str(path / "facet"),), 65536),),
+        )
+        await create(real_env(), config, "primary")
+        node = nodes[count] = Node(real_env(), config)
+        await node.start(nbd=False)
+        for _ in range(count):
+            await node.people.create(None, False)
+        for at in range(0, size, 65536):  # every region is copied once
+            await _write(node, [Change(WRITE, 0, at, 65536, pattern(65536, at))])
+    data = pattern(4096, 1)
+    places = [7919 * 4096 * number % size for number in range(20_000)]
+    found: dict[int, list[float]] = {count: [] for count in nodes}
+    for _ in range(rounds):
+        for count, node in nodes.items():
+            began = time.process_time()
+            for at in range(0, len(places), batch):
+                some = [Change(WRITE, 0, p, 4096, data) for p in places[at : at + batch]]
+                await _write(node, some)
+            found[count].append((time.process_time() - began) / len(places) * 1e6)
+    for node in nodes.values():
+        await node.stop()
+    return {
+        "cpu_us_per_write": {k: round(statistics.median(v), 2) for k, v in found.items()},
+        "cpu_ratio_to_none": _ratios(found),
+    }
+
+
+async def _write(node: Node, changes: list[Change]) -> None:
+    assert node.primary is not None
+    rest = node.primary.group.write(node.volumes[0], changes)
+    if rest is not None:
+        await rest
+
+
 def taking(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The longest write with and without a snapshot being taken, in turn, under load."""
     size = options.size * MIB
@@ -221,6 +282,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
     "restore": restore,
     "taking": taking,
     "throughput": throughput,
+    "cost": cost,
 }
 
 
