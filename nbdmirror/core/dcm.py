@@ -17,6 +17,28 @@ from bitarray import bitarray
 
 from nbdmirror.codec.mappage import BITMAP_BYTES, BITS
 
+WIDE = 512
+"""Windows of more regions than this, holes of a large volume, are kept as one, not by region."""
+
+
+class _WideWindow:
+    """Consecutive regions in flight under one token, and which of them no longer are."""
+
+    __slots__ = ("count", "first", "taken_out")
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first = first
+        self.count = count
+        self.taken_out: bitarray | None = None
+
+    def take_out(self, first: int, last: int) -> None:
+        low, high = max(first - self.first, 0), min(last + 1 - self.first, self.count)
+        if low < high:
+            if self.taken_out is None:
+                self.taken_out = bitarray(self.count, endian="little")
+                self.taken_out.setall(False)
+            self.taken_out[low:high] = True
+
 
 class Dcm:
     """Bits for ``regions`` regions; mutators return the pages that must be written (O12)."""
@@ -27,6 +49,7 @@ class Dcm:
         self.default = False
         self._pages: dict[int, bitarray] = {}
         self._in_flight: dict[int, int] = {}
+        self._wide: dict[int, _WideWindow] = {}
         self.count = 0
         """Regions marked."""
 
@@ -63,6 +86,7 @@ class Dcm:
         elif self._in_flight:
             for region in [r for r in self._in_flight if first <= r <= last]:
                 del self._in_flight[region]
+        self._take_out(first, last)
         changed = []
         for number in range(first // BITS, last // BITS + 1):
             if number not in self._pages and self.default:
@@ -84,6 +108,9 @@ class Dcm:
         assert other.regions == self.regions and not other.default
         for region in [r for r in self._in_flight if other.is_marked(r)]:
             del self._in_flight[region]
+        if self._wide:
+            for first, count in other.runs():
+                self._take_out(first, first + count - 1)
         changed = []
         for number in sorted(other._pages):
             if number not in self._pages and self.default:
@@ -109,19 +136,35 @@ class Dcm:
         """Sets every bit; the pages on disk are void, the default must be made durable."""
         self.default = True
         self._pages.clear()
-        self._in_flight.clear()
+        self.abandon()
         self.count = self.regions
 
     def clear(self) -> None:
         """Clears every bit; the pages on disk are void, the default must be made durable."""
         self.default = False
         self._pages.clear()
-        self._in_flight.clear()
+        self.abandon()
         self.count = 0
 
     def begin(self, region: int, token: int) -> None:
         """A resync is about to read this region, and will name it by ``token``."""
+        self._take_out(region, region)
         self._in_flight[region] = token
+
+    def begin_window(self, first: int, count: int, token: int) -> None:
+        """As ``begin`` for some consecutive regions; a token names one window at a time."""
+        if count <= WIDE:
+            for region in range(first, first + count):
+                self.begin(region, token)
+            return
+        for region in [r for r in self._in_flight if first <= r < first + count]:
+            del self._in_flight[region]
+        self._take_out(first, first + count - 1)
+        self._wide[token] = _WideWindow(first, count)
+
+    def _take_out(self, first: int, last: int) -> None:
+        for window in self._wide.values():
+            window.take_out(first, last)
 
     def finish(self, region: int, token: int) -> int | None:
         """The remote has the region of that token on disk; returns the page that changed."""
@@ -130,9 +173,36 @@ class Dcm:
         del self._in_flight[region]
         return self.unmark(region)
 
+    def finish_window(self, first: int, count: int, token: int) -> list[int]:
+        """As ``finish`` for all of a window; returns the pages that changed."""
+        window = self._wide.get(token)
+        if window is None or (window.first, window.count) != (first, count):
+            pages = [self.finish(region, token) for region in range(first, first + count)]
+            return list(dict.fromkeys(page for page in pages if page is not None))
+        del self._wide[token]
+        changed = []
+        for number in range(first // BITS, (first + count - 1) // BITS + 1):
+            if number not in self._pages and not self.default:
+                continue
+            page = self._page(number)
+            low = max(first - number * BITS, 0)
+            high = min(first + count - number * BITS, BITS)
+            before = page.count(True, low, high)
+            if window.taken_out is None:
+                page[low:high] = False
+            else:
+                at = number * BITS + low - first
+                page[low:high] &= window.taken_out[at : at + high - low]
+            cleared = before - page.count(True, low, high)
+            if cleared:
+                self.count -= cleared
+                changed.append(number)
+        return changed
+
     def abandon(self) -> None:
         """The link is gone: what was in flight is simply marked again."""
         self._in_flight.clear()
+        self._wide.clear()
 
     def runs(self, start: int = 0) -> Iterator[tuple[int, int]]:
         """Marked stretches (first, count) from ``start`` on, in ascending order."""

@@ -179,9 +179,7 @@ class Copier:
         length = self.length(volume, first, count)
         self._windows[self._token] = Window(volume, first, count, cost, hashed, length)
         self._in_flight += cost
-        dcm = self.remote.dcms[volume.index].map
-        for region in range(first, first + count):
-            dcm.begin(region, self._token)
+        self.remote.dcms[volume.index].map.begin_window(first, count, self._token)
         return self._token
 
     def _unreadable(self, error: VolumeFailed) -> None:

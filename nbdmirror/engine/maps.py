@@ -88,9 +88,7 @@ class DcmFile:
 
     def finish(self, first: int, count: int, token: int) -> None:
         """The remote has these regions on disk, as read under ``token``."""
-        finish = self.map.finish
-        pages = [finish(region, token) for region in range(first, first + count)]
-        changed = list(dict.fromkeys(page for page in pages if page is not None))
+        changed = self.map.finish_window(first, count, token)
         if changed:
             self._write(changed)
 

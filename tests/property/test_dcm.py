@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from nbdmirror.codec.mappage import BITMAP_BYTES, BITS, SLOTS
 from nbdmirror.core.active import ActiveMap
-from nbdmirror.core.dcm import Dcm
+from nbdmirror.core.dcm import WIDE, Dcm
 
 REGIONS = 2 * BITS + 37
 EDGES = [0, 1, 7, 8, BITS - 1, BITS, BITS + 1, 2 * BITS - 1, 2 * BITS, REGIONS - 2, REGIONS - 1]
@@ -26,6 +26,7 @@ class DcmMachine(RuleBasedStateMachine):
         self.dcm = Dcm(REGIONS)
         self.marked: set[int] = set()
         self.in_flight: dict[int, int] = {}
+        self.windows: list[tuple[int, int, int]] = []
         self.disk: dict[int, bytes] = {}
         self.default = False
 
@@ -70,6 +71,25 @@ class DcmMachine(RuleBasedStateMachine):
         self.marked.discard(at)
         if page is not None:
             self.written([page])
+
+    @rule(at=region, count=st.sampled_from([1, WIDE, WIDE + 1, BITS, 3 * BITS]))
+    def begin_window(self, at: int, count: int) -> None:
+        count, token = min(count, REGIONS - at), 10 + len(self.windows)
+        self.dcm.begin_window(at, count, token)
+        self.windows.append((at, count, token))
+        self.in_flight.update(dict.fromkeys(range(at, at + count), token))
+
+    @rule(number=st.integers(0, 10))
+    def finish_window(self, number: int) -> None:
+        if not self.windows:
+            return
+        at, count, token = self.windows[-1 - number % len(self.windows)]
+        done = {r for r, t in self.in_flight.items() if t == token}
+        pages = self.dcm.finish_window(at, count, token)
+        assert pages == sorted({r // BITS for r in done & self.marked})
+        self.in_flight = {r: t for r, t in self.in_flight.items() if t != token}
+        self.marked -= done
+        self.written(pages)
 
     @rule()
     def abandon(self) -> None:

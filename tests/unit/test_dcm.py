@@ -134,3 +134,39 @@ def test_a_huge_volume_costs_what_is_marked() -> None:
     dcm.mark(regions - 1, regions - 1)
     assert len(dcm._pages) == 1
     assert dcm.is_marked(regions - 1) and not dcm.is_marked(0)
+
+
+@pytest.mark.parametrize("how", ["mark", "merge", "begin", "begin_window"])
+def test_a_wide_window_clears_only_what_nothing_touched(how: str) -> None:
+    """O6, O13: a hole of a million regions is one window; what was marked since stays."""
+    dcm = Dcm(4 * BITS)
+    dcm.fill()
+    dcm.begin_window(10, 3 * BITS, 1)
+    if how == "mark":
+        dcm.mark(BITS, BITS + 1)
+    elif how == "merge":
+        other = Dcm(4 * BITS)
+        other.mark(BITS, BITS + 1)
+        dcm.merge(other)
+    elif how == "begin":
+        dcm.begin(BITS, 2)
+        dcm.begin(BITS + 1, 2)
+    else:
+        dcm.begin_window(BITS, 2, 2)
+    assert dcm.finish_window(10, 3 * BITS, 1) == [0, 1, 2, 3]
+    assert list(dcm.runs()) == [(0, 10), (BITS, 2), (3 * BITS + 10, BITS - 10)]
+    assert dcm.count == BITS + 2
+    assert dcm.finish_window(10, 3 * BITS, 1) == [], "once"
+
+
+@pytest.mark.parametrize("lose", ["abandon", "fill", "begin_window"])
+def test_a_wide_window_that_was_lost_clears_nothing(lose: str) -> None:
+    dcm = Dcm(4 * BITS)
+    dcm.fill()
+    dcm.begin_window(0, BITS, 1)
+    if lose == "begin_window":
+        dcm.begin_window(0, BITS, 2)
+    else:
+        getattr(dcm, lose)()
+    assert dcm.finish_window(0, BITS, 1) == []
+    assert dcm.count == 4 * BITS
