@@ -11,6 +11,7 @@ meanwhile. ``finish`` clears it only if nothing marked it again after it was rea
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from bitarray import bitarray
@@ -48,6 +49,8 @@ class Dcm:
         self.regions = regions
         self.default = False
         self._pages: dict[int, bitarray] = {}
+        self._numbers: list[int] = []
+        """Of the pages that are there, ascending: a walk passes over those that are not."""
         self._in_flight: dict[int, int] = {}
         self._wide: dict[int, _WideWindow] = {}
         self.count = 0
@@ -68,8 +71,13 @@ class Dcm:
             page.setall(self.default)
             # Bits past the last region stay 0, so that counts and searches are right.
             page[self._page_regions(number) :] = False
-            self._pages[number] = page
+            self._put_page(number, page)
         return page
+
+    def _put_page(self, number: int, page: bitarray) -> None:
+        if number not in self._pages:
+            insort(self._numbers, number)
+        self._pages[number] = page
 
     def is_marked(self, region: int) -> bool:
         """Whether the region's bit is set."""
@@ -112,7 +120,7 @@ class Dcm:
             for first, count in other.runs():
                 self._take_out(first, first + count - 1)
         changed = []
-        for number in sorted(other._pages):
+        for number in other._numbers:
             if number not in self._pages and self.default:
                 continue
             page = self._page(number)
@@ -136,6 +144,7 @@ class Dcm:
         """Sets every bit; the pages on disk are void, the default must be made durable."""
         self.default = True
         self._pages.clear()
+        self._numbers.clear()
         self.abandon()
         self.count = self.regions
 
@@ -143,6 +152,7 @@ class Dcm:
         """Clears every bit; the pages on disk are void, the default must be made durable."""
         self.default = False
         self._pages.clear()
+        self._numbers.clear()
         self.abandon()
         self.count = 0
 
@@ -218,21 +228,23 @@ class Dcm:
 
     def _next(self, start: int, value: bool) -> int | None:
         """The first region from ``start`` on whose bit is ``value``."""
-        if not self._pages:
-            # Nothing but the default: no walk over the pages of a large volume (I7).
-            return start if self.default == value and start < self.regions else None
         number, bit = divmod(start, BITS)
-        absent_matches = self.default == value
         while number * BITS < self.regions:
             page = self._pages.get(number)
-            if page is None:
-                if absent_matches:
-                    return number * BITS + bit
-            else:
+            if page is not None:
                 found = page.find(value, bit, self._page_regions(number))
                 if found >= 0:
                     return number * BITS + found
-            number, bit = number + 1, 0
+                number += 1
+            elif self.default == value:
+                return number * BITS + bit
+            else:
+                # No walk over the pages that a large volume does not have (I7).
+                at = bisect_left(self._numbers, number)
+                if at == len(self._numbers):
+                    return None
+                number = self._numbers[at]
+            bit = 0
         return None
 
     def page_bits(self, number: int) -> bytes:
@@ -246,4 +258,4 @@ class Dcm:
         page.frombytes(bits)
         page[self._page_regions(number) :] = False
         self.count += page.count() - (self._page_regions(number) if self.default else 0)
-        self._pages[number] = page
+        self._put_page(number, page)
