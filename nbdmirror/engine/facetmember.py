@@ -55,8 +55,6 @@ class Member:
         self.dcm: DcmFile | None = None
         self.copy: FacetCopy | None = None
         self.task: asyncio.Task[None] | None = None
-        self.wanted = asyncio.Event()
-        """Ends the pause before the next attempt to return."""
         self._mapping = asyncio.Lock()
 
     # -- as what holds the log (see ``engine.housekeeper``) -----------------------------------
@@ -85,7 +83,11 @@ class Member:
         return kept_seq is not None and kept_seq + 1 < self._owner.group.log.ring.tail_seq
 
     async def overflow(self, why: str) -> None:
-        """Gives up its part of the log: what it lacks is in its map afterwards (O12)."""
+        """Gives up its part of the log: what it lacks is in its map afterwards (O12), unless it
+        can come back from the log at once."""
+        await self._owner.hurry(self)
+        if self.facet.writable:
+            return
         self._owner.events.emit("facet-overflow", facet=self.name, why=why)
         await self.to_map()
 

@@ -146,8 +146,13 @@ class Facets:
             await member.sync_map()
 
     def holding(self) -> list[Member]:
-        """The facets for which the log is kept, and that could do with a map."""
-        return [one for one in self.members if not one.tracking and self.has_source(one.volume)]
+        """The facets for which the log is kept, and that could do with a map: what is marked there
+        must be had from somewhere, or the log is all that there is."""
+        return [
+            one
+            for one in self.members
+            if not one.tracking and (one.volume.in_service() or self.group.in_reach())
+        ]
 
     def has_source(self, volume: Volume) -> bool:
         """Whether there is anybody to copy from what a facet of the volume lacks; if not, it comes
@@ -387,6 +392,9 @@ class Facets:
 
     async def _return(self, member: Member) -> None:
         facet, volume, saved = member.facet, member.volume, member.saved
+        if self._is_in_log(member):
+            await self._redo(member)
+            return
         if not facet.writable:
             await member.to_map()
             self._join(member)
@@ -407,6 +415,59 @@ class Facets:
         self.events.emit(
             "facet-synchronised", volume=volume.name, facet=facet.path, copied_bytes=copied
         )
+
+    def _is_in_log(self, member: Member) -> bool:
+        """Whether the log holds all that a volume's last facet lacks: it needs nobody else then."""
+        kept, volume = member.facet.kept_seq, member.volume
+        if member.saved["offline"] or member.dcm is not None or volume.overlay is not None:
+            return False
+        alone = not volume.in_service()
+        return alone and kept is not None and kept + 1 >= self.group.log.ring.tail_seq
+
+    async def hurry(self, member: Member) -> None:
+        """The log is full: a facet that can come back from it alone does so now, not later."""
+        if not self._is_in_log(member):
+            return
+        await self._end(member)
+        try:
+            await self._attach(member)
+            if self._is_in_log(member):
+                await self._redo(member)
+                return
+        except (NbdmirrorError, OSError) as error:
+            if isinstance(error, DiskFailed) and member.facet.failed is None:
+                raise
+            member.facet.close()
+        self._serve(member, pause=RETRY_SECONDS)
+
+    async def _redo(self, member: Member) -> None:
+        """Carries into the facet what the log has after its last sync, as a start would: what the
+        page cache may have lost is written anew (O16), and durable before it is trusted (O5)."""
+        facet, log, kept = member.facet, self.group.log, member.facet.kept_seq
+        assert kept is not None
+        self.events.emit("facet-returns", volume=member.volume.name, facet=facet.path)
+        cursor = Cursor(kept + 1)
+        await self._carry(cursor, facet, member.volume.index)
+        await facet.sync()
+        await self._carry(cursor, facet, member.volume.index)
+        # Nothing is awaited from here to the end of this step: every later write is its own.
+        facet.written_seq = log.next_seq - 1
+        facet.kept_seq = None
+        facet.writable = True
+        facet.state = FacetState.SYNCHRONISED
+        member.saved.update(state=facet.state.value, since=None, why=None)
+        await self.store.save()
+        self.events.emit(
+            "facet-synchronised", volume=member.volume.name, facet=facet.path, copied_bytes=0
+        )
+
+    async def _carry(self, cursor: Cursor, facet: LocalFacet, index: int) -> None:
+        """Returns, within the same step, when all records are in the facet."""
+        log = self.group.log
+        while cursor.seq < log.next_seq:
+            for record in (await log.read(cursor)).parsed():
+                if record.volume == index and record.kind != MARK:
+                    await facet.apply(record)
 
     def _join(self, member: Member) -> None:
         """From this step on the facet takes every write; its map says what it lacks from before."""

@@ -17,7 +17,7 @@ from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.remote import Remote
-from nbdmirror.engine.rescue import Rescue
+from nbdmirror.engine.rescue import REACH_SECONDS, Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError
@@ -90,6 +90,7 @@ class Housekeeper:
         self._waiting = 0
         self._synced_at = 0.0
         self._stalled = False
+        self._stalled_at = 0.0
         self._forcing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -280,15 +281,28 @@ class Housekeeper:
             return
         needed = self.rescue is not None and self.rescue.needed(behind)
         if self.on_full == "block" or needed:
-            if self._waiting and not self._stalled:
-                self._stalled = True
-                self._events.emit("log-full", remote=behind.name, policy="block", needed=needed)
+            if self._waiting:
+                self._stall(behind, needed=needed)
             return
         if behind.tracking:
             behind.cancel_start()
             self._kick.set()
         else:
             self._forcing = asyncio.ensure_future(self._force(behind))
+
+    def _stall(self, behind: Remote, *, needed: bool) -> None:
+        """Writes wait for a remote. Where it is all that a volume has, and out of reach, they wait
+        no longer than reads do: then nobody holds the volume, and the node ends."""
+        now = asyncio.get_running_loop().time()
+        if not self._stalled:
+            self._stalled, self._stalled_at = True, now
+            self._events.emit("log-full", remote=behind.name, policy="block", needed=needed)
+        assert self.rescue is not None
+        if self.rescue.in_reach():
+            self._stalled_at = now
+        elif needed and now - self._stalled_at >= REACH_SECONDS:
+            lost = next(volume for volume in self._volumes if not volume.in_service())
+            self._fail(lost.no_facet())
 
     def _furthest_behind(self) -> Holder | None:
         holding: list[Holder] = [r for r in self.remotes if not r.tracking or r.starting]

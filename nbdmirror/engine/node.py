@@ -198,7 +198,7 @@ class Node:
         )
         keeper.on_failed = self._fail
         self.log.on_failed, group.log_back = keeper.lost, keeper.back
-        group.goes_on = self.rescue.goes_on
+        group.goes_on, group.in_reach = self.rescue.goes_on, self.rescue.in_reach
         self.housekeeper.rescue = self.rescue
         group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick

@@ -143,6 +143,10 @@ class Rescue:
         """Whether the volume is of use without a local facet: a remote follows the log."""
         return any(remote.follows for remote in self._remotes)
 
+    def in_reach(self) -> bool:
+        """Whether such a remote is connected now."""
+        return any(remote.follows and remote.reads is not None for remote in self._remotes)
+
     def leans(self) -> bool:
         """Whether a volume has no local facet in service: then remotes are what is read."""
         return not all(volume.in_service() for volume in self._volumes)

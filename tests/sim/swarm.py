@@ -256,7 +256,10 @@ class Faults:
         elif kind == "log replace":
             await self._replace_log()
         elif kind in ("facet offline", "facet replace"):
-            await self._facet_out(kind)
+            # It ends before all is mended, or a person would take out what was just brought in.
+            out = self._world.spawn(self._facet_out(kind))
+            self._restarts.append(out)
+            await asyncio.shield(out)
         elif kind in ADMIN_FAULTS:
             await self._admin(kind)
         elif name in ("sync error", "sync loss", "write error"):

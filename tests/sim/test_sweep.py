@@ -44,6 +44,21 @@ def test_every_operation_may_fail(scenario: str) -> None:
         assert all(row.ailments == len(AILMENTS) for row in rows if row.node == "a")
 
 
+def test_a_last_facet_comes_back_from_the_log() -> None:
+    """M8, M11, O16: no remote can be reached, the log fills, and the facet's disk failed once."""
+    outcome = sweep.run_point(Point("overflow", "a", "EIO once", 2))
+    assert outcome.problem is None
+    assert outcome.operation == "pwrite /facets/v0.0"
+    assert outcome.deaths == 0
+
+
+def test_nobody_waits_for_ever_for_a_remote_that_is_all_that_is_left() -> None:
+    """I8, M11: the facet's disk stays broken, so the node ends and says so; nothing is lost."""
+    outcome = sweep.run_point(Point("overflow", "a", "EIO file", 2))
+    assert outcome.problem is None
+    assert outcome.deaths > 0
+
+
 def test_the_points_are_the_same_each_time() -> None:
     """The Nth operation of one run is that of the next, or a sweep would miss some."""
     first, second = (sweep.count("power in resync", "a") for _ in range(2))
