@@ -38,6 +38,7 @@ NEW: dict[str, Any] = {
     "fill": False,
     "compare": False,
     "offline": False,
+    "last": False,
     "why": None,
 }
 

@@ -20,6 +20,7 @@ from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import FacetState, LocalFacet, open_facet
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import NEW, Member
+from nbdmirror.engine.facetredo import redo
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile
@@ -85,6 +86,7 @@ class Facets:
         """At start: what may differ after a power loss, or all if records were ``lost``, goes into
         the map of each facet that is not in service; the others were made equal. ``spilled``: what
         one lacks that the log has no more lies in ``doubtful`` extents (``engine.spill``)."""
+        gone = not clean and bool(self.store.state.get("log_volatile"))
         for member in self.members:
             facet = member.facet
             if facet.in_service:
@@ -95,6 +97,9 @@ class Facets:
                 member.saved["compare"] = True
             if lost is not None and (member.dcm is not None or facet.kept_seq is not None):
                 member.fill()
+            if gone and facet.kept_seq is not None:
+                member.fill()  # what it lacks was in memory only
+                member.saved["compare"] = True
             if facet.kept_seq is not None and doubtful:
                 if spilled and member.owed:
                     facet.kept_seq = self.group.log.ring.tail_seq - 1
@@ -154,6 +159,10 @@ class Facets:
             if not one.tracking and (one.volume.in_service() or self.group.in_reach())
         ]
 
+    def kept_for(self) -> list[Member]:
+        """The facets for which the log is kept, and that have somebody to copy from."""
+        return [one for one in self.members if not one.tracking and self.has_source(one.volume)]
+
     def has_source(self, volume: Volume) -> bool:
         """Whether there is anybody to copy from what a facet of the volume lacks; if not, it comes
         back from the log or not at all."""
@@ -183,6 +192,7 @@ class Facets:
             facet.unnoted = False
             return
         self._take_out(member, why)
+        member.saved["last"] = not volume.in_service()
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
         facet.unnoted = False
@@ -441,33 +451,14 @@ class Facets:
         self._serve(member, pause=RETRY_SECONDS)
 
     async def _redo(self, member: Member) -> None:
-        """Carries into the facet what the log has after its last sync, as a start would: what the
-        page cache may have lost is written anew (O16), and durable before it is trusted (O5)."""
-        facet, log, kept = member.facet, self.group.log, member.facet.kept_seq
-        assert kept is not None
-        self.events.emit("facet-returns", volume=member.volume.name, facet=facet.path)
-        cursor = Cursor(kept + 1)
-        await self._carry(cursor, facet, member.volume.index)
-        await facet.sync()
-        await self._carry(cursor, facet, member.volume.index)
-        # Nothing is awaited from here to the end of this step: every later write is its own.
-        facet.written_seq = log.next_seq - 1
-        facet.kept_seq = None
-        facet.writable = True
-        facet.state = FacetState.SYNCHRONISED
-        member.saved.update(state=facet.state.value, since=None, why=None)
+        facet, where = member.facet, {"facet": member.facet.path, "volume": member.volume.name}
+        self.events.emit("facet-returns", **where)
+        await redo(facet, self.group.log, member.volume.index)
+        member.saved.update(state=facet.state.value, since=None, last=False, why=None)
         await self.store.save()
-        self.events.emit(
-            "facet-synchronised", volume=member.volume.name, facet=facet.path, copied_bytes=0
-        )
-
-    async def _carry(self, cursor: Cursor, facet: LocalFacet, index: int) -> None:
-        """Returns, within the same step, when all records are in the facet."""
-        log = self.group.log
-        while cursor.seq < log.next_seq:
-            for record in (await log.read(cursor)).parsed():
-                if record.volume == index and record.kind != MARK:
-                    await facet.apply(record)
+        if self.spill is not None:
+            self.spill.look()
+        self.events.emit("facet-synchronised", **where, copied_bytes=0)
 
     def _join(self, member: Member) -> None:
         """From this step on the facet takes every write; its map says what it lacks from before."""

@@ -157,7 +157,7 @@ class LogKeeper:
         await self._housekeeper.sync_facets(everything=True)
         for facet in self._writable():
             facet.synced_seq = self._log.next_seq - 1  # one that fails now lacks nothing of it
-        for member in self._facets.holding():
+        for member in self._facets.kept_for():
             await member.to_map()
 
     def _writable(self) -> list[LocalFacet]:
@@ -260,5 +260,5 @@ class LogKeeper:
             await self.spill.end()
         if self.volatile:
             await self.mark_pending("the log was in memory", self._log.next_seq - 1)
-            for member in self._facets.holding():
+            for member in self._facets.kept_for():
                 await member.to_map()

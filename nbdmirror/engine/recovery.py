@@ -196,7 +196,10 @@ def _entries(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _failed(store: Store, volume: Volume) -> list[tuple[int, LocalFacet]]:
-    """(last record that it had synced, facet) of those that failed and lack what followed."""
+    """(last record that it had synced, facet) of those that failed and lack what followed.
+
+    What a log in memory held is gone: then only a volume's last facet has nearly all of it."""
+    gone = not store.state["clean"] and bool(store.state.get("log_volatile"))
     entries = {
         entry["path"]: entry
         for entry in _entries(store)
@@ -207,6 +210,8 @@ def _failed(store: Store, volume: Volume) -> list[tuple[int, LocalFacet]]:
         entry = entries.get(facet.path, {})
         synced = entry.get("since")
         if synced is None or facet.writable or not facet.is_open:
+            continue
+        if gone and not entry.get("last"):
             continue
         # Another file in its place has not what is added to here.
         if entry.get("identity") in (None, facet.file.identity()):

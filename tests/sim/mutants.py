@@ -693,3 +693,15 @@ def _(assign: Assign) -> None:
         return self._log.next_seq - 1
 
     assign(Housekeeper, "sync_log", sync_log)
+
+
+@mutant("M13 a facet is healed though what it lacks was in memory only")
+def _(assign: Assign) -> None:
+    original = recovery._healing
+
+    def healing(store: Store, volumes: list[Volume], log: Log) -> Any:
+        for entry in recovery._entries(store):
+            entry["last"] = entry.get("since") is not None
+        return original(store, volumes, log)
+
+    assign(recovery, "_healing", healing)
