@@ -300,6 +300,8 @@ class Session:
     async def _stream(self) -> None:
         tuning = self.context.tuning
         self._streaming = True
+        while not self._inbox.empty():  # an ACK may come right behind READY
+            self._on_frame(self._inbox.get_nowait())
         self.remote.reads = self._reads
         ends = [
             asyncio.ensure_future(self._ship()),

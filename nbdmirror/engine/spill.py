@@ -180,7 +180,7 @@ class Spill:
 
     async def _durable(self) -> int:
         """The log's stand-in: the seq up to which a flush may be promised."""
-        while True:
+        while self._log.spilled is not None:
             await self.facet_lost()  # one may have failed that is only about to be noted
             both = self._both
             if both:
@@ -190,6 +190,7 @@ class Spill:
                 return min(upto, self._log.kept_seq)
             if not (self._both or self._leans()):
                 return upto
+        return self._log.durable_seq  # on disk since: the next sync is the file's
 
     # -- for people ------------------------------------------------------------------------------
 
