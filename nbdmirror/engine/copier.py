@@ -101,13 +101,15 @@ class Copier:
 
     def size(self, region_size: int) -> int:
         """Regions that a window should have now."""
+        return max(1, self.window_size() // region_size)
+
+    def window_size(self) -> int:
+        """Bytes of the volume that a window should have now: one region, if that is more."""
         size = COPY_BYTES
         if self._governor.active() or not self.progress.done_bytes:
             size = YIELDING_BYTES
         rate = self.progress.rate(asyncio.get_running_loop().time())
-        if rate:
-            size = min(size, int(rate * COPY_SECONDS))
-        return max(1, min(size, COPY_BYTES) // region_size)
+        return min(size, int(rate * COPY_SECONDS)) if rate else size
 
     async def drained(self) -> None:
         """Returns when nothing is under way."""

@@ -47,6 +47,8 @@ from nbdmirror.ports import Buffer, Env
 
 FRAME_BYTES = 1 << 20
 """Records are gathered to frames of about this size while the link is busy."""
+FRAME_BYTES_MIN = 64 << 10
+"""... and no smaller ones are asked for while regions are copied between them."""
 LINGER_SECONDS = 0.005
 """An asynchronous remote's records wait so long for company: it spares the client's CPU."""
 
@@ -396,8 +398,8 @@ class Session:
                 log.appended.clear()
                 await log.appended.wait()
             parts: list[Buffer] = []
-            size = 0
-            while size < FRAME_BYTES and cursor.seq < log.next_seq:
+            size, limit = 0, self._frame_bytes()
+            while size < limit and cursor.seq < log.next_seq:
                 try:
                     chunk = await log.read(cursor)
                 except FormatError as error:
@@ -413,8 +415,15 @@ class Session:
             remote.bytes_sent += sent
             await link.drain()
             await pay(remote.bucket, sent)
-            if linger and size < FRAME_BYTES:
+            if linger and size < limit:
                 await asyncio.sleep(linger)
+
+    def _frame_bytes(self) -> int:
+        """While regions are copied between the records both take turns at the link, and each gets
+        half of it, as ``core.convergence`` foretells, only with turns of the same size."""
+        if self.remote.facts["consistent"] or self.resync is None:
+            return FRAME_BYTES
+        return max(FRAME_BYTES_MIN, self.resync.copier.window_size())
 
     async def _log_rotten(self, error: FormatError) -> None:
         """A pending record cannot be read back: the regions are copied from the facet instead."""

@@ -6,6 +6,7 @@ it the stream goes on from the log, and both nodes end equal.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tests.faults.wire import Wire, WiredCluster
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.process import wait_until
 from tests.integration.test_replication import STALL_S
+from tests.integration.tools import Writer
 
 MakeCluster = Callable[..., Cluster]
 SIZE = 8 * MIB
@@ -116,6 +118,44 @@ def test_slow_link(wired: WiredCluster) -> None:
     check_serves(wired, journal)
     check_equal(wired)
     assert len(resyncs(wired)) == 1
+
+
+@needs_root
+@requires_programs("ip", "tc")
+def test_in_sync_over_a_link_slower_than_the_client(tmp_path: Path) -> None:
+    """X3; peers 11, 12, 28: the whole volume is rewritten faster than a real link of 4 Mbit/s
+    takes it, and the first synchronisation ends nevertheless, in the time that was foretold."""
+    size, link, load = 2 * MIB, 5e5, 8e5
+    with (
+        Wire() as wire,
+        WiredCluster(
+            tmp_path / "group", wire, volumes=[Volume(size=size)], log_size=256 * MIB
+        ) as cluster,
+    ):
+        cluster.create()
+        with cluster.primary.facets("data")[0].open("r+b") as file:
+            file.write(os.urandom(size))
+        wire.slow("4mbit")
+        cluster.start(synced=False, created=True)
+        with Writer(cluster.primary.uri(), blocks=size // 4096, rate=load) as writer:
+            began, before = time.monotonic(), writer.writes
+            cluster.wait_in_sync(120)
+            took = time.monotonic() - began
+            written = (writer.writes - before) * 4096 / took
+        kinds = [event["kind"] for event in cluster.primary.events()]
+        assert kinds.count("overflow") == 0
+        # A part of the link is headers: of records, frames, TCP and the wire.
+        payload = 0.92 * link
+        copying, part = size / payload, written / payload
+        bound = copying * (1 + 2 * (1 + part) + 2 * part) + 15
+        assert written > link, "or the link was not too slow"
+        assert took < bound, f"in sync after {took:.1f} s, foretold were {bound:.1f}"
+        assert writer.slowest_s < STALL_S
+        print(
+            f"in sync after {took:.1f} s, foretold {bound:.1f}; written {written / MIB:.1f} MiB/s, link 4 Mbit/s"
+        )
+        wire.fast()
+        check_equal(cluster)
 
 
 def end_session_by_flip(cluster: Cluster, distance: int, direction: str) -> None:

@@ -114,8 +114,9 @@ class WiredCluster(Cluster):
     def remote_address(self, node: Node) -> str:
         return f"tcp:{self.wire.addresses['down']}:{node.replication_port}"
 
-    def start(self, *, synced: bool = True) -> Cluster:
-        self.create()
+    def start(self, *, synced: bool = True, created: bool = False) -> Cluster:
+        if not created:
+            self.create()
         for node in self.nodes:
             end = "up" if node is self.primary else "down"
             assert start_under(node, ["ip", "netns", "exec", self.wire.ends[end]])

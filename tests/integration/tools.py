@@ -212,6 +212,7 @@ class Writer:
     def _work(self) -> None:
         try:
             handle = connect(self._uri)
+            due = time.monotonic()
             while not self._stop.is_set():
                 block = self._random.randrange(self._blocks)
                 data = self._random.randbytes(4096)
@@ -219,7 +220,8 @@ class Writer:
                 handle.pwrite(data, self._offset + block * 4096)
                 self.slowest_s = max(self.slowest_s, time.monotonic() - began)
                 self.writes += 1
-                self._stop.wait(self._pause_s)
+                due += self._pause_s
+                self._stop.wait(max(0.0, due - time.monotonic()))
             handle.shutdown()
         except (nbd_error(), AssertionError, OSError) as error:
             self._error = error
