@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.sim import marks, mutants, snapshotmutants, spillmutants, swarm
+from tests.sim import marks, mutants, ordermutants, snapshotmutants, spillmutants, swarm
 from tests.sim.options import FAULTS, draw
 from tests.sim.pool import ordered, settle_memory
 
@@ -82,7 +82,7 @@ def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
 
 
 def _mutants(only: str, seeds: range, jobs: int) -> int:
-    assert snapshotmutants and spillmutants  # imported for their mutants
+    assert snapshotmutants and ordermutants and spillmutants  # imported for their mutants
     names = [name for name in mutants.MUTANTS if only in name]
     alive = 0
     with ProcessPoolExecutor(jobs, initializer=settle_memory) as pool:
