@@ -152,7 +152,8 @@ def test_in_sync_over_a_link_slower_than_the_client(tmp_path: Path) -> None:
         assert took < bound, f"in sync after {took:.1f} s, foretold were {bound:.1f}"
         assert writer.slowest_s < STALL_S
         print(
-            f"in sync after {took:.1f} s, foretold {bound:.1f}; written {written / MIB:.1f} MiB/s, link 4 Mbit/s"
+            f"in sync after {took:.1f} s, foretold {bound:.1f}; "
+            f"written {written / MIB:.1f} MiB/s, link 4 Mbit/s"
         )
         wire.fast()
         check_equal(cluster)
