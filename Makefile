@@ -20,6 +20,7 @@ FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/f
 SLOW := $(wildcard tests/faults) tests/integration tests/guest
 SEEDS ?= 1000
 CHECK_SEEDS ?= 50
+TEST_SEEDS ?= 500
 CUTS ?= 2
 SECONDS ?= 3600
 
@@ -36,7 +37,8 @@ run: setup-run
 
 # One pytest run for all, so that its last line counts all. The units under a real systemd in a
 # guest take four minutes of their own, and so would more power cuts: `make guest` has them.
-test: setup lint sim-if-any
+test: setup lint
+	$(MAKE) --no-print-directory sim-if-any SEEDS=$(TEST_SEEDS)
 	POWER_CUTS=1 $(PYTEST) $(FAST) $(SLOW) --ignore=tests/guest/test_service.py \
 		--deselect tests/guest/test_power_cuts.py::test_a_disk_that_ignores_flushes_is_seen
 
