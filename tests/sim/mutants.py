@@ -96,7 +96,7 @@ async def _nothing(*_: Any, **__: Any) -> None:
 
 @mutant("O1 an extent counts as in before it is durable")
 def _(assign: Assign) -> None:
-    async def activate(self: ActiveMapFile, keys: list[int]) -> None:
+    async def activate(self: ActiveMapFile, keys: list[int], along: Any = ()) -> None:
         cold = [key for key in dict.fromkeys(keys) if key not in self.hot]
         while cold and (sectors := self.map.admit(cold, self.safe_seq(), keys)) is None:
             assert self.make_safe is not None
