@@ -26,7 +26,8 @@ from typing import Any
 SLOTS = 64
 KEEP = 4
 """Files that are kept."""
-FILES_PER_RUN = 60
+FILES_PER_RUN = 300
+"""More than a slow machine gets through between two starts of the load."""
 ROW_BYTES_MAX = 2000
 CHECKPOINT_PAGES = 40
 """The write-ahead log goes back into the database this often."""
