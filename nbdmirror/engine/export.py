@@ -75,7 +75,9 @@ class ExportServer:
     @property
     def session_limits(self) -> Limits:
         """A client that lists the exports asks for each of them, and means no harm by it."""
-        return replace(self.limits, options_max=self.limits.options_max + 4 * len(self.exports()))
+        volumes = len(self.group.volumes) if self.group else 0
+        exports = volumes + self.snapshots.count_max
+        return replace(self.limits, options_max=self.limits.options_max + 4 * exports)
 
     def connection(self) -> asyncio.BufferedProtocol:
         """The protocol for an accepted connection (see ``ports.Network.listen``)."""
@@ -91,8 +93,11 @@ class ExportServer:
         volume = self.volume(name)
         if volume is None:
             return None
-        why = self._rules(volume).refusal(client, volume.clients)
+        why = self._refusal(client, volume)
         return self._info(volume) if why is None else Forbidden(why)
+
+    def _refusal(self, client: Client, volume: Volume) -> str | None:
+        return self._rules(volume).refusal(client, volume.clients)
 
     def _rules(self, volume: Volume) -> Rules:
         """What follows an @ names a state of the volume, which is for the same clients."""
@@ -100,13 +105,14 @@ class ExportServer:
 
     def exports_for(self, client: Client) -> list[ExportInfo]:
         """What this client may attach."""
-        found = [self.find_for(client, info.name) for info in self.exports()]
-        return [info for info in found if isinstance(info, ExportInfo)]
+        return [self._info(v) for v in self._volumes() if self._refusal(client, v) is None]
 
     def exports(self) -> list[ExportInfo]:
         """What a client may attach: every volume of a primary, and every snapshot."""
-        volumes: list[Volume] = [*(self.group.volumes if self.group else []), *self.snapshots.all()]
-        return [self._info(volume) for volume in volumes]
+        return [self._info(volume) for volume in self._volumes()]
+
+    def _volumes(self) -> list[Volume]:
+        return [*(self.group.volumes if self.group else []), *self.snapshots.all()]
 
     def volume(self, name: str) -> Volume | None:
         """The volume, or snapshot of one, behind an export name."""
@@ -127,7 +133,7 @@ class ExportServer:
                 name=volume.name,
                 description=f"nbdmirror snapshot {volume.uuid}",
                 size=volume.size,
-                read_only=not volume.entry["writable"],
+                read_only=self._rules(volume).read_only or not volume.entry["writable"],
             )
         dirty = tuple(DIRTY_CONTEXT + remote.name for remote in self.remotes)
         return ExportInfo(

@@ -159,6 +159,11 @@ class SnapshotExports:
         shown = [entry for entry in self.snapshots.entries if self.snapshots.shown(entry)]
         return [self.serve(entry, index) for entry in shown for index in entry["volumes"]]
 
+    @property
+    def count_max(self) -> int:
+        """There are no more than so many; told without a look at any of them."""
+        return sum(len(entry["volumes"]) for entry in self.snapshots.entries)
+
     def serve(self, entry: Entry, index: int) -> SnapshotVolume:
         """A volume of a snapshot."""
         key = entry["uuid"], index
@@ -186,10 +191,10 @@ def pick(snapshots: Snapshots, spec: str) -> Entry | None:
     """The readable snapshot of a number or of the first digits of a uuid; ``None`` if there is
     none, or more than one of those digits."""
     shown = [entry for entry in snapshots.entries if snapshots.shown(entry)]
-    if spec.isdigit():
-        numbered = [entry for entry in shown if entry["number"] == int(spec) != 0]
-        if numbered:
-            return numbered[-1]
+    # Compared as text: what strangers send is no number until it is one of ours.
+    numbered = [entry for entry in shown if entry["number"] and str(entry["number"]) == spec]
+    if numbered:
+        return numbered[-1]
     if len(spec) < UUID_DIGITS_MIN:
         return None
     alike = [entry for entry in shown if entry["uuid"].startswith(spec)]
