@@ -21,7 +21,7 @@ def frames(data: bytes, session: int) -> bytes:
     out = bytearray()
     at = 0
     while at + 4 <= len(data):
-        kind, flags = data[at] % 15, data[at + 1] & 1
+        kind, flags = data[at] % (max(Type) + 1), data[at + 1] & 1
         (length,) = struct.unpack_from("<H", data, at + 2)
         body = data[at + 4 : at + 4 + length % 2048]
         at += 4 + len(body)
@@ -39,15 +39,17 @@ def records(data: bytes) -> bytes:
     out = bytearray(data)
     at = 0
     while at + record.HEADER_SIZE <= len(out):
-        out[at : at + 6] = b"NMR1\x01" + bytes([1 + out[at + 5] % 4])
+        out[at : at + 5] = b"NMR1\x01"
+        if out[at + 5] not in record.KIND_NAMES:
+            out[at + 5] = 1 + out[at + 5] % len(record.KIND_NAMES)
         (length,) = struct.unpack_from("<Q", out, at + 32)
         size = record.HEADER_SIZE
-        if out[at + 5] == record.WRITE:
+        if out[at + 5] in record.WITH_PAYLOAD:
             length %= 4096
             struct.pack_into("<Q", out, at + 32, length)
             payload = bytes(out[at + 64 : at + 64 + length])
             struct.pack_into("<Q", out, at + 48, xxh3_64_intdigest(payload))
-            size = record.stored_size(record.WRITE, length)
+            size = record.stored_size(out[at + 5], length)
         struct.pack_into("<Q", out, at + 56, xxh3_64_intdigest(bytes(out[at : at + 56])))
         at += size
     return bytes(out)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from nbdmirror.codec import (
     fields,
     mappage,
+    mark,
     nbdclient,
     netlink,
     peerauth,
@@ -32,7 +33,7 @@ from nbdmirror.config import KIB, MIB, Limits
 from nbdmirror.configfile import parse
 from nbdmirror.engine.methods import METHODS, check_params
 from nbdmirror.errors import ConfigError, FormatError, PeerError
-from tests.fuzz import nodes, sealing
+from tests.fuzz import disks, nodes, sealing
 
 LIMITS = Limits(options_max=16, request_bytes_max=64 * KIB)
 EXPORT = ExportInfo("v", MIB, contexts=("base:allocation", "nbdmirror:dirty:b"))
@@ -121,6 +122,14 @@ def records(data: bytes) -> None:
                 assert one.kind != record.WRITE or one.length == len(one.payload or b"")
 
 
+def marks(data: bytes) -> None:
+    """What a marker in the log says of snapshots; what is taken is what would be written."""
+    with contextlib.suppress(FormatError):
+        one = mark.decode(data)
+        assert mark.decode(one.encode()) == one
+        assert one.volumes and len(one.encode()) <= mark.SIZE_MAX
+
+
 def superblock(data: bytes) -> None:
     """Slots of a superblock."""
     half = len(data) // 2
@@ -132,7 +141,7 @@ def superblock(data: bytes) -> None:
 
 
 def maps(data: bytes) -> None:
-    """Pages of a DCM and sectors of an active map, with sums that hold and without."""
+    """Pages of a DCM, sectors of an active map and of a layer, with sums that hold and without."""
     body = data.ljust(mappage.PAGE_SIZE, b"\0")
     for page in (
         body[: mappage.PAGE_SIZE],
@@ -141,12 +150,13 @@ def maps(data: bytes) -> None:
         with contextlib.suppress(FormatError):
             bits = mappage.decode_page(3, page)
             assert bits is None or len(bits) == mappage.BITMAP_BYTES
-    for sector in (
-        body[: mappage.SECTOR_SIZE],
-        sealing.page(b"NACT", 3, body[: mappage.SECTOR_SIZE - 24]),
-    ):
-        with contextlib.suppress(FormatError):
-            assert len(mappage.decode_sector(3, sector)) == mappage.SLOTS
+    for magic in (mappage.ACTIVE, mappage.LAYER):
+        for sector in (
+            body[: mappage.SECTOR_SIZE],
+            sealing.page(magic, 3, body[: mappage.SECTOR_SIZE - 24]),
+        ):
+            with contextlib.suppress(FormatError):
+                assert len(mappage.decode_sector(3, sector, magic)) == mappage.SLOTS
 
 
 def admin(data: bytes) -> None:
@@ -214,9 +224,6 @@ WRITE = struct.pack(">IHHQQI", 0x25609513, 1, 1, 7, 512, 4) + b"data"
 READ = struct.pack(">IHHQQI", 0x25609513, 0, 0, 8, 0, 4096)
 STATUS = struct.pack(">IHHQQI", 0x25609513, 0, 7, 9, 0, 65536)
 META = b"IHAVEOPT\0\0\0\x0a\0\0\0\x1c\0\0\0\1v\0\0\0\1\0\0\0\x0fbase:allocation"
-RECORD = b"".join(
-    map(bytes, record.encode(record.Record(1, 0, 1, 0, 1, 0, 4, 1, memoryview(b"data"))))
-)
 LINE = b'{"jsonrpc":"2.0","id":1,"method":"%s","params":%s}\n'
 CONFIG = b"""group = "g"
 node = "a"
@@ -250,13 +257,23 @@ def _sealed(kind: Type, body: bytes) -> bytes:
 
 REGION = _sealed(Type.REGION, repl.REGION.pack(1, 0, 0, 0, 4) + b"data")
 HASHES = _sealed(Type.HASHES, repl.HASHES.pack(1, 0, 65536, 0, 65536) + bytes(16))
-FRAMES = _sealed(Type.RECORDS, RECORD) + REGION + HASHES + _sealed(Type.RESYNC_END, bytes(8))
+FRAMES = _sealed(Type.RECORDS, nodes.RECORDS) + REGION + HASHES + _sealed(Type.RESYNC_END, bytes(8))
+ANSWERS = (
+    _sealed(Type.ACK, bytes(24))
+    + _sealed(Type.WANT, repl.TOKEN.pack(1) + bytes([1, 0, 1, 0]))
+    + _sealed(Type.DONE, repl.TOKEN.pack(1) + repl.TOKEN.pack(2))
+    + _sealed(Type.CONSISTENT, repl.SEQ.pack(2))
+    + _sealed(Type.DATA, repl.DATA.pack(1, 2, 0) + b"data")
+    + _sealed(Type.VERIFIED, repl.TOKEN.pack(1) + bytes(4))
+)
+LIST = b"IHAVEOPT\0\0\0\3\0\0\0\0"
 
 TARGETS = {
     "nbd_server": Target(nbd_server, (b"\xfe" + GO + WRITE + READ, b"\0" + GO, b"\3" + GO)),
     "nbd_client": Target(nbd_client, (b"NBDMAGICIHAVEOPT\0\3" + bytes(40),)),
     "frames": Target(frames, (b"\0" + HELLO, b"\1" + FRAMES)),
-    "records": Target(records, (RECORD, RECORD * 2, record.fill(1, 1, 128) + bytes(64))),
+    "records": Target(records, (nodes.RECORD, nodes.RECORDS, record.fill(1, 1, 128) + bytes(64))),
+    "marks": Target(marks, (nodes.MARK,)),
     "superblock": Target(
         superblock, (slots.encode(1, {"uuid": "x"})[:200], b""), 2 * slots.SLOT_SIZE
     ),
@@ -267,8 +284,23 @@ TARGETS = {
     "certificate": Target(certificate, (bytes.fromhex("3009300702010130003000"),)),
     "http": Target(http, (b"GET /metrics HTTP/1.1\r\n\r\n",)),
     "kernel": Target(kernel, (netlink.family_request(),)),
-    "node_nbd": Target(nodes.nbd, (b"\0" + WRITE + READ, b"\2" + STATUS, b"\1" + META + nodes.GO)),
+    "node_nbd": Target(
+        nodes.nbd,
+        (
+            b"\0" + WRITE + READ,
+            b"\2" + STATUS,
+            b"\4" + WRITE + READ,
+            b"\1" + META + nodes.GO,
+            b"\1" + LIST + nodes.go(b"v@1") + WRITE,
+        ),
+    ),
+    "node_primary": Target(
+        nodes.primary, (b"\1" + ANSWERS, b"\2" + ANSWERS, b"\3" + HELLO, b"\0" + ANSWERS)
+    ),
     "node_peer": Target(nodes.secondary, (b"\0" + FRAMES, b"\2" + FRAMES, b"\3" + FRAMES)),
     "node_peer_raw": Target(nodes.raw_secondary, (HELLO,)),
-    "node_admin": Target(nodes.admin, (b"\0{}", b'\1{"until":"in-sync","timeout":0}')),
+    "node_admin": Target(
+        nodes.admin, (b"\0{}", b'\1{"until":"in-sync","timeout":0}', b'\x12{"snapshot":"1"}')
+    ),
+    "node_disk": Target(disks.start, disks.SEEDS, 256),
 }
