@@ -22,7 +22,7 @@ import pytest
 
 from nbdmirror.codec import prometheus
 from tests.faults.inject import start_under
-from tests.integration.cluster import MIB, Cluster
+from tests.integration.cluster import MIB, Cluster, nbdmirror
 from tests.integration.process import free_port, wait_until
 from tests.integration.rawnbd import REP_ACK, WRITE, RawClient
 from tests.integration.tools import connect, nbd_error, pattern
@@ -325,3 +325,61 @@ def test_alert_rules_name_metrics_that_exist() -> None:
     names = {metric.name for metric in prometheus.metrics()}
     used = set(re.findall(r"nbdmirror_[a-z_]+", rules))
     assert used and used <= names, used - names
+
+
+# -- secrets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frontend", ["native", "nbdkit"])
+def test_secrets_are_nowhere_but_in_their_files(
+    make_cluster: MakeCluster, frontend: str, tmp_path: Path
+) -> None:
+    """4.1, secrets: not in arguments or environments, logs, events, status, metrics or dumps; not
+    when they are refused either, and not after a reload."""
+    secret, other, key = (os.urandom(32).hex() for _ in range(3))
+    files = {"link": secret, "other": other, "keys.psk": f"laptop:{key}"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+        (tmp_path / name).chmod(0o600)
+    cluster, port = make_cluster(frontend=frontend, tcp=True), free_port()
+    for node, name in ((cluster.primary, "other"), (cluster.secondary, "link")):
+        node.keys["replication"] = [f'secret_file = "{tmp_path}/{name}"']
+        node.write_config()
+    cluster.primary.keys["admin"] = [f'metrics = "tcp:127.0.0.1:{port}"']
+    if frontend == "nbdkit":
+        cluster.primary.keys["nbd"] = [f'tls = {{ psk = "{tmp_path}/keys.psk" }}']
+    cluster.primary.write_config()
+    cluster.start(synced=False)
+    cluster.primary.until("is refused", lambda r: "wrong secret" in str(r["why"]))
+    (tmp_path / "other").write_text(secret + "\n")
+    cluster.primary.reload()
+    cluster.primary.ok("resync", "beta")
+    cluster.wait_in_sync()
+    said = [fetch(port)]
+    for node in cluster.nodes:
+        said += [str(node.status()), str(node.events()), _processes(node.daemon.pid)]
+    cluster.primary.stop()
+    cluster.secondary.stop()
+    for node in cluster.nodes:
+        said.append(node.daemon.output(100_000))
+        for what in ("superblock", "log", "dcm", "active"):
+            said.append(str(nbdmirror("dump", what, str(node.config))))
+    text = "\n".join(said)
+    assert "stranger-refused" in text and "NMR1" not in text and "serve" in text
+    for hidden in (secret, other, key):
+        assert hidden not in text
+
+
+def _processes(pid: int) -> str:
+    """Arguments and environments of a daemon and of what it started."""
+    parts = []
+    for one in (pid, *_children(pid)):
+        for name in ("cmdline", "environ"):
+            data = Path(f"/proc/{one}/{name}").read_bytes()
+            parts.append(data.replace(b"\0", b" ").decode(errors="replace"))
+    return "\n".join(parts)
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
