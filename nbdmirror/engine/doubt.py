@@ -30,13 +30,15 @@ async def mark_doubtful(
     elif store.damaged is not None:
         lost = f"the superblock may be out of date: {store.damaged}"
     await facets.recover(recovered.clean, doubtful, lost, spilled=recovered.memory_lost)
-    if recovered.memory_lost and any(volume.in_service() for volume in group.volumes):
-        # Nothing of before is sent: the facets may hold more than that, or less.
+    spilled = recovered.memory_lost and any(volume.in_service() for volume in group.volumes)
+    pending = []
+    if spilled or any(remote.tracking for remote in remotes):
+        pending = await _pending(group.log)
+    if spilled and (doubtful or any(record.kind != MARK for record in pending)):
+        # Nothing of before is sent: the facets may hold more than that, or less. Where there is
+        # nothing to mark either, the log goes on.
         for remote in remotes:
             remote.leave_log()
-    pending = []
-    if any(remote.tracking for remote in remotes):
-        pending = await _pending(group.log)
     # Where no local facet is left, one remote is the truth that the others are compared with.
     leader = next((remote for remote in remotes if remote.follows), None)
     for remote in remotes:

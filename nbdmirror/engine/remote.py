@@ -307,7 +307,7 @@ class Remote:
     def leave_log(self) -> None:
         """At start: the caller marks what is pending, and saves."""
         if self.facts["initialised"] and not self.tracking:
-            self.facts.update(tracking=True, base_seq=self.durable_seq)
+            self.facts.update(tracking=True, base_seq=self.durable_seq, consistent=False)
             self.group.trackers.append(self)
 
     def resume_log(self) -> None:
