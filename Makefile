@@ -20,7 +20,7 @@ FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/f
 SLOW := $(wildcard tests/faults) tests/integration tests/guest
 SEEDS ?= 1000
 CHECK_SEEDS ?= 50
-TEST_SEEDS ?= 500
+TEST_SEEDS ?= 300
 CUTS ?= 2
 SECONDS ?= 3600
 
