@@ -14,6 +14,8 @@ SHELL := /bin/bash
 PYTHON := /usr/bin/python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Two processes, and what tests/conftest.py says of groups and order.
+PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/fuzz \
 	tests/sim/test_*.py) \
 	tests/test_architecture.py
@@ -40,11 +42,11 @@ run: setup-run
 # guest take four minutes of their own, and so would more power cuts: `make guest` has them.
 test: setup lint
 	$(MAKE) --no-print-directory sim-if-any SEEDS=$(TEST_SEEDS)
-	POWER_CUTS=1 $(PYTEST) $(FAST) $(SLOW) --ignore=tests/guest/test_service.py \
+	POWER_CUTS=1 $(PYTEST) $(PARALLEL) $(FAST) $(SLOW) --ignore=tests/guest/test_service.py \
 		--deselect tests/guest/test_power_cuts.py::test_a_disk_that_ignores_flushes_is_seen
 
 check: lint
-	$(PYTEST) -q $(FAST)
+	$(PYTEST) -q $(PARALLEL) $(FAST)
 	$(MAKE) --no-print-directory sim-if-any SEEDS=$(CHECK_SEEDS)
 
 lint: .venv/stamp

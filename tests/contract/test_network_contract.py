@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from nbdmirror.config import MIB
 from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.ports import Network
 from tests.contract.network_contract import NetworkContract, NetworkWorld
@@ -19,6 +20,8 @@ from tests.sim.transport import Link
 
 
 class LinuxWorld:
+    overfull = 16 * MIB  # the kernel lets a socket's buffers grow to several MiB
+
     def __init__(self, loop: asyncio.AbstractEventLoop, path: Path) -> None:
         self.near: Network = LinuxNetwork()
         self.far: Network = LinuxNetwork()
@@ -37,6 +40,7 @@ class SimWorld:
     def __init__(self, seed: int, link: Link) -> None:
         self._loop = SimLoop()
         net = SimNet(self._loop, seed, link=link)
+        self.overfull = 8 * link.window
         self.near: Network = net.host("alpha")
         self.far: Network = net.host("beta")
         self.addresses: tuple[str, ...] = ("tcp:beta:0",)

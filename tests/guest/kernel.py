@@ -6,10 +6,13 @@ Owns ``.cache/guest``: the package is fetched once with ``apt-get download`` and
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +53,25 @@ def kernel(flavour: str | None = None) -> Kernel:
     flavour = flavour or default_flavour()
     directory = CACHE / flavour
     if not directory.exists():
-        _fetch(flavour, directory)
+        with _one_at_a_time():
+            if not directory.exists():
+                _fetch(flavour, directory)
     (image,) = directory.glob("boot/vmlinuz-*")
     (modules,) = directory.glob("lib/modules/*")
     return Kernel(flavour, image, modules)
 
 
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Processes of one test run fetch one after the other, and then find what the first fetched."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _fetch(flavour: str, directory: Path) -> None:
     """Fetches and unpacks next to ``directory`` and renames: what is there is complete."""
-    CACHE.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="fetch-", dir=CACHE))
     try:
         package = _package(METAPACKAGES[flavour])

@@ -8,19 +8,22 @@ tests and by ``tests.bench``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import select
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 DEADLINE_S = 30.0
 POLL_S = 0.02
+LOWEST_PORT = 10_000
 T = TypeVar("T")
 
 
@@ -43,12 +46,28 @@ def wait_until(what: str, probe: Callable[[], T | None], seconds: float = DEADLI
         time.sleep(POLL_S)
 
 
+def _ports() -> Iterator[int]:
+    """Ports below those that the kernel gives to outgoing connections, so that nothing but a test
+    takes one while its daemon is down. Each process of a test run (pytest-xdist's workers: gw0,
+    gw1, ...) has ports of its own, and begins where other runs hardly are."""
+    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    mine = range(LOWEST_PORT + worker, max(first, LOWEST_PORT + 1000), workers)
+    at = random.randrange(len(mine))
+    return itertools.cycle([*mine[at:], *mine[:at]])
+
+
+_next_port = _ports()
+
+
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on loopback that nobody listens at now, and that no test was given lately."""
+    for port in _next_port:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the ports go round")
 
 
 def accepts(address: str) -> bool:

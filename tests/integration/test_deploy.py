@@ -262,7 +262,7 @@ def children(pid: int) -> list[int]:
         (None, None, None),
         ("30000000", None, 30.0),
         ("30000000", "1", None),  # meant for another process
-        ("30000000", str(os.getpid()), 30.0),
+        ("30000000", "ours", 30.0),
         ("0", None, None),
         ("x", None, None),
     ],
@@ -271,6 +271,7 @@ def test_watchdog_is_asked_for(
     usec: str | None, pid: str | None, seconds: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sd_watchdog_enabled(3)."""
+    pid = str(os.getpid()) if pid == "ours" else pid
     for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", pid)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
