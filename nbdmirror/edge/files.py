@@ -368,8 +368,9 @@ class ScatteredFile(LinuxFile):
 
     def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
         """As ``LinuxFile.pwrite_places``."""
-        for stretch in batch.stretches(places, 1 << STRETCH_SHIFT):
-            if stretch not in self._touched:
+        stretches = batch.stretches(places, 1 << STRETCH_SHIFT)
+        if not self._touched.issuperset(stretches):
+            for stretch in set(stretches) - self._touched:
                 self._let_go(stretch)
         pwrite_places(self._fd, block, places, volume)
 

@@ -182,10 +182,8 @@ class Group:
             return True
         if self.gates and any(gate.shut for gate in self.gates):
             return True
-        hot, base = self.active.hot, key_of(volume.index, 0)
-        for extent in batch.stretches(self.active.extent_size):
-            if base | extent not in hot:
-                return True
+        if not self._extents(volume, batch).keys() <= self.active.hot.keys():
+            return True
         if volume.locks.held:
             for offset, length in batch.ranges():
                 if volume.locks.conflict(offset, offset + length, exclusive=True):
@@ -193,6 +191,13 @@ class Group:
         if batch.longest > self.log.payload_max:
             return True
         return not self.log.fits(batch.size_max, batch.longest + 2 * codec.HEADER_SIZE)
+
+    def _extents(self, volume: Volume, batch: Batch, seq: int = 0) -> dict[int, int]:
+        """The extents that a batch touches, in the terms of the active map's ``hot``."""
+        extents = dict.fromkeys(batch.stretches(self.active.extent_size), seq)
+        if not volume.index:  # whose keys are its extents: no loop where most writes go
+            return extents
+        return {key_of(volume.index, extent): seq for extent in extents}
 
     async def _admit(self, volume: Volume, change: Change, *, locked: bool = False) -> bool:
         """Waits until nothing stands against this change: returns in the step it may be made.
@@ -319,9 +324,7 @@ class Group:
         log, active, index = self.log, self.active, volume.index
         now, seq = self._clock.time_ns(), log.next_seq
         records = batch.encode(self.epoch, index, seq, now)
-        hot, base, last = active.hot, key_of(index, 0), seq + records.count - 1
-        for extent in batch.stretches(active.extent_size):
-            hot[base | extent] = last
+        active.hot.update(self._extents(volume, batch, seq + records.count - 1))
         for tracker in self.trackers:
             for offset, length in batch.ranges():
                 tracker.mark(index, offset, length)
