@@ -105,6 +105,30 @@ class TestLoop:
         loop.close()
         assert loop.errors == []
 
+    @pytest.mark.parametrize("cut", [True, False])
+    def test_a_failure_that_a_kill_kept_from_being_seen_is_none(self, cut: bool) -> None:
+        """A gather looks when its last task has ended; of a node that stopped it is an error."""
+        loop = SimLoop()
+        life = Incarnation("alpha")
+
+        async def fail() -> None:
+            raise OSError("the disk")
+
+        async def node() -> None:
+            await asyncio.gather(fail(), asyncio.sleep(1000), return_exceptions=True)
+
+        async def main() -> None:
+            loop.spawn(life, node())
+            await asyncio.sleep(1)
+            if cut:
+                loop.cut(life)
+            else:
+                life.kill()
+
+        loop.run_until_complete(main())
+        loop.close()
+        assert len(loop.errors) == (0 if cut else 1)
+
     def test_a_kill_stops_what_is_ready_to_run(self) -> None:
         loop = SimLoop()
         life = Incarnation("alpha")

@@ -31,6 +31,21 @@ class TestNetFaults:
 
         assert scene(test).net.fired["held"] >= 1
 
+    def test_what_a_cut_held_comes_before_what_was_still_on_its_way(self) -> None:
+        """On a slow link some is in flight when a cut ends: no stream reorders within itself."""
+
+        async def test(hosts: Hosts) -> None:
+            hosts.net.link("alpha", "beta").bandwidth = 10.0
+            hosts.net.cut("alpha", "beta")
+            for part in (b"one.......", b"two.......", b"three....."):
+                hosts.write(part)
+            await asyncio.sleep(1.5)
+            hosts.net.heal("alpha", "beta")
+            await hosts.server.until(lambda: len(hosts.server.received) == 30)
+            assert hosts.server.received == b"one.......two.......three....."
+
+        assert scene(test).net.fired["held"] == 1
+
     def test_a_cut_of_the_way_back_holds_the_acknowledgements(self) -> None:
         """Fault 22: one way; the data arrives and the window fills."""
 

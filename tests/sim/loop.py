@@ -123,7 +123,7 @@ class SimLoop(LoopBase):
         self._timers_off = 0
         self._sequence = 0
         self._task_number = 0
-        self._tasks: list[asyncio.Task[Any]] = []
+        self._tasks: list[tuple[asyncio.Task[Any], Incarnation]] = []
         self._tasks_max = 1024
         self._running = False
         self._stopping = False
@@ -225,7 +225,7 @@ class SimLoop(LoopBase):
         self._keep_unfinished_tasks()
         token = INCARNATION.set(_over())  # what the coroutines' finally clauses do reaches nothing
         try:
-            for task in self._tasks:
+            for task, _ in self._tasks:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 _close_coroutine(task)
         finally:
@@ -302,11 +302,11 @@ class SimLoop(LoopBase):
         self, coro: Any, *, name: object = None, context: Context | None = None
     ) -> asyncio.Task[Any]:
         self._task_number += 1
+        life = INCARNATION.get() if context is None else context.get(INCARNATION, WORLD)
         if name is None:  # asyncio's own default counts in the whole process
-            life = INCARNATION.get() if context is None else context.get(INCARNATION, WORLD)
             name = f"{life.node}-{self._task_number}"
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=str(name), context=context)
-        self._tasks.append(task)
+        self._tasks.append((task, life))
         if len(self._tasks) > self._tasks_max:
             self._keep_unfinished_tasks()
             self._tasks_max = max(1024, 2 * len(self._tasks))
@@ -320,17 +320,25 @@ class SimLoop(LoopBase):
         context.run(INCARNATION.set, life)
         return self.create_task(coro, name=name, context=context)
 
+    def cut(self, life: Incarnation) -> None:
+        """Kills a life in the middle of it, and with it whoever would have come to look at its
+        failed tasks: a gather does so when the last of its tasks has ended."""
+        life.kill()
+        for task, whose in self._tasks:
+            if whose is life and task.done() and not task.cancelled():
+                task.exception()
+
     def pending_names(self) -> list[str]:
         """The tasks of live nodes that have not ended, oldest first."""
-        return [task.get_name() for task in self._tasks if not task.done()]
+        return [task.get_name() for task, _ in self._tasks if not task.done()]
 
     def _keep_unfinished_tasks(self) -> None:
-        for task in self._tasks:
+        for task, _ in self._tasks:
             # Set while an exception has been stored and nobody has asked for it.
             if task.done() and getattr(task, "_log_traceback", False):
                 message = f"task {task.get_name()} failed and nobody looked"
                 self.call_exception_handler({"message": message, "exception": task.exception()})
-        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks = [one for one in self._tasks if not one[0].done()]
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         if not isinstance(context.get("exception"), NodeDead):

@@ -66,7 +66,8 @@ class Pipe:
         self.receiver: SimTransport
         self._flight = 0  # sent, and not yet read by the receiver
         self._owed = 0  # read, but the acknowledgement is held by a cut of the way back
-        self._held: list[Item] = []
+        self._transit: deque[Item] = deque()
+        self._held = 0  # of what is in transit: what has come as far as the cut
         self._last_ns = 0
 
     def send(self, data: bytes) -> None:
@@ -105,9 +106,9 @@ class Pipe:
 
     def healed(self) -> None:
         """This direction carries again: what was held arrives, in order."""
-        held, self._held = self._held, []
-        for item in held:
-            self._depart(item, 0)
+        held, self._held = self._held, 0
+        for _ in range(held):
+            self._travel(0)
 
     def healed_back(self) -> None:
         """The other direction carries again, and with it the acknowledgements."""
@@ -115,6 +116,10 @@ class Pipe:
         self.consumed(owed)
 
     def _depart(self, item: Item, count: int) -> None:
+        self._transit.append(item)
+        self._travel(count)
+
+    def _travel(self, count: int) -> None:
         net, link = self.net, self.link
         low, high = link.jitter
         delay = self.latency + low + (high - low) * self.random.random()
@@ -124,14 +129,18 @@ class Pipe:
             link.busy_until_ns = start_ns
         # Never at the same instant: within an instant the loop may shuffle.
         self._last_ns = max(self._last_ns + 1, start_ns + int(delay * SECOND_NS))
-        net.loop.call_at_ns(self._last_ns, self._arrive, item, context=net.context)
+        net.loop.call_at_ns(self._last_ns, self._arrive, context=net.context)
 
-    def _arrive(self, item: Item) -> None:
+    def _arrive(self) -> None:
+        """Whatever is first in transit arrives: what a cut has held comes before what was still on
+        its way when the cut was healed."""
         net, receiver = self.net, self.receiver
         if self._held or net.is_cut(self.source, self.target):
-            self._held.append(item)
+            self._held += 1
             net.fired["held"] += 1
-        elif not net.is_up(self.target):
+            return
+        item = self._transit.popleft()
+        if not net.is_up(self.target):
             net.fired["lost with its host"] += 1
         elif receiver.lost or not receiver.life.alive:
             if item is not Mark.RESET:  # nobody knows this connection: half-open

@@ -269,12 +269,15 @@ class World:
         host.life = Incarnation(host.name, host.life.number + 1)
         host.gone = self.loop.create_future()
 
-    def _end_life(self, host: Host, *, power: bool) -> None:
+    def _end_life(self, host: Host, *, power: bool, stopped: bool = False) -> None:
         if host.role == "primary" and host.life.alive:
             self.content.died()
             self.serving.clear()
         if host.life.alive:
-            host.life.kill()
+            if stopped:
+                host.life.kill()
+            else:
+                self.loop.cut(host.life)
         self.net.kill(host.life, power=power)
         host.node = None
         host.starting = host.stopping = False
@@ -465,7 +468,7 @@ class World:
             return
         except (NbdmirrorError, OSError) as error:
             self.trace(host.name, f"stop: {error}")
-        self._end_life(host, power=False)
+        self._end_life(host, power=False, stopped=True)
 
     people_rest = False
     """Nobody takes, deletes or restores snapshots any more."""
