@@ -51,7 +51,8 @@ class Applier:
         self.caught_up: Callable[[], Awaitable[None]] = _nothing
         """Awaited when everything that may be applied is."""
         self._moved = asyncio.Event()
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
+        """Held while records are applied."""
         self._arrivals = Timeline()
         """When records came in, by the monotonic clock: a delay must not follow the wall clock.
         What the log holds at start counts as just come."""
@@ -88,7 +89,7 @@ class Applier:
             if self.bounded:
                 self.settings["limit"] = until
                 await self._store.save()
-            async with self._lock:
+            async with self.lock:
                 # Another may have applied it, or emptied the log, in the meantime.
                 if self.applied_seq < min(until, self._log.durable_seq):
                     await self._apply_until(until)
@@ -172,7 +173,7 @@ class Applier:
 
     async def drain(self) -> None:
         """Applies all that is in the log, whatever holds it back; the log must be durable."""
-        async with self._lock:
+        async with self.lock:
             last = self._log.next_seq - 1
             if self.settings["limit"] is not None and self.settings["limit"] < last:
                 self.settings["limit"] = last
@@ -196,7 +197,7 @@ class Applier:
     async def change(self, *, frozen: bool | None = None, delay: float | None = None) -> None:
         """Freezes or thaws applying, or sets its delay; durable before it takes effect (V8)."""
         settings = self.settings
-        async with self._lock:
+        async with self.lock:
             settings["frozen"] = settings["frozen"] if frozen is None else frozen
             settings["delay"] = settings["delay"] if delay is None else delay
             settings["limit"] = self.applied_seq if self.bounded else None

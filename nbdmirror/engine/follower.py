@@ -74,9 +74,7 @@ class Follower:
         self._snapshots.store.state["marked_seq"] = record.seq
         if why is None:
             try:
-                made = await self._snapshots.plan(entry)
-                for chain, member in made:
-                    chain.push(member)
+                await self._snapshots.plan(entry)
                 self._snapshots.tell("snapshot", entry)
             except OSError as error:
                 why = str(error)
@@ -98,15 +96,16 @@ class Follower:
             known["deleting"] = True
             self._snapshots.spawn(self._snapshots.finish_delete, known)
 
-    def left_out(self, told: Iterable[LeftOut]) -> None:
-        """A new stream begins behind these marks: what they say of snapshots is followed as far as
-        it can be. The caller saves."""
+    def left_out(self, told: Iterable[LeftOut], epoch: int) -> None:
+        """A new stream leaves out these marks: what they say of snapshots is followed as far as it
+        can be. ``epoch`` is that of the stream before: a mark of a later one is new, whatever its
+        seq, for the history may have lost what was followed here. The caller saves."""
         followed = self._snapshots.store.state.get("marked_seq", 0)
         for one in told:
-            mark = one.mark
+            mark, new = one.mark, one.epoch > epoch or one.seq > followed
             if mark.do == marks.DELETE:
                 self._drop(mark.uuid)
-            elif one.seq > followed and mark.uuid and self._snapshots.entry(mark.uuid) is None:
+            elif new and mark.uuid and self._snapshots.entry(mark.uuid) is None:
                 entry = self._snapshots.new_entry(mark.volumes, "user", mark.number, mark.protected)
                 entry.update(uuid=mark.uuid, epoch=one.epoch, time_ns=one.time_ns)
                 entry.update(seq=one.seq, after=one.seq)
@@ -125,11 +124,13 @@ class Follower:
             while chain.members and any(chain.holds(*one) for one in wanted):
                 await chain.make_way(wanted)
 
-    def restarted(self, seq: int) -> None:
+    def restarted(self, seq: int, told: Iterable[LeftOut]) -> None:
         """A secondary's log was emptied, to go on with ``seq``; the caller saves. Snapshots of
-        records that the primary lost go (those of the primary's: it has none of them)."""
+        records that the primary lost go, but for those that it has nevertheless, as ``told``."""
+        kept = [one.mark.uuid for one in told]
         for entry in self._snapshots.usable():
-            if entry["kind"] == "user" and entry["after"] is not None and entry["after"] >= seq:
+            lost = entry["after"] is not None and entry["after"] >= seq
+            if entry["kind"] == "user" and lost and entry["uuid"] not in kept:
                 entry["deleting"] = True
                 self._snapshots.spawn(self._snapshots.finish_delete, entry)
             entry["after"] = seq - 1

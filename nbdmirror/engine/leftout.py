@@ -3,8 +3,9 @@
 A remote in DCM logging gets regions instead of records, so what is said of snapshots meanwhile
 never reaches it: it lacks those that were taken, and has those that were deleted everywhere. With
 the stream that makes it consistent again come the snapshots that there are, for it to say which it
-lacks, and the deletions, for it to follow. Called by both ends of a session (``engine.session``,
-``engine.receiver``).
+lacks, and the deletions, for it to follow. A snapshot may also outlive its record, which a log in
+memory held (M13): it comes with whatever stream is the next. Called by both ends of a session
+(``engine.session``, ``engine.receiver``).
 
 START's ``marks``: [{seq, epoch, time_ns: of the record; mark: as in ``codec.mark``}, ...]; the
 deletions, which have no seq any more, come with 0.
@@ -44,9 +45,10 @@ def deletion(mark: Mark) -> str | None:
     return mark.uuid if mark.do == marks.DELETE else mark.replaces
 
 
-def told(entries: list[Json], deletions: list[str], seq: int) -> list[Json]:
+def told(entries: list[Json], deletions: list[str], seq: int, forks: list[list[int]]) -> list[Json]:
     """The marks for a START at ``seq``: the snapshots of ``entries`` (see ``engine.snapshots``)
-    that were taken before it, and the deletions, by uuid."""
+    that were taken before it, or whose record was lost in one of ``forks``, which the remote has
+    not heard of; and the deletions, by uuid."""
     found = [
         {
             "seq": entry["seq"],
@@ -66,12 +68,16 @@ def told(entries: list[Json], deletions: list[str], seq: int) -> list[Json]:
         if entry["kind"] != "resync"
         and not (entry.get("lost") or entry.get("deleting"))
         and entry["seq"] is not None
-        and entry["seq"] < seq
+        and (entry["seq"] < seq or _ended(entry, forks))
     ]
     for uuid in deletions:
         mark = asdict(Mark(marks.DELETE, uuid, (0,)))  # it goes whole, whatever it was of
         found.append({"seq": 0, "epoch": 0, "time_ns": 0, "mark": mark})
     return found[-MARKS_MAX:]
+
+
+def _ended(entry: Json, forks: list[list[int]]) -> bool:
+    return any(entry["seq"] > end and entry["epoch"] <= epoch for epoch, end in forks)
 
 
 def parse(start: Json, volumes: int) -> list[LeftOut]:

@@ -84,8 +84,10 @@ class Secondary:
 
     async def stop(self) -> None:
         """Ends the tasks, then commits what is in the log, and applies what may be applied."""
-        for task in self._tasks:
-            task.cancel()
+        # Not within a record: what a marker asked for is durable before a later one is applied.
+        async with self.applier.lock:
+            for task in self._tasks:
+                task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.failed is None:
             await self.log.sync(self.log.next_seq - 1)
@@ -260,7 +262,7 @@ class Secondary:
         if resync and (self.store.state["upstream"] or {}).get("consistent"):
             await self.follower.before_resync(self.log.next_seq - 1, self._clock.time_ns())
         # No await from here to the save: what is saved is all of it or nothing.
-        state = self.store.state
+        state, epoch = self.store.state, int(self.store.state["epoch"])
         state["uuid"] = fields.text(hello, "uuid")
         state["generation"] = fields.text(hello, "generation")
         state["history"] = [list(pair) for pair in fields.history(hello)]
@@ -278,12 +280,15 @@ class Secondary:
             "since": former.get("since"),
         }
         state["altered"] = False
+        self.follower.left_out(left_out, epoch)
         if reset_seq is not None:
-            self.follower.left_out(left_out)
-            self._reset(reset_seq)
+            self._reset(reset_seq, left_out)
         await self.store.save()
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
+        if state["upstream"]["consistent"]:
+            # A session may have ended when the image was taken, but no resync had begun.
+            self.follower.consistent_again()
 
     async def detach(self, change: dict[str, Any]) -> None:
         """The volumes are about to be changed by something else than the primary (V14): everything
@@ -306,11 +311,11 @@ class Secondary:
         await self.store.save()
         self.log.confirm_tail(self.log.ring.tail)
 
-    def _reset(self, seq: int) -> None:
+    def _reset(self, seq: int, left_out: Sequence[LeftOut] = ()) -> None:
         """Empties the log, to go on with ``seq``; what it held is in the facets, durably."""
         self.log.reset(seq)
         self.applier.reset(seq)
-        self.follower.restarted(seq)
+        self.follower.restarted(seq, left_out)
         for volume in self.volumes:
             for facet in volume.facets:
                 facet.written_seq = facet.synced_seq = seq - 1

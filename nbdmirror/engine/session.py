@@ -263,13 +263,17 @@ class Session:
                 "why": why,
                 "apply_delay": facts.get("apply_delay", 0.0),
                 "eager": facts["mode"] == "sync",
-                "marks": self._left_out(seq) if action == "reset" else [],
+                "marks": self._left_out(action, seq),
             },
         )
 
-    def _left_out(self, seq: int) -> list[dict[str, Any]]:
-        self._deletions = [uuid for uuid, _ in self.remote.facts.get("missed", [])]
-        return told(self.context.store.state.get("snapshots", []), self._deletions, seq)
+    def _left_out(self, action: str, seq: int) -> list[dict[str, Any]]:
+        state, facts = self.context.store.state, self.remote.facts
+        forks = [one for one in state["forks"] if one[0] >= facts.get("met_epoch", 0)]
+        if action == "continue":
+            return told(state.get("snapshots", []), [], 0, forks)
+        self._deletions = [uuid for uuid, _ in facts.get("missed", [])]
+        return told(state.get("snapshots", []), self._deletions, seq, forks)
 
     def _told(self) -> None:
         """The remote has followed what the last START told it of deletions; the caller saves."""

@@ -170,7 +170,9 @@ class Snapshots:
         # A log in memory ends wherever it was last released; what it held is in the facets (M13).
         volatile = bool(self.store.state.get("log_volatile"))
         for entry in self.entries:
-            beyond = not volatile and (entry["after"] or 0) > end_seq
+            if volatile and entry["after"] is not None:
+                entry["after"] = min(entry["after"], end_seq)
+            beyond = (entry["after"] or 0) > end_seq
             beyond = beyond or (entry.pop("pending", False) and not redone)
             if entry.get("lost") is None and (entry["seq"] is None or beyond):
                 entry["deleting"] = True
@@ -257,7 +259,10 @@ class Snapshots:
             )
 
     async def plan(self, entry: Entry) -> list[tuple[Chain, Member]]:
-        """Makes the empty layers and the entry, durably. OSError or DiskFailed."""
+        """Makes the empty layers and the entry, durably. OSError or DiskFailed.
+
+        An entry that has its seq holds the volumes from the step on in which it is in the list:
+        who is cancelled before it is durable leaves no snapshot there that keeps nothing."""
         made: list[tuple[Chain, Member]] = []
         try:
             for index in entry["volumes"]:
@@ -269,14 +274,20 @@ class Snapshots:
                 member.close()
             raise
         self.entries.append(entry)
+        if entry["seq"] is not None:
+            self._push(made)
         await self.store.save()
         return made
+
+    @staticmethod
+    def _push(made: list[tuple[Chain, Member]]) -> None:
+        for chain, member in made:
+            chain.push(member)
 
     def begin(self, entry: Entry, made: list[tuple[Chain, Member]], seq: int, now: int) -> None:
         """From this step on it holds the volumes as they are; they are after record ``seq``."""
         entry.update(seq=seq, after=seq, time_ns=now, epoch=self.store.state["epoch"])
-        for chain, member in made:
-            chain.push(member)
+        self._push(made)
 
     async def take(self, group: Group, entry: Entry, replaces: str | None, now: int) -> None:
         """Takes a snapshot on a primary: returns when it will survive anything (O21)."""
@@ -302,8 +313,7 @@ class Snapshots:
         meanwhile. OSError or DiskFailed."""
         entry = self.new_entry(volumes, kind, 0, protected)
         entry.update(seq=seq, after=seq, time_ns=now)
-        for chain, member in await self.plan(entry):
-            chain.push(member)
+        await self.plan(entry)
         self.tell("snapshot", entry)
         return entry
 

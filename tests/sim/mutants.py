@@ -155,7 +155,7 @@ def _(assign: Assign) -> None:
             while self.applied_seq >= self._log.next_seq - 1:
                 self._log.appended.clear()
                 await self._log.appended.wait()
-            async with self._lock:
+            async with self.lock:
                 if self.applied_seq < self._log.next_seq - 1:
                     await self._apply_until(self._log.next_seq - 1)
             await self.caught_up()

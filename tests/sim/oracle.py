@@ -18,6 +18,10 @@ class Violation(Exception):
     """The product broke a promise."""
 
 
+class Defect(Violation):
+    """The product says itself that its code failed: no wrong result was seen yet."""
+
+
 class Write:
     """A client's write or clearing: when it was issued, ended, and what it was told.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,9 +11,10 @@ from nbdmirror.codec.mark import Mark
 from nbdmirror.codec.record import Record
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.layers import TENTATIVE
+from nbdmirror.engine import leftout
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.bypass import Bypass
-from nbdmirror.engine.chain import Chain
+from nbdmirror.engine.chain import Chain, Member
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.layer import LayerFile
@@ -20,7 +22,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
-from nbdmirror.engine.snapshots import Snapshots
+from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutants import Assign, mutant
 
@@ -68,6 +70,37 @@ def _(assign: Assign) -> None:
 @mutant("O21 what is being cleared is not waited for")
 def _(assign: Assign) -> None:
     assign(Volume, "wait_landed", _nothing)
+
+
+@mutant("O21 a secondary's snapshot keeps nothing until it is saved")
+def _(assign: Assign) -> None:
+    original = Snapshots.plan
+
+    async def plan(self: Snapshots, entry: Entry) -> list[tuple[Chain, Member]]:
+        if entry["seq"] is None:
+            return await original(self, entry)
+        setattr(self, "_push", lambda made: None)  # noqa: B010
+        made = await original(self, entry)
+        del self._push
+        self._push(made)
+        return made
+
+    assign(Snapshots, "plan", plan)
+
+
+@mutant("O21 a secondary stops in the middle of a marker")
+def _(assign: Assign) -> None:
+    original = Secondary.stop
+
+    async def stop(self: Secondary) -> None:
+        self.applier.lock, lock = asyncio.Lock(), self.applier.lock
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.applier.lock = lock
+        await original(self)
+
+    assign(Secondary, "stop", stop)
 
 
 @mutant("O21 redo keeps nothing")
@@ -133,7 +166,18 @@ def _(assign: Assign) -> None:
 
 @mutant("V9 a secondary does not say which snapshots its stream left out")
 def _(assign: Assign) -> None:
-    assign(Follower, "left_out", lambda self, told: None)
+    assign(Follower, "left_out", lambda self, told, epoch: None)
+
+
+@mutant("V9 a snapshot that outlived its record is not told of")
+def _(assign: Assign) -> None:
+    assign(leftout, "_ended", lambda entry, forks: False)
+
+
+@mutant("V9 a snapshot that outlived its record goes from the secondary")
+def _(assign: Assign) -> None:
+    original = Follower.restarted
+    assign(Follower, "restarted", lambda self, seq, told: original(self, seq, ()))
 
 
 @mutant("V9 deletions are not remembered for a remote in DCM logging")
@@ -193,6 +237,20 @@ def _(assign: Assign) -> None:
 @mutant("X2 the image from before a resync is never released")
 def _(assign: Assign) -> None:
     assign(Follower, "consistent_again", lambda self: None)
+
+
+@mutant("X2 an image that no resync followed is never released")
+def _(assign: Assign) -> None:
+    original = Secondary.adopt
+
+    async def adopt(self: Secondary, *args: Any) -> None:
+        setattr(self.follower, "consistent_again", lambda: None)  # noqa: B010
+        try:
+            await original(self, *args)
+        finally:
+            del self.follower.consistent_again
+
+    assign(Secondary, "adopt", adopt)
 
 
 @mutant("V14 a secondary that was restored does not say so")

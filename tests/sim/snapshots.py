@@ -68,6 +68,8 @@ class Album:
         self._volumes: dict[str, tuple[int, ...]] = {}
         self._promised: dict[str, None] = {}
         self._released: dict[str, None] = {}
+        self._lacked: dict[tuple[str, int], dict[str, None]] = {}
+        """By host, and which disk of it: the snapshots that it told as lost or lacking."""
         self._gone: dict[str, None] = {}
         """Deleted on every node, or refreshed."""
 
@@ -139,6 +141,10 @@ class Album:
                 if entry["kind"] == "resync" and not entry.get("deleting"):
                     raise Violation(f"{host.name} is consistent and keeps an image of before (X2)")
 
+    def lacks(self, host: Host, uuid: str) -> None:
+        """A node told that it has lost a snapshot, or lacks it."""
+        self._lacked.setdefault((host.name, host.replaced), {})[uuid] = None
+
     def gone(self, uuid: str) -> None:
         """A person was told that it is deleted everywhere, or taken anew."""
         self._gone[uuid] = None
@@ -155,9 +161,13 @@ class Album:
             if node is None or host.torn:
                 continue
             there = {entry["uuid"] for entry in node.snapshots.entries}
-            lost = [entry for entry in node.snapshots.entries if entry.get("lost")]
-            for entry in wanted if len(lost) < LOST_MAX else []:
-                if entry["uuid"] not in there and entry["uuid"] not in self._released:
+            # The list keeps so many; what has left it for others was told. How many there are now
+            # proves nothing: some of the others may have been deleted since.
+            told = self._lacked.get((host.name, host.replaced), {})
+            pruned = told if len(told) > LOST_MAX else {}
+            for entry in wanted:
+                known = there | pruned.keys() | self._released.keys()
+                if entry["uuid"] not in known:
                     raise Violation(f"{host.name} does not say that it lacks {entry['number']}")
                 self._world.fired["snapshot followed, or said to lack"] += 1
             for entry in node.snapshots.entries:

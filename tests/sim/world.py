@@ -40,7 +40,7 @@ from tests.sim.disk import SimDisk
 from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
-from tests.sim.oracle import Content, Entry, History, Violation, compare
+from tests.sim.oracle import Content, Defect, Entry, History, Violation, compare
 from tests.sim.snapshots import NOTHING, Album
 
 T = TypeVar("T")
@@ -331,7 +331,9 @@ class World:
         fields = {k: v for k, v in event.items() if k not in ("cursor", "time", "kind")}
         self.fired[f"event {event['kind']}"] += 1
         if event["kind"] == "defect":
-            self.fail(Violation(f"a defect on {host.name}: {event['why']}"))
+            self.fail(Defect(f"a defect on {host.name}: {event['why']}"))
+        if event["kind"] in ("snapshot-lost", "snapshot-lacking"):
+            self.album.lacks(host, event["uuid"])
         if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
             self.album.release(event["uuid"])
         if event["kind"] == "restored" and host.role == "primary":

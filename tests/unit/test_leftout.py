@@ -45,7 +45,7 @@ def test_what_is_told_is_what_was_taken_before_the_stream_and_is_still_there() -
         entry(6, 6, deleting=True),
         entry(7, 6, kind="resync"),
     ]
-    found = leftout.parse({"marks": sent(leftout.told(entries, [UUID], 10))}, 2)
+    found = leftout.parse({"marks": sent(leftout.told(entries, [UUID], 10, []))}, 2)
     assert [(one.mark.do, one.mark.number, one.seq) for one in found] == [
         (marks.SNAPSHOT, 1, 5),
         (marks.SNAPSHOT, 2, 9),
@@ -53,6 +53,14 @@ def test_what_is_told_is_what_was_taken_before_the_stream_and_is_still_there() -
     ]
     assert (found[0].epoch, found[0].time_ns, found[0].mark.volumes) == (3, 7, (0, 1))
     assert found[2].mark.uuid == UUID
+
+
+def test_a_snapshot_that_outlived_its_record_is_told_with_any_stream() -> None:
+    """M13: a log in memory was lost with record 9 of epoch 3; the seq belongs to another now."""
+    entries = [entry(1, 8), entry(2, 9), entry(3, 9, epoch=4)]
+    for forks, told in (([[3, 8]], [2]), ([[4, 8]], [2, 3]), ([[2, 8]], []), ([], [])):
+        found = leftout.parse({"marks": sent(leftout.told(entries, [], 0, forks))}, 2)
+        assert [one.mark.number for one in found] == told
 
 
 def test_a_deletion_is_a_delete_or_what_a_refresh_replaces() -> None:
@@ -83,7 +91,7 @@ def test_an_older_primary_tells_nothing() -> None:
 )
 def test_bad_input_is_refused(broken: Any) -> None:
     """Each breaks one field of a list that would be taken."""
-    (good,) = sent(leftout.told([entry(1, 5)], [], 10))
+    (good,) = sent(leftout.told([entry(1, 5)], [], 10, []))
     value = broken
     if isinstance(broken, list) and broken and broken != [7] and broken != [{}]:
         change = dict(broken[0])

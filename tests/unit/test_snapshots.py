@@ -143,6 +143,30 @@ def test_a_snapshot_keeps_what_the_volume_overwrites_across_a_power_cut() -> Non
     primary(test)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_one_whose_taking_is_cancelled_keeps_what_it_needs_or_is_gone(cut: bool) -> None:
+    """O21: what a session of a secondary takes ends with it, perhaps in the middle of the save."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        snapshots, seq = world.node.snapshots, world.node.log.next_seq - 1
+        taking = asyncio.ensure_future(snapshots.take_here("restore", [0], seq, 0, protected=False))
+        while not snapshots.entries:
+            await asyncio.sleep(0.000_01)
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
+        uuid = snapshots.entries[0]["uuid"]
+        await world.write(0, 2)
+        await world.group.flush()
+        for _ in range(2):
+            for entry in world.node.snapshots.entries:
+                data = await world.node.snapshots.chains[0].read(uuid, 0, REGION)
+                assert entry["uuid"] == uuid and data[0] == 1
+            await world.restart(cut=cut)
+
+    primary(test)
+
+
 def test_one_write_copies_once_however_many_snapshots_there_are() -> None:
     """The chain."""
 
