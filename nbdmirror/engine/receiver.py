@@ -87,6 +87,11 @@ class Receiver:
             self.link.close(error)
             if isinstance(error, DiskFailed):
                 self.secondary.fail(error)
+        except Exception as error:
+            # A defect costs the primary its session; it is told.
+            self.link.close(error)
+            self.secondary.events.emit("defect", peer=self.peer, why=repr(error))
+            raise
         finally:
             if self._sync_task is not None:
                 tasks.append(self._sync_task)

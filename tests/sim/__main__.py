@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from tests.sim import marks, mutants, ordermutants, snapshotmutants, spillmutants, swarm
@@ -28,11 +29,14 @@ def main() -> int:
     parser.add_argument("--failures", type=int, default=3, help="stop after so many (default 3)")
     parser.add_argument("--counts", action="store_true", help="print how often things happened")
     parser.add_argument("--mutants", action="store_true", help="which mutants N seeds kill")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of each mutant at most so long"
+    )
     parser.add_argument("--only", default="", help="of the mutants: those with this in their name")
     arguments = parser.parse_args()
     seeds = range(arguments.first, arguments.first + (arguments.seeds or 2000))
     if arguments.mutants:
-        return _mutants(arguments.only, seeds, arguments.jobs)
+        return _mutants(arguments.only, seeds, arguments.jobs, arguments.seconds)
     if arguments.seed is not None:
         return _one(arguments.seed, trace=arguments.trace)
     return _sweep(
@@ -81,19 +85,29 @@ def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
     return 1 if failed else 0
 
 
-def _mutants(only: str, seeds: range, jobs: int) -> int:
+def _mutants(only: str, seeds: range, jobs: int, seconds: float) -> int:
     assert snapshotmutants and ordermutants and spillmutants  # imported for their mutants
     names = [name for name in mutants.MUTANTS if only in name]
     alive = 0
-    with ProcessPoolExecutor(jobs, initializer=settle_memory) as pool:
-        fates = [pool.submit(mutants.kill, name, seeds) for name in names]
-        for name, fate in zip(names, fates, strict=True):
-            found = fate.result()
-            alive += found is None
-            text = "ALIVE" if found is None else f"{found[0]:5}  {found[1]}"
-            print(f"{name:75} {text[:120]}", flush=True)
-    print(f"{len(names)} mutants, {alive} outlived {len(seeds)} seeds")
+    for name, fate in zip(names, _fates(names, seeds, jobs, seconds), strict=True):
+        alive += fate.found is None
+        text = f"{fate.seeds:5}  {fate.found}"
+        if fate.found is None:
+            text = f"ALIVE after {fate.seeds} seeds"
+        if fate.errors:
+            text += f" ({fate.errors} seeds with errors of its own: {fate.error})"
+        print(f"{name:75} {text[:160]}", flush=True)
+    print(f"{len(names)} mutants, {alive} outlived their seeds")
     return 1 if alive else 0
+
+
+def _fates(names: list[str], seeds: range, jobs: int, seconds: float) -> Iterator[mutants.Fate]:
+    if jobs == 1:
+        yield from (mutants.kill(name, seeds, seconds) for name in names)
+        return
+    with ProcessPoolExecutor(jobs, initializer=settle_memory) as pool:
+        fates = [pool.submit(mutants.kill, name, seeds, seconds) for name in names]
+        yield from (fate.result() for fate in fates)
 
 
 if __name__ == "__main__":

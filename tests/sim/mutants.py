@@ -13,9 +13,10 @@ import asyncio
 import copy
 import dataclasses
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec import repl
@@ -75,16 +76,33 @@ def broken(name: str) -> Iterator[None]:
             setattr(owner, attribute, value)
 
 
-def kill(name: str, seeds: range) -> tuple[int, str] | None:
-    """(seeds it took, what was found), or None if the mutant outlived them all."""
+class Fate(NamedTuple):
+    """What became of a mutant: ``found`` is what the oracle saw, None if it outlived the seeds."""
+
+    seeds: int
+    found: str | None
+    errors: int
+    """Seeds that ended in an error of its own: those prove nothing about the oracle."""
+    error: str
+    """The last of these."""
+
+
+def kill(name: str, seeds: range, seconds: float = float("inf")) -> Fate:
+    """Runs seeds with a mutant, for so many seconds, until the oracle sees a wrong result."""
     sys.unraisablehook = lambda _: None  # what a broken engine leaves behind is of no interest
+    began, errors, error, count = time.monotonic(), 0, "", 0
     for count, seed in enumerate(seeds, 1):
         with broken(name):
             result = swarm.run(seed)
         if result.problem is not None:
-            assert swarm.run(seed).problem is None, f"seed {seed} fails without the mutant too"
-            return count, result.problem.strip().splitlines()[-1]
-    return None
+            line = result.problem.strip().splitlines()[-1]
+            if result.seen:
+                assert swarm.run(seed).problem is None, f"seed {seed} fails without the mutant too"
+                return Fate(count, line, errors, error)
+            errors, error = errors + 1, line
+        if time.monotonic() - began > seconds:
+            break
+    return Fate(count, None, errors, error)
 
 
 async def _nothing(*_: Any, **__: Any) -> None:

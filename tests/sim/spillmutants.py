@@ -125,15 +125,14 @@ def _(assign: Assign) -> None:
 
 @mutant("M11 the log is said to be on disk before the other facets are synced")
 def _(assign: Assign) -> None:
-    async def to_disk(self: Spill) -> None:
-        self._store.state["log_spill"] = False
-        await self._store.save()
-        self._log.write_through()
-        self._log._kept_seq = self._log.durable_seq
-        self._log.unspill()
-        self._both = False
+    async def facet_lost(self: Spill) -> None:
+        if self._log.spilled is not None and self._leans():
+            if not self._both:
+                self._both = self._log.redone = True
+                self._log.write_through()
+            await self._log.keep()
 
-    assign(Spill, "_to_disk", to_disk)
+    assign(Spill, "facet_lost", facet_lost)
 
 
 @mutant("M4 the log is in memory again before the superblock says so")

@@ -15,10 +15,10 @@ from nbdmirror.errors import NbdmirrorError
 from tests.sim import snapshots
 from tests.sim.checks import Checks
 from tests.sim.faults import Fault, Injector, Kind
-from tests.sim.loop import SimLoop
+from tests.sim.loop import Deadlock, Livelock, SimLoop
 from tests.sim.marks import counting
 from tests.sim.options import ADMIN_FAULTS, Options, draw
-from tests.sim.oracle import Violation, compare
+from tests.sim.oracle import Defect, Violation, compare
 from tests.sim.snapshots import People
 from tests.sim.workload import Clients
 from tests.sim.world import Gone, Host, World, constants
@@ -36,10 +36,12 @@ FAULTS_MAX = 40
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a seed; ``problem`` is None if every promise was kept."""
+    """What became of a seed; ``problem`` is None if every promise was kept, and ``seen`` true if
+    the oracle saw one broken: that is more than code that raises what it should not."""
 
     seed: int
     problem: str | None
+    seen: bool
     digest: str
     steps: int
     seconds: float
@@ -53,12 +55,14 @@ def run(
     options = options or draw(seed)
     world = World(seed, options, trace=trace)
     loop = world.loop
-    problem = None
+    problem, seen = None, False
     with constants(options.constants), counting(world.fired):
         try:
             loop.run_until_complete(_run(world))
         except Exception as error:
             problem = "".join(traceback.format_exception(error)[-3:])
+            broken = isinstance(error, (Violation, Deadlock, Livelock))
+            seen = broken and not isinstance(error, Defect)
         for host in world.hosts.values():
             host.life.alive = False
         loop.close()
@@ -67,6 +71,7 @@ def run(
     return Result(
         seed,
         problem,
+        seen,
         world.digest.hexdigest(),
         loop.steps,
         loop.time(),

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from tests.sim import mutants, snapshotmutants, swarm
+from nbdmirror.engine.follower import Follower
+from tests.sim import mutants, ordermutants, snapshotmutants, spillmutants, swarm
 
 SEEDS = 48
 BATCH = 8
@@ -51,7 +52,20 @@ def test_the_same_seed_is_the_same_run_in_another_process() -> None:
     ],
 )
 def test_a_canary_dies(rule: str) -> None:
-    assert mutants.kill(rule, range(40)) is not None
+    assert mutants.kill(rule, range(40)).found is not None
+
+
+def test_an_error_of_a_mutant_s_own_does_not_count_as_its_death(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It says nothing about what the oracle would have seen."""
+
+    def raising(assign: mutants.Assign) -> None:
+        assign(Follower, "left_out", lambda self: None)  # one that takes less than it is given
+
+    monkeypatch.setitem(mutants.MUTANTS, "raising", raising)
+    fate = mutants.kill("raising", range(3))
+    assert fate.found is None and fate.errors == 3 and "TypeError" in fate.error
 
 
 def test_a_mutant_leaves_no_trace() -> None:
@@ -64,6 +78,6 @@ def test_a_mutant_leaves_no_trace() -> None:
 @pytest.mark.parametrize("rule", mutants.MUTANTS)
 def test_every_mutant_still_fits_the_engine(rule: str) -> None:
     """What it breaks is there under that name: else its campaign ends before it begins."""
-    assert snapshotmutants  # imported for its mutants
+    assert snapshotmutants and ordermutants and spillmutants  # imported for their mutants
     with mutants.broken(rule):
         pass
