@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nbdmirror.cli.client import AdminClient
-from nbdmirror.cli.render import status_line, status_text
+from nbdmirror.cli.render import Json, status_line, status_text
 from nbdmirror.errors import NbdmirrorError, NoDaemon
 
 SIZE = "1GiB"
@@ -199,30 +200,39 @@ def _watch(pair: Pair) -> None:
         time.sleep(REFRESH_SECONDS)
 
 
-def demo() -> int:
-    """A tour of the main job, by itself: write, lose the second node, write on, heal, compare."""
+def demo(tell: Callable[[Json, str], None]) -> int:
+    """A tour of the main job, by itself: write, lose the second node, write on, heal, compare.
+
+    ``tell`` hears of each step, as data and as text."""
     root = Path(tempfile.mkdtemp(prefix="nbdmirror-demo-"))
     pair = Pair(root, _free_port(), _free_port())
     try:
-        print(f"1. two nodes under {root}: alpha is primary, beta holds the second copy")
+        text = f"1. two nodes under {root}: alpha is primary, beta holds the second copy"
+        tell({"step": 1, "directory": str(root)}, text)
         pair.prepare()
         pair.start("beta")
         pair.start("alpha")
         pair.wait_in_sync()
-        print("   in sync: a new pair has nothing to copy")
-        print("2. 64 MiB written through NBD")
+        tell({"step": 1, "in_sync": True}, "   in sync: a new pair has nothing to copy")
+        tell({"step": 2, "write_bytes": 64 << 20}, "2. 64 MiB written through NBD")
         _write(pair, 0, 64)
         pair.wait_in_sync()
-        _compare(pair)
-        print("3. beta stops; 256 MiB more are written, twice the log")
+        _compare(pair, 2, tell)
+        text = "3. beta stops; 256 MiB more are written, twice the log"
+        tell({"step": 3, "write_bytes": 256 << 20}, text)
         pair.stop("beta")
         _write(pair, 64, 256)
         remote = pair.status()["remotes"][0]
-        print(f"   beta is {remote['state']}: {remote['dirty']['regions']} regions in its map")
-        print("4. beta comes back; only those regions are copied, by themselves")
+        state, regions = remote["state"], remote["dirty"]["regions"]
+        tell(
+            {"step": 3, "state": state, "dirty_regions": regions},
+            f"   beta is {state}: {regions} regions in its map",
+        )
+        text = "4. beta comes back; only those regions are copied, by themselves"
+        tell({"step": 4}, text)
         pair.start("beta")
         pair.wait_in_sync()
-        _compare(pair)
+        _compare(pair, 4, tell)
     finally:
         pair.stop()
         shutil.rmtree(root, ignore_errors=True)
@@ -254,10 +264,10 @@ def _write(pair: Pair, start_mib: int, count_mib: int) -> None:
         )
 
 
-def _compare(pair: Pair) -> None:
+def _compare(pair: Pair, step: int, tell: Callable[[Json, str], None]) -> None:
     facets = [str(pair.root / node / "data.img") for node in ("alpha", "beta")]
     subprocess.run(["cmp", *facets], check=True)
-    print("   cmp: both facets are the same, bit for bit")
+    tell({"step": step, "equal": True}, "   cmp: both facets are the same, bit for bit")
 
 
 def main() -> int:

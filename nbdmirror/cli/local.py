@@ -13,7 +13,7 @@ import stat
 from collections.abc import Mapping
 
 from nbdmirror.cli import online
-from nbdmirror.cli.output import print_json, print_json_line
+from nbdmirror.cli.output import print_json, print_json_line, teller
 from nbdmirror.cli.render import Json, pairs_text, size_text
 from nbdmirror.config import Config, uris
 from nbdmirror.configfile import check_files, load
@@ -88,12 +88,12 @@ def demo(args: argparse.Namespace) -> int:
     """``demo``: two nodes on this machine and a tour of the main job."""
     from nbdmirror.cli.demo import demo as run_demo
 
-    return run_demo()
+    return run_demo(teller(args.json))
 
 
 def attach(args: argparse.Namespace) -> int:
     """``attach``: a volume as /dev/nbdN; URI and device may each be left out."""
-    from nbdmirror.edge.attach import main
+    from nbdmirror.edge.attach import attach as attach_device
 
     if args.uri is not None and args.uri.startswith("/dev/"):
         if args.device is not None:
@@ -101,14 +101,17 @@ def attach(args: argparse.Namespace) -> int:
         args.uri, args.device = None, args.uri
     if args.uri is None:
         args.uri = online.only_uri(args)
-    return main(args)
+    tell = teller(args.json)
+    return attach_device(
+        args.uri, tell, args.device, args.connections, args.dead_timeout, args.timeout
+    )
 
 
 def detach(args: argparse.Namespace) -> int:
     """``detach``: gives a device back."""
-    from nbdmirror.edge.attach import detach_main
+    from nbdmirror.edge.attach import detach as detach_device
 
-    return detach_main(args)
+    return detach_device(args.device, teller(args.json))
 
 
 def _config_lines(config: Config) -> list[str]:

@@ -120,7 +120,7 @@ def _add_local(commands: argparse._SubParsersAction[Parser]) -> None:
     dump = _command(commands, "dump", local.dump, talks=False)
     dump.add_argument("what", choices=("superblock", "log", "dcm", "active"))
     dump.add_argument("config", metavar="CONFIG")
-    _command(commands, "demo", local.demo, talks=False, json=False)
+    _command(commands, "demo", local.demo, talks=False)
 
 
 def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -254,13 +254,13 @@ def _add_restore(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_attach(commands: argparse._SubParsersAction[Parser]) -> None:
-    attach = _command(commands, "attach", local.attach, talks=True, json=False)
+    attach = _command(commands, "attach", local.attach, talks=True)
     attach.add_argument("uri", nargs="?", metavar="URI", help="default: the daemon's only volume")
     attach.add_argument("device", nargs="?", metavar="/dev/nbdN", help="default: a free one")
     attach.add_argument("--connections", type=int, default=4, metavar="N")
     attach.add_argument("--dead-timeout", type=_seconds, default=60.0, metavar="S")
     attach.add_argument("--timeout", type=_seconds, metavar="S", help="of one request")
-    detach = _command(commands, "detach", local.detach, talks=False, json=False)
+    detach = _command(commands, "detach", local.detach, talks=False)
     detach.add_argument("device", metavar="/dev/nbdN")
 
 

@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.cli.render import Json, percent, remote_text
@@ -26,6 +27,18 @@ def print_json(data: Any) -> None:
 def print_json_line(data: Any) -> None:
     """One document on one line: for streams."""
     print(json.dumps(data, separators=(",", ":")), flush=True)
+
+
+def teller(as_json: bool) -> Callable[[Json, str], None]:
+    """Prints what happens as it happens: data, one object a line, for --json; else the text."""
+
+    def tell(data: Json, text: str) -> None:
+        if as_json:
+            print_json_line(data)
+        else:
+            print(text, flush=True)
+
+    return tell
 
 
 def print_screen(text: str) -> None:

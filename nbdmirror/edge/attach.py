@@ -8,7 +8,6 @@ comes through here. Called by the CLI.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
@@ -19,7 +18,7 @@ import socket
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nbdmirror.codec.nbdclient import ClientHandshake, Export
@@ -36,6 +35,9 @@ RETRY_MAX_S = 2.0
 LOOK_S = 2.0
 # A server that is gone without a word is found out after 25 s of silence.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+
+Tell = Callable[[dict[str, object], str], None]
+"""Says what happened: as data for programs, as text for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,7 @@ class Watcher:
 
 def attach(
     uri: str,
+    tell: Tell,
     device: str | None = None,
     connections: int = 4,
     dead_timeout: float = 60.0,
@@ -224,19 +227,21 @@ def attach(
         else:
             watcher = _connect(kernel, endpoint, index, connections, dead_timeout, timeout)
         with _signals(watcher):
-            print(f"{watcher.device} {'is attached again' if adopted else 'is attached'}: {uri}")
-            sys.stdout.flush()
+            words = "is attached again" if adopted else "is attached"
+            told = {"device": watcher.device, "uri": uri, "adopted": adopted}
+            tell({**told, "state": "attached"}, f"{watcher.device} {words}: {uri}")
             notify(f"READY=1\nSTATUS={watcher.device}: {uri}")
             detached = watcher.watch()
         if detached:
-            print(f"{watcher.device}: detached", flush=True)
+            tell({**told, "state": "detached"}, f"{watcher.device}: detached")
         else:
-            print(f"{watcher.device} stays attached, with nobody to reconnect it", flush=True)
-            print(f"to end it: nbdmirror detach {watcher.device}", flush=True)
+            text = f"{watcher.device} stays attached, with nobody to reconnect it\n"
+            text += f"to end it: nbdmirror detach {watcher.device}"
+            tell({**told, "state": "unwatched"}, text)
     return 0
 
 
-def detach(device: str) -> int:
+def detach(device: str, tell: Tell) -> int:
     """Gives a device back. Refused while something uses it; NbdmirrorError if not attached."""
     index = parse_device(device)
     path = f"/dev/nbd{index}"
@@ -248,7 +253,7 @@ def detach(device: str) -> int:
             kernel.disconnect(index)
         except OSError as error:
             raise NbdmirrorError(f"{path} cannot be detached: {error.strerror}") from None
-    print(f"{path}: detached")
+    tell({"device": path, "state": "detached"}, f"{path}: detached")
     return 0
 
 
@@ -256,16 +261,6 @@ def device_size(index: int) -> int:
     """The size of a device in bytes, 0 if it has none."""
     with open(f"/sys/block/nbd{index}/size", encoding="ascii") as file:
         return int(file.read()) * 512
-
-
-def main(args: argparse.Namespace) -> int:
-    """``nbdmirror attach``: uri, device, connections, dead_timeout, timeout."""
-    return attach(args.uri, args.device, args.connections, args.dead_timeout, args.timeout)
-
-
-def detach_main(args: argparse.Namespace) -> int:
-    """``nbdmirror detach``: device."""
-    return detach(args.device)
 
 
 def _connect(

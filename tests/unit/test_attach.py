@@ -96,7 +96,7 @@ def test_connections_bounded() -> None:
     """A number of connections that makes no sense is refused before anything is opened (I6)."""
     for connections in (0, 65):
         with pytest.raises(UsageError, match="1 to 64"):
-            attach.attach("nbd://h/data", None, connections)
+            attach.attach("nbd://h/data", lambda _data, _text: None, None, connections)
 
 
 def test_without_driver(monkeypatch: pytest.MonkeyPatch) -> None:

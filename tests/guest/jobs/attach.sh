@@ -57,9 +57,9 @@ for round in 1 2 3; do
 done
 # A watcher can be restarted too: another one takes the device over.
 kill -9 $watcher
-nbdmirror attach "$URI" "$device" --connections 4 > /tmp/attach2 2>&1 &
+nbdmirror attach "$URI" "$device" --connections 4 --json > /tmp/attach2 2>&1 &
 watcher=$!
-until grep -q "is attached again" /tmp/attach2; do
+until grep -q '"adopted":true,"state":"attached"' /tmp/attach2; do
     kill -0 $watcher || fail "attach again: $(cat /tmp/attach2)"
     sleep 0.1
 done
@@ -76,7 +76,8 @@ echo 3 > /proc/sys/vm/drop_caches
 mount "$device" /tmp/mount || fail "second mount"
 sha1sum --quiet -c /tmp/sums || fail "the data differs"
 umount /tmp/mount || fail "second umount"
-nbdmirror detach "$device" || fail "detach"
+nbdmirror detach "$device" --json > /tmp/detach || fail "detach"
+[ "$(cat /tmp/detach)" = "{\"device\":\"$device\",\"state\":\"detached\"}" ] || fail "$(cat /tmp/detach)"
 wait $watcher || fail "the watcher's exit code is $?"
 say "$(cat /tmp/attach2)"
 ! nbdmirror detach "$device" 2> /tmp/error || fail "detached twice"
