@@ -163,15 +163,15 @@ def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
     return Record(kind, flags, epoch, volume, seq, offset, length, time_ns, payload)
 
 
-def find_headers(data: bytes) -> Iterator[Record]:
-    """The records, without their payloads, whose headers are whole, wherever they begin."""
+def find_headers(data: bytes) -> Iterator[tuple[int, Record]]:
+    """(offset, record without its payload) of the headers that are whole, wherever they begin."""
     view = memoryview(data)
     magic = _MAGIC.to_bytes(4, "little")
     at = data.find(magic)
     while at >= 0:
         if at % ALIGNMENT == 0:
             with contextlib.suppress(FormatError):
-                yield parse_header(view, at)[0]
+                yield at, parse_header(view, at)[0]
         at = data.find(magic, at + 1)
 
 

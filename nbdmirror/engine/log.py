@@ -472,6 +472,17 @@ class Log:
         went on there, so that it did not end but was damaged; 0 if there is none."""
         return logscan.seq_behind(self._file, RING_AT, self.ring, forks)
 
+    async def forget_behind(self) -> None:
+        """After ``scan``: whatever later records lie behind the head prove nothing to a scan to
+        come; durable on return. DiskFailed if the disk refuses."""
+        try:
+            for position, _ in list(logscan.behind(self._file, RING_AT, self.ring)):
+                offset = RING_AT + position % self.ring.capacity
+                await self._file.write(offset, bytes(codec.HEADER_SIZE))
+            await self._file.sync()
+        except OSError as error:
+            raise self._fail("write", error) from error
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()

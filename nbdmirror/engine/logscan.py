@@ -77,16 +77,23 @@ def window(file: Readable, base: int, ring: Ring, at: int) -> memoryview:
 
 def seq_behind(file: Readable, base: int, ring: Ring, forks: Forks) -> int:
     """See ``Log.seq_behind``."""
-    left = min(SEARCH_BYTES, ring.capacity - (ring.head - ring.tail))
-    at = ring.head % ring.capacity
-    while left > 0:
-        length = min(left, ring.capacity - at)
-        for found in codec.find_headers(file.pread(base + at, length)):
-            after = found.seq >= ring.next_seq and found.kind != codec.FILL
-            if after and not _ended(found, forks):
-                return found.seq
-        at, left = 0, left - length
-    return 0
+    found = (record for _, record in behind(file, base, ring))
+    return next((record.seq for record in found if not _ended(record, forks)), 0)
+
+
+def behind(file: Readable, base: int, ring: Ring) -> Iterator[tuple[int, Record]]:
+    """(position, record) of the headers of later records behind the head, as long as one follows
+    near enough to the last."""
+    at, end = ring.head, ring.tail + ring.capacity
+    limit = min(end, at + SEARCH_BYTES)
+    while at < limit:
+        place = at % ring.capacity
+        length = min(WINDOW_BYTES, limit - at, ring.capacity - place)
+        for offset, record in codec.find_headers(file.pread(base + place, length)):
+            if record.seq >= ring.next_seq and record.kind != codec.FILL:
+                limit = min(end, at + offset + SEARCH_BYTES)
+                yield at + offset, record
+        at += length
 
 
 def _ended(record: Record, forks: Forks) -> bool:

@@ -24,6 +24,7 @@ from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.log import Cursor, Log
+from nbdmirror.engine.logscan import Forks
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, StateError
@@ -95,12 +96,8 @@ async def redo(
     # A secondary whose applying is held back comes back to exactly that point (V8).
     limit = (state.get("apply") or {}).get("limit")
     until = end_seq if limit is None else min(limit, end_seq)
-    # Within one boot the page cache holds all that was written, so what is behind the damage is in
-    # the facets; redoing what lies before it would only bring back what it had replaced.
     in_doubt = power_loss or memory_lost
-    behind = 0 if in_doubt or end_seq == state.get("cut_seq") else log.seq_behind(forks)
-    if in_doubt:  # what lies behind is left from before, and proves nothing yet
-        state["cut_seq"] = end_seq
+    behind = await _behind(store, log, forks, in_doubt=in_doubt)
     if behind:
         healing = []
     elif not memory_lost and (not clean or healing):
@@ -129,6 +126,20 @@ async def redo(
         timeline=timeline,
         healed=tuple(facet.path for facet in healing),
     )
+
+
+async def _behind(store: Store, log: Log, forks: Forks, *, in_doubt: bool) -> int:
+    """The seq of a record behind damage in the log; 0 if it simply ends.
+
+    Within one boot the page cache holds all that was written, so what is behind the damage is in
+    the facets; redoing what lies before it would only bring back what it had replaced."""
+    if not in_doubt:
+        return log.seq_behind(forks)
+    if store.state["role"] == "secondary":
+        # What lies behind was lost in part: to a later start it must not look like damage. Of a
+        # primary's log it is known by the epoch that ended.
+        await log.forget_behind()
+    return 0
 
 
 async def _apply(

@@ -19,7 +19,6 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     tail           {position, seq}: where the log's valid part begins
     durable_seq    the log was durable up to here when this was saved; 0 if that is not known
     end_seq        the log's last record at the last clean stop
-    cut_seq        the log's last record after the last power loss
     volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
     log_path       where the log is, if it was moved; log_volatile: true while it is in memory only

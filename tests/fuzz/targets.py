@@ -115,7 +115,8 @@ def _frame(frame: repl.Frame) -> None:
 def records(data: bytes) -> None:
     """The log's reader, and what finds records behind damage."""
     for view in (data, sealing.records(data)):
-        for found in record.find_headers(view):
+        for at, found in record.find_headers(view):
+            assert at % record.ALIGNMENT == 0
             assert found.kind in record.KIND_NAMES
         with contextlib.suppress(FormatError):
             for one in record.parse_all(memoryview(view)):

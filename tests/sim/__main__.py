@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--counts", action="store_true", help="print how often things happened")
     parser.add_argument("--mutants", action="store_true", help="which mutants N seeds kill")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="of each mutant at most so long"
+        "--seconds", type=float, default=float("inf"), help="of the processor, for a mutant"
     )
     parser.add_argument("--only", default="", help="of the mutants: those with this in their name")
     arguments = parser.parse_args()

@@ -297,6 +297,26 @@ def test_records_beyond_a_fork_are_not_taken() -> None:
     run(main())
 
 
+def test_what_lies_behind_a_cut_can_be_made_to_prove_nothing() -> None:
+    """Of 3..5 all but 3 came to the disk; once that is known it is no damage (fault 15)."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100] * 5)
+        disk.flip(PATH, RING_AT + 2 * 192)
+        log, found = reopened(disk, (0, 1))
+        assert [r.seq for r in found] == [1, 2] and log.seq_behind([]) == 4
+        await log.forget_behind()
+        disk.power_cut()
+        log, found = reopened(disk, (0, 1))
+        append(log, [100])
+        log, found = reopened(disk, (0, 1))
+        assert [r.seq for r in found] == [1, 2, 3] and log.seq_behind([]) == 0
+
+    run(main())
+
+
 def test_a_fill_that_lost_its_record_is_not_passed() -> None:
     """O10: a power loss leaves a fill and not the record behind it; the epoch ends before both.
     What is appended afterwards must be found by the next recovery."""
