@@ -29,7 +29,7 @@ SECONDS ?= 3600
 
 RUN_PACKAGES := python3 python3-venv python3-libnbd gcc libc6-dev python3-dev libxxhash-dev
 TEST_PACKAGES := $(RUN_PACKAGES) nbdkit nbdkit-plugin-python libnbd-bin nbd-client nbd-server \
-	openssl systemd qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
+	file openssl systemd qemu-system-x86 qemu-system-common qemu-utils qemu-block-extra busybox-static kmod \
 	fio sqlite3 strace iproute2 e2fsprogs xfsprogs btrfs-progs
 
 .PHONY: run test check lint sim sim-if-any guest bench fuzz setup setup-run clean

@@ -35,6 +35,10 @@ RATE_MIN = 16 * KIB
 RATE_MAX = 1 * TIB
 WINDOW_BYTES_MIN = 64 * KIB
 WINDOW_BYTES_MAX = 1 * GIB
+OPTION_BYTES_MIN = 8 * KIB  # one name of the greatest length, and what goes with it
+OPTION_BYTES_MAX = 1 * MIB
+FRAME_BYTES_MIN = 3 * MIB  # no node sends a longer one
+FRAME_BYTES_MAX = 64 * MIB
 
 # Linux keeps a socket's path in 108 bytes with a zero behind it.
 UNIX_PATH_BYTES_MAX = 107
@@ -50,6 +54,9 @@ class Limits:
     of one address, the oldest goes. ``handshake_seconds`` is what each handshake may take, of TLS
     and of NBD. ``reply_bytes_max`` bounds what one client may have us answer at a time beyond what
     it has read, ``memory_bytes_max`` what large requests and replies of all clients hold together.
+    ``options_max`` and ``option_bytes_max`` bound what an NBD client may ask in its handshake.
+    ``frame_bytes_max`` is the longest frame that is taken from a peer, ``unpacked_bytes_max`` what
+    one may be when it is decompressed.
     ``admin_requests_max`` is how many requests one admin connection may send ahead.
     ``descriptors_reserved`` are kept free of connections, for volumes, links and state."""
 
@@ -58,11 +65,14 @@ class Limits:
     strangers_per_address_max: int = 32
     handshake_seconds: float = 10.0
     options_max: int = 64
+    option_bytes_max: int = 64 * KIB
     request_bytes_max: int = 64 * MIB
     requests_max: int = 256
     reply_bytes_max: int = 32 * MIB
     memory_bytes_max: int = GIB
     replication_connections_max: int = 32
+    frame_bytes_max: int = 4 * MIB
+    unpacked_bytes_max: int = 4 * MIB
     admin_connections_max: int = 32
     admin_line_bytes_max: int = 64 * KIB
     admin_requests_max: int = 16

@@ -352,12 +352,21 @@ def _limits(table: Table) -> Limits:
             "memory_bytes_max", default.memory_bytes_max, 128 * c.MIB, c.TIB
         ),
         options_max=table.integer("options_max", default.options_max, 4, 65_536),
+        option_bytes_max=table.size(
+            "option_bytes_max", default.option_bytes_max, c.OPTION_BYTES_MIN, c.OPTION_BYTES_MAX
+        ),
         request_bytes_max=table.size(
             "request_bytes_max", default.request_bytes_max, 64 * c.KIB, 64 * c.MIB
         ),
         requests_max=table.integer("requests_max", default.requests_max, 1, 65_536),
         replication_connections_max=table.integer(
             "replication_connections_max", default.replication_connections_max, 1, 65_536
+        ),
+        frame_bytes_max=table.size(
+            "frame_bytes_max", default.frame_bytes_max, c.FRAME_BYTES_MIN, c.FRAME_BYTES_MAX
+        ),
+        unpacked_bytes_max=table.size(
+            "unpacked_bytes_max", default.unpacked_bytes_max, c.FRAME_BYTES_MIN, c.FRAME_BYTES_MAX
         ),
         admin_connections_max=table.integer(
             "admin_connections_max", default.admin_connections_max, 1, 65_536

@@ -41,7 +41,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
-from nbdmirror.config import KIB, MIB
+from nbdmirror.config import KIB, MIB, OPTION_BYTES_MAX
 
 INIT_MAGIC = int.from_bytes(b"NBDMAGIC", "big")
 OPTION_MAGIC = int.from_bytes(b"IHAVEOPT", "big")
@@ -72,10 +72,11 @@ EXPORT_NAME_PADDING = bytes(124)
 
 STRING_BYTES_MAX = 4096
 """No name, description or message on the wire is longer."""
-OPTION_BYTES_MAX = 64 * KIB
-"""The longest option data that is looked at."""
-OPTION_SKIP_MAX = MIB
-"""Longer option data than that is skipped to stay in step; beyond this, the client is dropped."""
+REPLY_BYTES_MAX = 64 * KIB
+"""The longest data of an option reply that our own client takes."""
+OPTION_SKIP_MAX = OPTION_BYTES_MAX
+"""Longer option data than the limit is skipped to stay in step; beyond this, the client is dropped.
+"""
 SWALLOW_MAX = 128 * MIB
 """The payload of a refused WRITE is read and dropped up to this length; beyond, the client is."""
 EXTENTS_MAX = 8192

@@ -91,7 +91,7 @@ class ClientHandshake:
             return None
         magic, option, kind, length = nbd.OPTION_REPLY.unpack_from(self._buffer)
         good = magic == nbd.OPTION_REPLY_MAGIC and option == Option.GO
-        if not good or length > nbd.OPTION_BYTES_MAX:
+        if not good or length > nbd.REPLY_BYTES_MAX:
             raise FormatError("the NBD server's answer to NBD_OPT_GO is not one")
         if len(self._buffer) < head + length:
             return None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from nbdmirror.codec import nbd
 from nbdmirror.codec.nbd import ExportInfo, HandshakeFlag, Info, Option, Rep
+from nbdmirror.config import Limits
 
 
 class Forbidden(NamedTuple):
@@ -49,13 +50,14 @@ class Handshake:
         self,
         find_export: FindExport,
         list_exports: ListExports,
-        options_max: int,
+        limits: Limits,
         tls: Tls = Tls.OFF,
     ):
         self._find_export = find_export
         self._tls = tls
         self._list_exports = list_exports
-        self._options_left = self._options_max = options_max
+        self._limits = limits
+        self._options_left = limits.options_max
         self._client_flags: HandshakeFlag | None = None
         self._contexts_for = ""
         self._selected: tuple[str, ...] = ()
@@ -80,7 +82,7 @@ class Handshake:
         """The handshake that goes on within TLS: it knows the client's flags, how many options are
         left, and nothing else of what was said in plain text (CVE-2021-3716)."""
         assert self.tls_wanted
-        fresh = Handshake(self._find_export, self._list_exports, self._options_max, Tls.DONE)
+        fresh = Handshake(self._find_export, self._list_exports, self._limits, Tls.DONE)
         fresh._options_left = self._options_left
         fresh._client_flags = self._client_flags
         fresh.shutting_down = self.shutting_down
@@ -112,7 +114,8 @@ class Handshake:
             return []
         if number not in self._handlers:
             return [_error(number, Rep.ERR_UNSUP, "unknown option")]
-        return [_error(number, Rep.ERR_TOO_BIG, f"at most {nbd.OPTION_BYTES_MAX} bytes of data")]
+        most = self._limits.option_bytes_max
+        return [_error(number, Rep.ERR_TOO_BIG, f"at most {most} bytes of data")]
 
     def option(self, number: int, data: bytes) -> list[bytes]:
         """One whole option; returns the answer, which may be empty (EXPORT_NAME refused)."""
@@ -146,7 +149,7 @@ class Handshake:
     def _admit(self, number: int) -> bool:
         assert self._client_flags is not None
         if not self._options_left:
-            self.failure = f"the client sent more than {self._options_max} options"
+            self.failure = f"the client sent more than {self._limits.options_max} options"
             return False
         self._options_left -= 1
         if number != Option.EXPORT_NAME and not (self._client_flags & HandshakeFlag.FIXED_NEWSTYLE):

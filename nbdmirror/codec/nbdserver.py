@@ -74,7 +74,8 @@ _RULES = {
 class ServerSession:
     """One connection. ``find_export("")`` is the default export; it may be called many times.
 
-    ``limits``: ``options_max`` options are answered, requests of ``request_bytes_max`` taken.
+    ``limits``: ``options_max`` options are answered, of ``option_bytes_max`` at most, and requests
+    of ``request_bytes_max`` taken.
     ``tls``: nothing but STARTTLS is answered until ``secured``."""
 
     greeting = GREETING
@@ -90,7 +91,8 @@ class ServerSession:
     ) -> None:
         self._slab = Slab()
         stage = Tls.REQUIRED if tls else Tls.OFF
-        self._handshake = Handshake(find_export, list_exports, limits.options_max, stage)
+        self._handshake = Handshake(find_export, list_exports, limits, stage)
+        self._option_max = limits.option_bytes_max
         self._request_max = limits.request_bytes_max
         self._output: list[Buffer] = []
         self._shutting_down = False
@@ -210,7 +212,7 @@ class ServerSession:
         size = nbd.OPTION.size + length
         if magic != nbd.OPTION_MAGIC:
             handshake.failure = f"the client sent {magic:#x} where an option begins"
-        elif length > nbd.OPTION_BYTES_MAX:
+        elif length > self._option_max:
             self._output += handshake.oversized(number, length)
             slab.discard(size)
         elif here < size:

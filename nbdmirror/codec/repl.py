@@ -7,7 +7,7 @@ Every frame is checked before it is used and bounded before it is stored. Little
     4       1     type         see ``Type``
     5       1     flags        bit 0: the payload is lz4, its first 4 bytes the size unpacked
     6       2     reserved     0
-    8       4     length       of the payload, at most FRAME_MAX
+    8       4     length       of the payload, at most FRAME_BYTES_MIN
     12      4     reserved     0
     16      8     session      id that the primary drew for this session; a stale one is refused
     24      8     payload sum  XXH3-64 of the payload as sent; 0 for records, which carry theirs
@@ -52,12 +52,12 @@ import lz4.block
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from nbdmirror.codec.slabs import SlabPool
+from nbdmirror.config import FRAME_BYTES_MIN, Limits
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 
 PROTOCOL_VERSIONS = (2, 2)
 """Lowest and highest version that this program speaks."""
-FRAME_MAX = 4 << 20
 JSON_MAX = 1 << 20
 MORE = 1
 ZEROS = 1
@@ -111,7 +111,8 @@ class Frame:
 
     __slots__ = ("_packed", "_payload", "session", "size", "type")
 
-    def __init__(self, kind: Type, session: int, wire: memoryview, packed: bool) -> None:
+    def __init__(self, kind: Type, session: int, wire: memoryview, packed: int) -> None:
+        """``packed``: how many bytes it may have once it is unpacked; 0: it is not packed."""
         self.type = kind
         self.session = session
         self.size = HEADER_SIZE + len(wire)
@@ -123,7 +124,7 @@ class Frame:
     def payload(self) -> memoryview:
         """A view that stays valid; PeerError if it cannot be unpacked."""
         if self._packed:
-            self._payload, self._packed = _unpack(self._payload), False
+            self._payload, self._packed = _unpack(self._payload, self._packed), 0
         return self._payload
 
     def json(self) -> dict[str, Any]:
@@ -150,12 +151,12 @@ def encode(
 ) -> list[Buffer]:
     """A frame as parts. With ``compress`` it is packed where that saves an eighth or more."""
     length = sum(map(len, parts))
+    assert length <= FRAME_BYTES_MIN, "a peer may refuse longer ones"
     flags = 0
     if compress and length > 512:
         packed = lz4.block.compress(b"".join(parts), store_size=True)
         if len(packed) < length - length // 8:
             parts, length, flags = [packed], len(packed), _LZ4
-    assert length <= FRAME_MAX
     payload_sum = 0
     if kind is not Type.RECORDS and length:
         hasher = xxh3_64()
@@ -174,13 +175,20 @@ def encode_json(kind: Type, session: int, value: dict[str, Any]) -> list[Buffer]
 class FrameReader:
     """Takes bytes in any split and gives whole, checked frames; holds one frame and a slab."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self._slab = memoryview(bytearray(64 << 10))
         self._start = 0
         self._end = 0
         self._need = HEADER_SIZE
-        self.frame_max = FRAME_MAX
-        """Longer payloads are refused by their header, before memory is taken for them."""
+        self._limits = limits
+        self._frame_max = limits.frame_bytes_max
+        self._unpacked_max = limits.unpacked_bytes_max
+
+    def begin(self, *, started: bool) -> None:
+        """Until the handshake has ended, frames are as long as its JSON may be."""
+        limits = self._limits
+        self._frame_max = limits.frame_bytes_max if started else JSON_MAX
+        self._unpacked_max = limits.unpacked_bytes_max if started else JSON_MAX
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go; never empty."""
@@ -216,7 +224,7 @@ class FrameReader:
             payload = self._slab[at : at + length]
             if kind is not Type.RECORDS and length and xxh3_64_intdigest(payload) != payload_sum:
                 raise PeerError(f"payload checksum of a {kind.name} frame does not match")
-            frames.append(Frame(kind, session, payload, bool(flags & _LZ4)))
+            frames.append(Frame(kind, session, payload, self._unpacked_max if flags & _LZ4 else 0))
             self._start = at + length
 
     def _header(self) -> tuple[Type, int, int, int, int]:
@@ -226,21 +234,22 @@ class FrameReader:
             raise PeerError("not a replication frame (magic); is this the right port?")
         if xxh3_64_intdigest(view[at : at + _HEAD.size]) != _SUM.unpack_from(view, at + 32)[0]:
             raise PeerError("header checksum of a frame does not match")
-        if length > self.frame_max:
-            raise PeerError(f"frame of {length} bytes, the limit is {self.frame_max}")
+        # Refused by its header, before memory is taken for it.
+        if length > self._frame_max:
+            raise PeerError(f"frame of {length} bytes, the limit is {self._frame_max}")
         try:
             return Type(kind), flags, length, session, payload_sum
         except ValueError:
             raise PeerError(f"unknown frame type {kind}") from None
 
 
-def _unpack(packed: memoryview) -> memoryview:
+def _unpack(packed: memoryview, size_max: int) -> memoryview:
     if len(packed) < 4:
         raise PeerError("compressed frame cut short")
     (size,) = struct.unpack_from("<I", packed)
     # The size is checked before anything is allocated for it.
-    if size > FRAME_MAX:
-        raise PeerError(f"compressed frame declares {size} bytes, the limit is {FRAME_MAX}")
+    if size > size_max:
+        raise PeerError(f"compressed frame declares {size} bytes, the limit is {size_max}")
     try:
         return memoryview(lz4.block.decompress(packed[4:], uncompressed_size=size))
     except (lz4.block.LZ4BlockError, ValueError) as error:

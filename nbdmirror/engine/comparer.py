@@ -18,6 +18,7 @@ from nbdmirror.codec import repl
 from nbdmirror.codec.hashing import BLOCK, HASH_SIZE, different
 from nbdmirror.codec.regions import Hashes, block_hashes_size
 from nbdmirror.codec.repl import Type
+from nbdmirror.config import FRAME_BYTES_MIN
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.errors import PeerError
@@ -120,4 +121,4 @@ def _runs(flags: bytearray, value: int) -> list[tuple[int, int]]:
     return runs
 
 
-assert HASH_SIZE * (1 << 20) // BLOCK < repl.FRAME_MAX
+assert HASH_SIZE * (1 << 20) // BLOCK < FRAME_BYTES_MIN

@@ -11,8 +11,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from nbdmirror.codec import nbd as wire
-from nbdmirror.codec import repl
 from nbdmirror.config import Config, parse_address, reachable
 from nbdmirror.engine.access import Rules
 from nbdmirror.engine.admission import Gate, Guest, Room
@@ -105,7 +103,7 @@ class Doors:
     def _take_primary(self, proved: str | None) -> asyncio.BufferedProtocol:
         """A connection from a peer, who has proved this name; None: nothing proves names here."""
         assert self._secondary is not None
-        receiver = Receiver(self._secondary, proved)
+        receiver = Receiver(self._secondary, self._config.limits, proved)
         link = receiver.link
         guest = self._upstreams.enter(
             proved or "", lambda: link.close(ConnectionRefusedError("its place was needed"))
@@ -172,7 +170,7 @@ class Doors:
         }
 
     def status(self) -> dict[str, Any]:
-        """``limits``, of the configuration and of the formats, ``security``, ``connections``."""
+        """``limits``, ``security``, ``connections``."""
         limits = self._config.limits
         assert self._exports is not None and self._control is not None
         budget = self._exports.budget
@@ -180,8 +178,6 @@ class Doors:
         return {
             "limits": {
                 **{name: getattr(limits, name) for name in limits.__slots__},
-                "option_bytes_max": wire.OPTION_BYTES_MAX,
-                "frame_bytes_max": repl.FRAME_MAX,
                 "descriptors_left": None if room.total is None else room.total - room.taken,
             },
             "security": self._security(),

@@ -12,6 +12,7 @@ from typing import cast
 
 from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.config import Limits
 from nbdmirror.errors import NbdmirrorError, PeerError
 from nbdmirror.ports import Buffer
 
@@ -19,9 +20,9 @@ from nbdmirror.ports import Buffer
 class Link(asyncio.BufferedProtocol):
     """A connection that carries frames; ``on_frame`` is called for each, in order."""
 
-    def __init__(self, on_frame: Callable[[Frame], None]) -> None:
+    def __init__(self, on_frame: Callable[[Frame], None], limits: Limits) -> None:
         self._on_frame = on_frame
-        self._reader = repl.FrameReader()
+        self._reader = repl.FrameReader(limits)
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self.session = 0
@@ -103,9 +104,9 @@ class Link(asyncio.BufferedProtocol):
         if self.cause is not None:
             raise ConnectionResetError(str(self.cause))
 
-    def limit(self, frame_bytes: int) -> None:
-        """Takes no longer frames from the peer than this, from the next one on."""
-        self._reader.frame_max = frame_bytes
+    def begin(self, *, started: bool) -> None:
+        """From the next frame on: those of the handshake, or of what follows it."""
+        self._reader.begin(started=started)
 
     def set_reading(self, reading: bool) -> None:
         """Stops or resumes taking bytes from the peer: backpressure."""

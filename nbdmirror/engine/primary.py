@@ -65,6 +65,7 @@ class Primary:
             config.node,
             self.governor,
             config.log.on_full,
+            config.limits,
         )
         for name, facts in self._merged_facts().items():
             self._make(name, facts)

@@ -6,6 +6,7 @@ import asyncio
 
 from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.config import FRAME_BYTES_MIN
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.errors import PeerError
@@ -32,7 +33,7 @@ class ReadServer:
         """A READ; PeerError if it is out of bounds."""
         token, volume, _, offset, length = frame.unpack(repl.READ)
         self._secondary.check_range(volume, offset, length)
-        if length > repl.FRAME_MAX - repl.DATA.size:
+        if length > FRAME_BYTES_MIN - repl.DATA.size:
             raise PeerError(f"READ of {length} bytes")
         while len(self._under_way) >= READS_MAX:
             await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -21,6 +21,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.regions import parse_hashes, parse_region
 from nbdmirror.codec.repl import Frame, Type
+from nbdmirror.config import Limits
 from nbdmirror.engine import leftout
 from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.link import Link
@@ -47,14 +48,14 @@ class Portion(NamedTuple):
 class Receiver:
     """One connection from a primary, from HELLO to its end."""
 
-    def __init__(self, secondary: Secondary, proved: str | None = None) -> None:
+    def __init__(self, secondary: Secondary, limits: Limits, proved: str | None = None) -> None:
         """``proved``: the name that the peer has proved to have, None where nothing proves one."""
         self.secondary = secondary
         self.proved = proved
         self.on_started: Callable[[], None] = lambda: None
         """Called once: the handshake has ended well."""
-        self.link = Link(self._on_frame)
-        self.link.limit(repl.JSON_MAX)
+        self.link = Link(self._on_frame, limits)
+        self.link.begin(started=False)
         self._frames: deque[Frame] = deque()
         self._queued = 0
         self._arrived = asyncio.Event()
@@ -218,7 +219,7 @@ class Receiver:
         await self.secondary.adopt(self._hello, reset_seq, bool(resync), marks)
         self._started = True
         self._eager = start.get("eager") is True
-        self.link.limit(repl.FRAME_MAX)
+        self.link.begin(started=True)
         self.on_started()
         self.link.send_json(Type.READY, {})
         self.acknowledge()

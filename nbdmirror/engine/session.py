@@ -26,7 +26,7 @@ from typing import Any
 
 from nbdmirror.codec import fields, repl
 from nbdmirror.codec.repl import Frame, Type
-from nbdmirror.config import ReplicationConfig
+from nbdmirror.config import Limits, ReplicationConfig
 from nbdmirror.core import convergence
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
 from nbdmirror.core.payoff import Payoff
@@ -68,6 +68,7 @@ class Context:
     node_name: str
     governor: Governor
     on_full: str
+    limits: Limits
 
 
 class Session:
@@ -76,7 +77,7 @@ class Session:
     def __init__(self, remote: Remote, context: Context) -> None:
         self.remote = remote
         self.context = context
-        self.link = Link(self._on_frame)
+        self.link = Link(self._on_frame, context.limits)
         self.link.session = context.env.random.getrandbits(63) or 1
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self.resync: Resync | None = None

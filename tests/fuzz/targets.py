@@ -81,7 +81,7 @@ def nbd_client(data: bytes) -> None:
 
 def frames(data: bytes) -> None:
     """Frames as a link takes them, and what is in them."""
-    reader = FrameReader()
+    reader = FrameReader(Limits())
     view = memoryview(sealing.frames(data[1:], 7) if data and data[0] & 1 else data[1:])
     with contextlib.suppress(FormatError):
         while view:
@@ -94,7 +94,7 @@ def frames(data: bytes) -> None:
 
 
 def _frame(frame: repl.Frame) -> None:
-    assert len(frame.payload) <= repl.FRAME_MAX
+    assert len(frame.payload) <= Limits().unpacked_bytes_max
     layouts = {Type.ACK: repl.ACK, Type.REGION: repl.REGION, Type.HASHES: repl.HASHES}
     if frame.type in layouts:
         with contextlib.suppress(PeerError):

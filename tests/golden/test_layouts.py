@@ -14,6 +14,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.codec.mark import Mark
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.repl import Type
+from nbdmirror.config import Limits
 from nbdmirror.core import layers
 from nbdmirror.ports import Buffer
 
@@ -116,7 +117,7 @@ def test_the_fixtures_are_read_by_the_code() -> None:
 
 def received(name: str) -> repl.Frame:
     data = stored(name)
-    reader = repl.FrameReader()
+    reader = repl.FrameReader(Limits())
     reader.get_buffer()[: len(data)] = data
     (found,) = reader.received(len(data))
     return found

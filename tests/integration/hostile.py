@@ -20,10 +20,12 @@ from typing import Any, Self
 from nbdmirror.codec import record, repl
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.repl import Frame, FrameReader, Type
+from nbdmirror.config import Limits
 from nbdmirror.errors import PeerError
 
 Json = dict[str, Any]
 SESSION = 0x5EED
+FRAME_MAX = Limits().frame_bytes_max
 TIMEOUT_S = 20.0
 
 
@@ -34,7 +36,7 @@ class Conversation:
         self.socket = sock
         sock.settimeout(TIMEOUT_S)
         self.session = SESSION
-        self._reader = FrameReader()
+        self._reader = FrameReader(Limits())
         self._frames: list[Frame] = []
 
     @classmethod
@@ -178,7 +180,7 @@ LIES: dict[str, Callable[[Liar], None]] = {
     "type": lambda one: one.talk.raw(_head(200, 0)),
     "4 GiB": lambda one: one.talk.raw(_head(Type.RECORDS, 2**32 - 1)),
     "bomb": lambda one: one.talk.raw(_bomb(2**32 - 1)),
-    "bomb within the limit": lambda one: one.talk.raw(_bomb(repl.FRAME_MAX)),
+    "bomb within the limit": lambda one: one.talk.raw(_bomb(FRAME_MAX)),
     "not frames": lambda one: one.talk.raw(b"GET / HTTP/1.1\r\n\r\n" * 10),
 }
 
@@ -186,7 +188,7 @@ LIES: dict[str, Callable[[Liar], None]] = {
 GREETINGS: dict[str, bytes] = {
     "silence": b"",
     "half a frame": _head(Type.HELLO, 1000) + b"{",
-    "4 MiB": _head(Type.HELLO, repl.FRAME_MAX),
+    "4 MiB": _head(Type.HELLO, FRAME_MAX),
     "not JSON": b"".join(map(bytes, repl.encode(Type.HELLO, SESSION, [b"\xff" * 100]))),
     "deep": b"".join(map(bytes, repl.encode(Type.HELLO, SESSION, [b"[" * 100_000]))),
     "number": b"".join(map(bytes, repl.encode(Type.HELLO, SESSION, [b"7"]))),

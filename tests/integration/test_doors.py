@@ -16,15 +16,17 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from nbdmirror.codec import prometheus
+from nbdmirror.config import Limits
 from tests.faults.inject import start_under
 from tests.integration.cluster import MIB, Cluster, nbdmirror
 from tests.integration.process import free_port, wait_until
-from tests.integration.rawnbd import REP_ACK, WRITE, RawClient
+from tests.integration.rawnbd import OPT_LIST, REP_ACK, REP_ERR_TOO_BIG, WRITE, RawClient
 from tests.integration.tools import connect, nbd_error, pattern
 
 MakeCluster = Callable[..., Cluster]
@@ -40,6 +42,38 @@ def alone(make_cluster: MakeCluster, **keys: list[str]) -> Cluster:
     cluster.create()
     cluster.primary.start()
     return cluster
+
+
+# -- limits --------------------------------------------------------------------------------------
+
+
+def test_every_limit_is_in_the_configuration_and_in_the_status(make_cluster: MakeCluster) -> None:
+    """I6, issue E: each key of ``[limits]`` is taken, and the daemon says that it holds it."""
+    wanted = {
+        key: value + (1 if isinstance(value, int) else 0.5)
+        for key, value in asdict(Limits()).items()
+    }
+    wanted["request_bytes_max"] -= 2  # its default is the most that there may be
+    cluster = make_cluster()
+    for node in cluster.nodes:
+        node.keys["limits"] = [f"{key} = {value}" for key, value in wanted.items()]
+        node.write_config()
+    cluster.start()
+    for node in cluster.nodes:
+        status = node.status()["limits"]
+        assert {key: status[key] for key in wanted} == wanted
+    connect(cluster.primary.uri()).pwrite(pattern(MIB, 1), 0)
+    cluster.check_in_sync()
+
+
+def test_how_long_an_option_may_be(make_cluster: MakeCluster) -> None:
+    """4.1, huge lengths: the daemon holds the configured one, and the client may go on."""
+    cluster = alone(make_cluster, limits=["option_bytes_max = 8192"])
+    with RawClient(cluster.primary.nbd_socket) as client:
+        (reply,) = client.replies(OPT_LIST, bytes(8193))
+        assert reply.kind == REP_ERR_TOO_BIG and b"8192" in reply.data
+        assert client.go("data")[-1].kind == REP_ACK
+        client.check_usable()
 
 
 # -- strangers -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from nbdmirror.codec import mappage, repl, slots
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.repl import Frame, FrameReader, Type
+from nbdmirror.config import Limits
 from nbdmirror.errors import FormatError, PeerError
 
 u8, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
@@ -65,7 +66,7 @@ def test_random_bytes_are_refused_by_everything(data: bytes) -> None:
 
 
 def split(data: bytes, sizes: list[int]) -> list[Frame]:
-    reader, found, at = FrameReader(), [], 0
+    reader, found, at = FrameReader(Limits()), [], 0
     turn = 0
     while at < len(data):
         buffer = reader.get_buffer()

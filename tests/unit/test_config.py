@@ -206,6 +206,9 @@ BAD_ADDED = [
     ("[limits]\nconnections_max = 0", "limits.connections_max", "from 1"),
     ("[limits]\nconnection_max = 9", "limits.connection_max", "did you mean connections_max?"),
     ("[limits]\nrequest_bytes_max = '1GiB'", "limits.request_bytes_max", "to 64MiB"),
+    ("[limits]\noption_bytes_max = '4KiB'", "limits.option_bytes_max", "from 8KiB to 1MiB"),
+    ("[limits]\nframe_bytes_max = '2MiB'", "limits.frame_bytes_max", "from 3MiB to 64MiB"),
+    ("[limits]\nunpacked_bytes_max = 1", "limits.unpacked_bytes_max", "from 3MiB to 64MiB"),
     ("[[volume]]\nname='data'\nsize=512\nfacets=['/z']", "volume.name", "twice"),
     ("[[volume]]\nname='b'\nsize=512\nfacets=['/srv/db/data.img']", "facets", "used by"),
 ]

@@ -31,9 +31,8 @@ FLAG_READ_ONLY, FLAG_DF = 0x0002, 0x0080
 class Client:
     """A session, fed from here, and a parser of what it answers."""
 
-    def __init__(self, *, options_max: int = 64, request_bytes_max: int = 64 * MIB) -> None:
-        limits = Limits(options_max=options_max, request_bytes_max=request_bytes_max)
-        self.session = ServerSession(self._find, lambda: list(EXPORTS.values()), limits)
+    def __init__(self, **limits: int) -> None:
+        self.session = ServerSession(self._find, lambda: list(EXPORTS.values()), Limits(**limits))
         self.parser = c.ReplyParser()
         self.searched: list[str] = []
 
@@ -264,6 +263,16 @@ def test_absurd_option_closes_without_taking_memory() -> None:
     client = greeted()
     assert client.options(c.option(c.GO, length=0xFFFF_FFFF)) == []
     assert client.session.closing and "4294967295" in str(client.session.closing_reason)
+
+
+def test_how_long_an_option_may_be_is_configured() -> None:
+    """A longer one is skipped, and the session goes on (I6)."""
+    for most in (8 * KIB, 100 * KIB):
+        client = greeted(option_bytes_max=most)
+        assert client.kinds(c.option(c.GO, bytes(most))) == [c.INVALID]
+        (reply,) = client.options(c.option(c.GO, bytes(most + 1)))
+        assert reply.kind == c.TOO_BIG and str(most).encode() in reply.data
+        assert client.kinds(c.go("data"))[-1] == c.ACK
 
 
 def test_wrong_option_magic_closes() -> None:

@@ -11,12 +11,17 @@ from xxhash import xxh3_64_intdigest
 
 from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Frame, FrameReader, Type
+from nbdmirror.config import FRAME_BYTES_MIN, Limits
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 
 
 def wire(parts: list[Buffer]) -> bytes:
     return b"".join(parts)
+
+
+FRAME_MAX = Limits().frame_bytes_max
+SIZES = (6 << 20, (6 << 20) + 1, repl.JSON_MAX + 1)
 
 
 def feed(reader: FrameReader, data: bytes) -> list[Frame]:
@@ -33,7 +38,7 @@ def feed(reader: FrameReader, data: bytes) -> list[Frame]:
 
 
 def one(data: bytes) -> Frame:
-    (frame,) = feed(FrameReader(), data)
+    (frame,) = feed(FrameReader(Limits()), data)
     return frame
 
 
@@ -74,10 +79,40 @@ def test_compressed_where_that_saves_an_eighth() -> None:
 
 
 def test_the_largest_frame_and_one_more_byte() -> None:
-    data = bytes(repl.FRAME_MAX)
-    assert len(one(wire(repl.encode(Type.RECORDS, 1, [data]))).payload) == repl.FRAME_MAX
+    assert len(one(raw(bytes(FRAME_MAX))).payload) == FRAME_MAX
     with pytest.raises(PeerError, match="limit"):
-        feed(FrameReader(), raw(b"", length=repl.FRAME_MAX + 1))
+        feed(FrameReader(Limits()), raw(b"", length=FRAME_MAX + 1))
+
+
+def test_no_frame_is_sent_that_a_peer_may_refuse() -> None:
+    """Whatever ``frame_bytes_max`` and ``unpacked_bytes_max`` of the peer are (I6)."""
+    data = bytes(FRAME_BYTES_MIN)
+    limits = Limits(frame_bytes_max=FRAME_BYTES_MIN, unpacked_bytes_max=FRAME_BYTES_MIN)
+    for compress in (False, True):
+        sent = wire(repl.encode(Type.REGION, 1, [data], compress=compress))
+        (frame,) = feed(FrameReader(limits), sent)
+        assert len(frame.payload) == FRAME_BYTES_MIN
+        with pytest.raises(AssertionError):
+            repl.encode(Type.REGION, 1, [data, b"x"], compress=compress)
+
+
+def test_limits_are_those_of_the_configuration() -> None:
+    """Frame and decompressed sizes, each by itself; during the handshake both are JSON's."""
+    reader = FrameReader(Limits(frame_bytes_max=5 << 20, unpacked_bytes_max=6 << 20))
+    bombs = [raw(lz4.block.compress(bytes(size), store_size=True), flags=1) for size in SIZES]
+    (large, just, over) = feed(reader, raw(bytes(5 << 20)) + bombs[0] + bombs[1])
+    assert (len(large.payload), len(just.payload)) == (5 << 20, 6 << 20)
+    with pytest.raises(PeerError, match="the limit is 6291456"):
+        bytes(over.payload)
+    with pytest.raises(PeerError, match="the limit is 5242880"):
+        feed(reader, raw(b"", length=(5 << 20) + 1))
+    reader = FrameReader(Limits())
+    reader.begin(started=False)
+    (bomb,) = feed(reader, bombs[2])
+    with pytest.raises(PeerError, match="the limit is 1048576"):
+        bytes(bomb.payload)
+    with pytest.raises(PeerError, match="the limit is 1048576"):
+        feed(reader, raw(b"", length=repl.JSON_MAX + 1))
 
 
 BAD = {
@@ -93,7 +128,7 @@ BAD = {
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD.keys())
 def test_bad_frames_end_the_session(data: bytes) -> None:
     with pytest.raises(PeerError):
-        feed(FrameReader(), data)
+        feed(FrameReader(Limits()), data)
 
 
 def test_any_flipped_bit_is_seen() -> None:
@@ -101,13 +136,13 @@ def test_any_flipped_bit_is_seen() -> None:
     for at in range(len(data)):
         data[at] ^= 1 << at % 8
         with pytest.raises(PeerError):
-            feed(FrameReader(), bytes(data) + bytes(64))
+            feed(FrameReader(Limits()), bytes(data) + bytes(64))
         data[at] ^= 1 << at % 8
 
 
 def test_frames_before_a_bad_one_are_not_acted_upon_twice() -> None:
     good = wire(repl.encode(Type.PING, 1, []))
-    reader = FrameReader()
+    reader = FrameReader(Limits())
     assert len(feed(reader, good)) == 1
     with pytest.raises(PeerError):
         feed(reader, BAD["type"])
@@ -115,7 +150,7 @@ def test_frames_before_a_bad_one_are_not_acted_upon_twice() -> None:
 
 PACKED = {
     "cut": b"\1\0",
-    "size beyond the limit": struct.pack("<I", repl.FRAME_MAX + 1) + bytes(8),
+    "size beyond the limit": struct.pack("<I", FRAME_MAX + 1) + bytes(8),
     "not lz4": struct.pack("<I", 1000) + b"\xff" * 9,
     "larger than declared": struct.pack("<I", 10)
     + lz4.block.compress(bytes(1000), store_size=False),
@@ -130,16 +165,16 @@ def test_damaged_compression_is_refused(payload: bytes) -> None:
 
 
 def test_a_declared_size_beyond_the_limit_allocates_nothing() -> None:
-    packed = lz4.block.compress(bytes(repl.FRAME_MAX + 1), store_size=True)
+    packed = lz4.block.compress(bytes(FRAME_MAX + 1), store_size=True)
     with pytest.raises(PeerError, match="limit"):
         bytes(one(raw(packed, flags=1)).payload)
 
 
 def test_compressed_frames_that_wait_cost_what_they_cost_on_the_wire() -> None:
     """I6: a slab of lz4 bombs must not become a gigabyte before anybody looks at the queue."""
-    bomb = lz4.block.compress(bytes(repl.FRAME_MAX), store_size=True)
+    bomb = lz4.block.compress(bytes(FRAME_MAX), store_size=True)
     data = raw(bomb, flags=1) * 40
-    reader = FrameReader()
+    reader = FrameReader(Limits())
     tracemalloc.start()
     try:
         frames = feed(reader, data)
@@ -147,8 +182,8 @@ def test_compressed_frames_that_wait_cost_what_they_cost_on_the_wire() -> None:
     finally:
         tracemalloc.stop()
     assert len(frames) == 40
-    assert peak < 3 * repl.FRAME_MAX, f"{peak >> 20} MiB for {len(data) >> 10} KiB"
-    assert len(frames[0].payload) == repl.FRAME_MAX
+    assert peak < 3 * FRAME_MAX, f"{peak >> 20} MiB for {len(data) >> 10} KiB"
+    assert len(frames[0].payload) == FRAME_MAX
 
 
 JSON = {
@@ -185,7 +220,7 @@ def test_a_fixed_part_cut_short_is_refused(layout: struct.Struct, kind: Type) ->
 
 def test_payloads_stay_valid_while_later_frames_arrive() -> None:
     """The log keeps views into the slab: they must never be written over."""
-    reader = FrameReader()
+    reader = FrameReader(Limits())
     kept = []
     for number in range(300):
         payload = bytes([number % 256]) * 40_000
