@@ -54,7 +54,7 @@ class RemoteReads:
         if future is None or future.done():
             return  # who asked does not wait any more
         if number:
-            future.set_exception(OSError(number, "the remote's disk failed"))
+            _fail(future, OSError(number, "the remote's disk failed"))
         elif len(data) != length:
             raise PeerError(f"DATA of {len(data)} bytes for a read of {length}")
         else:
@@ -64,7 +64,12 @@ class RemoteReads:
         """The link is gone."""
         for _, future in self._waiting.values():
             if not future.done():
-                future.set_exception(ConnectionResetError("the link to the remote is lost"))
+                _fail(future, ConnectionResetError("the link to the remote is lost"))
+
+
+def _fail(future: asyncio.Future[tuple[int, memoryview]], error: OSError) -> None:
+    future.set_exception(error)
+    future.exception()  # who is cancelled by now never looks
 
 
 class Behind(Exception):

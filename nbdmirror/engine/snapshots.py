@@ -86,6 +86,8 @@ class Snapshots:
         """One taking or deleting at a time."""
         self._giving = asyncio.Lock()
         self._tasks: dict[asyncio.Task[None], None] = {}
+        self._planned: dict[str, None] = {}
+        """In the list, and not durable yet: nobody reads or deletes them."""
 
     # -- files -------------------------------------------------------------------------------
 
@@ -231,6 +233,8 @@ class Snapshots:
         """Whether it can be read."""
         if entry.get("lost") or entry.get("deleting") or entry["seq"] is None:
             return False
+        if entry["uuid"] in self._planned:
+            return False
         return all(self.chains[index].has(entry["uuid"]) for index in entry["volumes"])
 
     # -- taking ------------------------------------------------------------------------------
@@ -276,7 +280,11 @@ class Snapshots:
         self.entries.append(entry)
         if entry["seq"] is not None:
             self._push(made)
-        await self.store.save()
+        self._planned[entry["uuid"]] = None
+        try:
+            await self.store.save()
+        finally:
+            del self._planned[entry["uuid"]]
         return made
 
     @staticmethod

@@ -9,7 +9,15 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.sim import marks, mutants, ordermutants, snapshotmutants, spillmutants, swarm
+from tests.sim import (
+    marks,
+    mutants,
+    mutation,
+    ordermutants,
+    snapshotmutants,
+    spillmutants,
+    swarm,
+)
 from tests.sim.options import FAULTS, draw
 from tests.sim.pool import ordered, settle_memory
 
@@ -86,8 +94,10 @@ def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
 
 
 def _mutants(only: str, seeds: range, jobs: int, seconds: float) -> int:
-    assert snapshotmutants and ordermutants and spillmutants  # imported for their mutants
-    names = [name for name in mutants.MUTANTS if only in name]
+    assert (
+        mutants and snapshotmutants and ordermutants and spillmutants
+    )  # imported for their mutants
+    names = [name for name in mutation.MUTANTS if only in name]
     alive = 0
     for name, fate in zip(names, _fates(names, seeds, jobs, seconds), strict=True):
         alive += fate.found is None
@@ -101,12 +111,12 @@ def _mutants(only: str, seeds: range, jobs: int, seconds: float) -> int:
     return 1 if alive else 0
 
 
-def _fates(names: list[str], seeds: range, jobs: int, seconds: float) -> Iterator[mutants.Fate]:
+def _fates(names: list[str], seeds: range, jobs: int, seconds: float) -> Iterator[mutation.Fate]:
     if jobs == 1:
-        yield from (mutants.kill(name, seeds, seconds) for name in names)
+        yield from (mutation.kill(name, seeds, seconds) for name in names)
         return
     with ProcessPoolExecutor(jobs, initializer=settle_memory) as pool:
-        fates = [pool.submit(mutants.kill, name, seeds, seconds) for name in names]
+        fates = [pool.submit(mutation.kill, name, seeds, seconds) for name in names]
         yield from (fate.result() for fate in fates)
 
 

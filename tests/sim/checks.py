@@ -199,6 +199,7 @@ class Checks:
         if host.role == "primary" and world.options.last_facet:
             return  # what it holds may not be all there is
         world.fired[f"clone of {host.role}"] += 1
+        kept = self._kept(host)
         disk = host.disk.clone(f"{world.seed}:clone:{world.loop.now_ns}")
         disk.power_cut(rng)
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
@@ -207,6 +208,8 @@ class Checks:
         if host.role == "primary" and image.node.rescue.leans():
             world.fired["clone without a facet"] += 1  # a remote would stand in
         elif host.role == "primary":
+            if image.seq < kept:
+                raise Violation(f"{what} ends at {image.seq}, but {kept} was in the file (O5)")
             for volume, data in enumerate(image.volumes):
                 world.content.check(
                     volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
@@ -214,6 +217,16 @@ class Checks:
             self._check_cover(image)
         else:
             self._check_secondary(host, image)
+
+    @staticmethod
+    def _kept(host: Host) -> int:
+        """The last record that this primary has durably in the file of its log, as it believes."""
+        node = host.node
+        if host.role != "primary" or node is None or node.log.failed is not None:
+            return 0
+        if node.log.frozen or node.store.state.get("log_volatile"):
+            return 0
+        return node.log.durable_seq if node.log.spilled is None else node.log._kept_seq
 
     def _check_cover(self, image: Image) -> None:
         """If the primary came back from this, and a secondary from its own death?"""

@@ -1,7 +1,6 @@
 """The product with one rule broken at a time: a campaign that lets a mutant live proves nothing.
 
-Each mutant is a function that breaks the engine by a few assignments; ``broken`` undoes them. The
-names begin with the rule (an O-number, V-row or invariant) that is dropped.
+The names begin with the rule (an O-number, V-row or invariant) that is dropped.
 
 Not among them, because another rule makes them unobservable: each one of the two
 checks of a scan against records of an ended epoch (the two together are here).
@@ -12,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec import repl
@@ -44,71 +41,9 @@ from nbdmirror.engine.session import Session
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import FormatError
-from tests.sim import swarm
-
-Assign = Callable[[Any, str, Any], None]
-MUTANTS: dict[str, Callable[[Assign], None]] = {}
-
-
-def mutant(rule: str) -> Callable[[Callable[[Assign], None]], None]:
-    """Registers a mutant under the rule that it breaks."""
-
-    def register(apply: Callable[[Assign], None]) -> None:
-        MUTANTS[rule] = apply
-
-    return register
-
-
-@contextmanager
-def broken(name: str) -> Iterator[None]:
-    """The engine with one mutant applied."""
-    saved: list[tuple[Any, str, Any]] = []
-
-    def assign(owner: Any, attribute: str, value: Any) -> None:
-        saved.append((owner, attribute, owner.__dict__[attribute]))
-        setattr(owner, attribute, value)
-
-    MUTANTS[name](assign)
-    try:
-        yield
-    finally:
-        for owner, attribute, value in reversed(saved):
-            setattr(owner, attribute, value)
-
-
-class Fate(NamedTuple):
-    """What became of a mutant: ``found`` is what the oracle saw, None if it outlived the seeds."""
-
-    seeds: int
-    found: str | None
-    errors: int
-    """Seeds that ended in an error of its own: those prove nothing about the oracle."""
-    error: str
-    """The last of these."""
-
-
-def kill(name: str, seeds: range, seconds: float = float("inf")) -> Fate:
-    """Runs seeds with a mutant until the oracle sees a wrong result, or for so many seconds of the
-    processor."""
-    sys.unraisablehook = lambda _: None  # what a broken engine leaves behind is of no interest
-    began, errors, error, count = time.process_time(), 0, "", 0
-    for count, seed in enumerate(seeds, 1):
-        with broken(name):
-            result = swarm.run(seed)
-        if result.problem is not None:
-            line = result.problem.strip().splitlines()[-1]
-            if result.seen:
-                assert swarm.run(seed).problem is None, f"seed {seed} fails without the mutant too"
-                return Fate(count, line, errors, error)
-            errors, error = errors + 1, line
-        if time.process_time() - began > seconds:
-            break
-    return Fate(count, None, errors, error)
-
-
-async def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
+from tests.sim.faults import Timing
+from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.options import KIB
 
 # -- the active map ------------------------------------------------------------------------------
 
@@ -161,7 +96,7 @@ def _(assign: Assign) -> None:
 
 @mutant("M1 after a power loss local facets are not made equal")
 def _(assign: Assign) -> None:
-    assign(doubt, "level", _nothing)
+    assign(doubt, "level", nothing)
 
 
 # -- the secondary -------------------------------------------------------------------------------
@@ -196,7 +131,18 @@ def _(assign: Assign) -> None:
     assign(Receiver, "acknowledge", acknowledge)
 
 
-@mutant("O4 WELCOME promises what is only received")
+LOST_LINKS = aimed(
+    faults={"reset": 1.0},
+    fault_gap=0.3,
+    timing=Timing(sync=(0.001, 3.0)),
+    mode="async",
+    clients=4,
+    operations=100,
+    pause=0.2,
+)
+
+
+@mutant("O4 WELCOME promises what is only received", LOST_LINKS)
 def _(assign: Assign) -> None:
     original = Receiver._handshake
 
@@ -244,7 +190,21 @@ def _(assign: Assign) -> None:
     assign(Receiver, "_checked", again)
 
 
-@mutant("I1 consistent is said before the end of the resync is applied")
+RESYNCS = aimed(
+    faults={"resync": 1.0, "full resync": 1.0},
+    fault_gap=0.1,
+    moments=0.5,
+    moments_of=("consistent",),
+    mode="async",
+    clients=4,
+    operations=200,
+    hot_cells=16,
+    pause=0.01,
+    last_facet=False,
+)
+
+
+@mutant("I1 consistent is said before the end of the resync is applied", RESYNCS)
 def _(assign: Assign) -> None:
     async def check_end(self: Receiver) -> None:
         seq, self._end_seq = self._end_seq, None
@@ -259,10 +219,10 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Secondary.adopt
 
-    async def adopt(self: Secondary, hello: Any, reset_seq: int | None, resync: bool) -> None:
+    async def adopt(self: Secondary, *args: Any) -> None:
         former = self.store.state["upstream"] or {}
         consistent = bool(former.get("consistent"))
-        await original(self, hello, reset_seq, resync)
+        await original(self, *args)
         self.store.state["upstream"]["consistent"] = consistent
         await self.store.save()
 
@@ -270,9 +230,28 @@ def _(assign: Assign) -> None:
     assign(Secondary, "check_resyncing", lambda self: None)
 
 
+@mutant(
+    "O10 what a secondary's log lost in part is taken for damage by a later start",
+    aimed(
+        faults={"power b": 2.0, "kill b": 3.0, "slow link": 1.0},
+        fault_gap=0.3,
+        timing=Timing(sync=(0.001, 0.5)),
+        log_size=1028 * KIB,
+        remote_log_size=1028 * KIB,
+        mode="async",
+        clients=4,
+        operations=200,
+        write_cells=4,
+        pause=0.2,
+    ),
+)
+def _(assign: Assign) -> None:
+    assign(Log, "forget_behind", nothing)
+
+
 @mutant("V7 the log is emptied before it was applied")
 def _(assign: Assign) -> None:
-    assign(Secondary, "drain", _nothing)
+    assign(Secondary, "drain", nothing)
 
 
 @mutant("O22 clearings are not applied on the secondary")
@@ -442,7 +421,7 @@ def _(assign: Assign) -> None:
     async def confirm(self: Housekeeper) -> None:
         tracked = [(remote, remote.sync_maps) for remote in self.remotes]
         for remote, _ in tracked:
-            setattr(remote, "sync_maps", _nothing)  # noqa: B010
+            setattr(remote, "sync_maps", nothing)  # noqa: B010
         try:
             await original(self)
         finally:
@@ -618,7 +597,7 @@ def _(assign: Assign) -> None:
         class Unsynced:
             path = file.path
             pwrite = staticmethod(file.pwrite)
-            sync = staticmethod(_nothing)
+            sync = staticmethod(nothing)
             close = staticmethod(file.close)
 
         if self._counter > 0:
@@ -633,7 +612,7 @@ def _(assign: Assign) -> None:
 
 @mutant("I3 a flush syncs nothing")
 def _(assign: Assign) -> None:
-    assign(Group, "flush", _nothing)
+    assign(Group, "flush", nothing)
 
 
 @mutant("O22 clearings are not logged")
@@ -655,7 +634,7 @@ def _(assign: Assign) -> None:
 
 @mutant("M6 a facet is trusted before it has all that it lacks")
 def _(assign: Assign) -> None:
-    assign(FacetCopy, "run", _nothing)
+    assign(FacetCopy, "run", nothing)
 
 
 @mutant("O13 a facet's copy is made without the range lock")

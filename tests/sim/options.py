@@ -45,6 +45,7 @@ ADMIN_FAULTS = (
     "log replace",
 )
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
+"""What is drawn; "sync loss and kill a" happens only where it is asked for (``mutants.AIMS``)."""
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
 """Events of a node that a fault may follow at once."""
@@ -88,6 +89,8 @@ class Options:
     """The last facet of a volume may fail too: a remote stands in for it (M11)."""
     spill: int = 0
     """Bytes of the primary's log that are kept in memory; 0: all of it goes to the file."""
+    mode_changes: bool = False
+    """A person may change the log's mode before each start of the primary."""
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
@@ -152,7 +155,8 @@ def _spill(options: Options, rng: random.Random) -> Options:
     if rng.random() < 0.7:
         return options
     threshold = rng.choice([4, 8, 16, 32, 64, 1024]) * KIB
-    return replace(options, spill=min(threshold, options.log_size))
+    spill = min(threshold, options.log_size)
+    return replace(options, spill=spill, mode_changes=rng.random() < 0.25)
 
 
 def _snapshots(options: Options, rng: random.Random) -> Options:

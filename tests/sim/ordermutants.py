@@ -17,7 +17,7 @@ from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import FormatError
 from tests.sim.disk import SimDisk
-from tests.sim.mutants import Assign, _nothing, mutant
+from tests.sim.mutation import Assign, mutant, nothing
 
 
 @mutant("O9 records reach the secondary's facet as they arrive")
@@ -39,7 +39,7 @@ def _(assign: Assign) -> None:
     original = Session._start
 
     async def start(self: Session, decision: Any) -> None:
-        setattr(self.remote, "sync_maps", _nothing)  # noqa: B010
+        setattr(self.remote, "sync_maps", nothing)  # noqa: B010
         try:
             await original(self, decision)
         finally:
@@ -65,7 +65,7 @@ def _(assign: Assign) -> None:
 
 @mutant("O18 directories are not synced")
 def _(assign: Assign) -> None:
-    assign(SimDisk, "sync_directory", _nothing)
+    assign(SimDisk, "sync_directory", nothing)
 
 
 @mutant("O20 records are logged before the new epoch is durable")

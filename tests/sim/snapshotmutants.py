@@ -24,11 +24,7 @@ from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
-from tests.sim.mutants import Assign, mutant
-
-
-async def _nothing(*_: Any, **__: Any) -> None:
-    return None
+from tests.sim.mutation import Assign, mutant, nothing
 
 
 class Unsynced:
@@ -38,7 +34,7 @@ class Unsynced:
         self._file = file
 
     def __getattr__(self, name: str) -> Any:
-        return _nothing if name == "sync" else getattr(self._file, name)
+        return nothing if name == "sync" else getattr(self._file, name)
 
 
 @mutant("O21 a region is overwritten before its old content is durable")
@@ -69,7 +65,7 @@ def _(assign: Assign) -> None:
 
 @mutant("O21 what is being cleared is not waited for")
 def _(assign: Assign) -> None:
-    assign(Volume, "wait_landed", _nothing)
+    assign(Volume, "wait_landed", nothing)
 
 
 @mutant("O21 a secondary's snapshot keeps nothing until it is saved")
@@ -136,7 +132,7 @@ def _(assign: Assign) -> None:
 
 @mutant("V9 a plan without a marker is a snapshot")
 def _(assign: Assign) -> None:
-    def recovered(self: Snapshots, end_seq: int) -> None:
+    def recovered(self: Snapshots, end_seq: int, *, redone: bool) -> None:
         for entry in self.entries:
             if entry["seq"] is None:
                 entry.update(seq=end_seq, after=end_seq)
@@ -146,7 +142,7 @@ def _(assign: Assign) -> None:
 
 @mutant("V9 what an older snapshot needs of a deleted one does not move")
 def _(assign: Assign) -> None:
-    assign(Chain, "merge", _nothing)
+    assign(Chain, "merge", nothing)
 
 
 @mutant("V9 a secondary takes snapshots in the middle of a resync")
@@ -231,7 +227,7 @@ def _(assign: Assign) -> None:
 
 @mutant("X2 no image is kept before a resync")
 def _(assign: Assign) -> None:
-    assign(Follower, "before_resync", _nothing)
+    assign(Follower, "before_resync", nothing)
 
 
 @mutant("X2 the image from before a resync is never released")
@@ -297,7 +293,7 @@ def _(assign: Assign) -> None:
 
 @mutant("V12 the copy begins though redo may come by")
 def _(assign: Assign) -> None:
-    assign(Restorer, "settled", _nothing)
+    assign(Restorer, "settled", nothing)
 
 
 @mutant("V12 the copy does not keep what newer snapshots need")

@@ -12,11 +12,48 @@ from nbdmirror.engine.log import Log
 from nbdmirror.engine.spill import Spill
 from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.engine.store import Store
-from tests.sim.mutants import Assign, mutant
+from tests.sim.faults import Timing
+from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.options import KIB
 
-
-async def _nothing(*_: Any, **__: Any) -> None:
-    return None
+EDITED = aimed(
+    spill=4 * KIB,
+    mode_changes=True,
+    log_size=1028 * KIB,
+    remote_log_size=1028 * KIB,
+    faults={"kill a": 1.0},
+    fault_gap=0.1,
+    pause=0.02,
+    operations=64,
+    last_facet=False,
+)
+"""Deaths close to each other, and a log that is on disk from some start on."""
+CROWDED = aimed(
+    spill=8 * KIB,
+    log_size=68 * KIB,
+    remote_log_size=260 * KIB,
+    clients=4,
+    operations=200,
+    pause=0.002,
+    timing=Timing(sync=(0.001, 0.03)),
+    faults={},
+    snapshot_gap=0.05,
+    snapshots_max=64,
+    snapshot_space=None,
+    last_facet=False,
+)
+"""A log that turns over all the time, and markers that must be in its file."""
+LOSES = aimed(
+    spill=8 * KIB,
+    facets=2,
+    timing=Timing(sync=(0.0001, 0.004)),
+    faults={"sync loss and kill a": 2.0, "power a": 1.0},
+    fault_gap=0.1,
+    last_facet=False,
+    operations=100,
+    pause=0.02,
+)
+"""A sync that loses pages, and the death of the process before that is noted."""
 
 
 @mutant("M4 an extent is let go though the file lacks its records")
@@ -46,7 +83,7 @@ def _(assign: Assign) -> None:
     assign(node, "redo", redo)
 
 
-@mutant("M4 a later start redoes what an earlier one did not")
+@mutant("M4 a later start redoes what an earlier one did not", EDITED)
 def _(assign: Assign) -> None:
     original = recovery._apply
 
@@ -57,7 +94,7 @@ def _(assign: Assign) -> None:
     assign(recovery, "_apply", apply)
 
 
-@mutant("M4 memory is dropped before the tail is durable")
+@mutant("M4 memory is dropped before the tail is durable", CROWDED)
 def _(assign: Assign) -> None:
     original = Log.release
 
@@ -100,12 +137,12 @@ def _(assign: Assign) -> None:
 
 @mutant("M4 after a process death local facets are not made equal")
 def _(assign: Assign) -> None:
-    assign(doubt, "level", _nothing)
+    assign(doubt, "level", nothing)
 
 
-@mutant("O16 after a process death what is in the page cache is taken to be on disk")
+@mutant("O16 after a process death what is in the page cache is taken to be on disk", LOSES)
 def _(assign: Assign) -> None:
-    assign(doubt, "write_anew", _nothing)
+    assign(doubt, "write_anew", nothing)
 
 
 @mutant("M4 a facet that leaves does not get the extents that it had not synced")
@@ -115,7 +152,7 @@ def _(assign: Assign) -> None:
 
 @mutant("O6 an extent is let go before a facet that left has it in its map")
 def _(assign: Assign) -> None:
-    assign(Facets, "settle_owed", _nothing)
+    assign(Facets, "settle_owed", nothing)
 
 
 @mutant("M11 a volume without a local facet leaves its entries in memory")
@@ -140,7 +177,7 @@ def _(assign: Assign) -> None:
     original = Spill._to_memory
 
     async def to_memory(self: Spill) -> None:
-        save, self._store.save = self._store.save, _nothing  # type: ignore[assignment]
+        save, self._store.save = self._store.save, nothing  # type: ignore[assignment]
         try:
             await original(self)
         finally:

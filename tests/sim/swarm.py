@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.errors import NbdmirrorError
 from tests.sim import snapshots
 from tests.sim.checks import Checks
@@ -258,6 +259,8 @@ class Faults:
             await self._odd_end(kind)
         elif kind == "facet error":
             self._facet_error()
+        elif kind == "sync loss and kill a":
+            self._lose_and_kill()
         elif kind == "log replace":
             await self._replace_log()
         elif kind in ("facet offline", "facet replace"):
@@ -426,6 +429,37 @@ class Faults:
             return None if alone else once(name, where, nth)
 
         world.a.disk.faults = inject
+
+    def _lose_and_kill(self) -> None:
+        """A sync of one of several facets of the primary loses what it should have made durable,
+        and the process dies about when it hears of it."""
+        world, rng = self._world, self._random
+        node = world.a.node
+        if node is None:
+            return
+        volume = rng.choice(node.volumes)
+        if len(volume.in_service()) < 2:
+            return
+        facet = rng.choice(volume.facets)
+        once = _once("sync", facet.path, Fault(Kind.LOSE))
+
+        def inject(name: str, where: str, nth: int) -> Fault | None:
+            fault = once(name, where, nth) if len(volume.in_service()) > 1 else None
+            if fault is not None:
+                delay = world.options.timing.sync[1] * rng.random() * 2
+                self._restarts.append(world.spawn(self._kill_later(facet, delay)))
+            return fault
+
+        world.a.disk.faults = inject
+
+    async def _kill_later(self, facet: LocalFacet, delay: float) -> None:
+        host = self._world.a
+        life = host.life
+        await asyncio.sleep(delay)
+        if life.alive and host.node is not None:
+            # What is not noted may be what the other facets are made equal to.
+            host.unsynced_lost = host.unsynced_lost or facet.failed is None or facet.unnoted
+            await self._end("kill", [host])
 
     # -- people ----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from nbdmirror.engine.follower import Follower
-from tests.sim import mutants, ordermutants, snapshotmutants, spillmutants, swarm
+from tests.sim import mutants, mutation, ordermutants, snapshotmutants, spillmutants, swarm
 
 SEEDS = 48
 BATCH = 8
@@ -52,7 +52,7 @@ def test_the_same_seed_is_the_same_run_in_another_process() -> None:
     ],
 )
 def test_a_canary_dies(rule: str) -> None:
-    assert mutants.kill(rule, range(40)).found is not None
+    assert mutation.kill(rule, range(40)).found is not None
 
 
 def test_an_error_of_a_mutant_s_own_does_not_count_as_its_death(
@@ -60,24 +60,37 @@ def test_an_error_of_a_mutant_s_own_does_not_count_as_its_death(
 ) -> None:
     """It says nothing about what the oracle would have seen."""
 
-    def raising(assign: mutants.Assign) -> None:
-        assign(Follower, "left_out", lambda self: None)  # one that takes less than it is given
+    def raising(assign: mutation.Assign) -> None:
+        assign(Follower, "left_out", lambda self, told, epoch: len(epoch))
 
-    monkeypatch.setitem(mutants.MUTANTS, "raising", raising)
-    fate = mutants.kill("raising", range(3))
+    monkeypatch.setitem(mutation.MUTANTS, "raising", raising)
+    fate = mutation.kill("raising", range(3))
     assert fate.found is None and fate.errors == 3 and "TypeError" in fate.error
 
 
 def test_a_mutant_leaves_no_trace() -> None:
     """Else the seeds that run after it would test something else."""
     before = swarm.run(7).digest
-    mutants.kill("I3 a flush syncs nothing", range(3))
+    mutation.kill("I3 a flush syncs nothing", range(3))
     assert swarm.run(7).digest == before
 
 
-@pytest.mark.parametrize("rule", mutants.MUTANTS)
+def test_a_mutant_that_does_not_take_what_it_is_given_fits_no_more() -> None:
+    """Else it would die of that, in every seed."""
+
+    def original(self: object, seq: int, *, redone: bool) -> None: ...
+    def less(self: object, seq: int) -> None: ...
+    def anything(*_: object, **__: object) -> None: ...
+
+    assert mutation.takes(anything, original) and mutation.takes(original, original)
+    assert not mutation.takes(less, original)
+
+
+@pytest.mark.parametrize("rule", mutation.MUTANTS)
 def test_every_mutant_still_fits_the_engine(rule: str) -> None:
     """What it breaks is there under that name: else its campaign ends before it begins."""
-    assert snapshotmutants and ordermutants and spillmutants  # imported for their mutants
-    with mutants.broken(rule):
+    assert (
+        mutants and snapshotmutants and ordermutants and spillmutants
+    )  # imported for their mutants
+    with mutation.broken(rule):
         pass

@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from nbdmirror.codec import record as codec
@@ -74,6 +75,9 @@ class Host:
         """A slot of its superblock was found torn: it cannot prove what it had."""
         self.forked = False
         """The last start began a new line of history: the log, or its end, was lost."""
+        self.unsynced_lost = False
+        """Since its last start a facet lost what was not synced, and no other is sure to have it:
+        without a redo it is gone. A start that was cut may have trusted that facet again."""
         self.starting = False
         self.stopping = False
         self.failed: str | None = None
@@ -304,6 +308,8 @@ class World:
         self._begin_life(host)
         host.starting = True
         self.trace(host.name, "start")
+        if self.options.mode_changes and host.role == "primary":
+            self._edit(host)
         node = Node(self.env(host), host.config)
         node.events.listen(lambda event: self._on_event(host, event))
         try:
@@ -327,6 +333,14 @@ class World:
         self.spawn(self._watch(host, node))
         return True
 
+    def _edit(self, host: Host) -> None:
+        """A person changes the mode of the log, or does not."""
+        rng = random.Random(f"{self.seed}:mode:{host.life.number}")
+        spill = self.options.spill if rng.random() < 0.5 else 0
+        mode = "spill" if spill else "disk"
+        log = replace(host.config.log, mode=mode, spill_threshold=spill)
+        host.config = replace(host.config, log=log)
+
     def _on_event(self, host: Host, event: dict[str, Any]) -> None:
         fields = {k: v for k, v in event.items() if k not in ("cursor", "time", "kind")}
         self.fired[f"event {event['kind']}"] += 1
@@ -339,11 +353,15 @@ class World:
         if event["kind"] == "restored" and host.role == "primary":
             self.album.restored(event["uuid"], event["volumes"], event["seq"])
         host.torn = host.torn or event["kind"] == "superblock-damaged"
+        if event["kind"] == "facet-failed" and host.node is not None:
+            failed = next(v for v in host.node.volumes if v.name == event["volume"])
+            host.unsynced_lost = host.unsynced_lost or not failed.in_service()
         if event["kind"] == "started":
             host.forked = event["power_loss"] or event["memory_lost"]
+            lost, host.unsynced_lost = host.unsynced_lost, False
             if event["memory_lost"]:
                 self.fired["mark a log in memory is lost"] += 1
-                if event["facets_healed"]:  # it may lack what was not synced, as after a power loss
+                if event["facets_healed"] or lost:  # as after a power loss
                     self.content.forget_volatile()
         if event["kind"] == "verify-differs":
             self.fail(Violation(f"a verify on {host.name} found what is not there: {fields}"))
