@@ -20,6 +20,7 @@ from nbdmirror.config import Config
 from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
 from nbdmirror.edge.lock import exclusive
+from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.edge.notify import keep_alive, notify
 from nbdmirror.edge.security import (
     Security,
@@ -27,6 +28,7 @@ from nbdmirror.edge.security import (
     give_to_group,
     raise_descriptors,
 )
+from nbdmirror.edge.sockets import Sockets
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import ConfigError, NbdmirrorError
 
@@ -38,7 +40,8 @@ start mends that, so a service manager may start it again; not after 1, 2 and 4.
 def serve(config_path: str) -> int:
     """Runs the node of this configuration until it is told to stop; returns the exit code."""
     try:
-        return _serve_config(load(config_path))
+        sockets = Sockets.of(os.environ)
+        return _serve_config(sockets.extended(load(config_path)), sockets)
     except (NbdmirrorError, OSError):
         raise
     except Exception:
@@ -46,19 +49,19 @@ def serve(config_path: str) -> int:
         return EXIT_MISTAKE
 
 
-def _serve_config(config: Config) -> int:
+def _serve_config(config: Config, sockets: Sockets) -> int:
     if config.nbd.frontend == "nbdkit" and config.nbd.listen:
         from nbdmirror.edge.nbdkit import supervise
 
-        return supervise(config)
+        return supervise(config, sockets)
     with exclusive(config.state_dir):
-        world.run(_serve(config))
+        world.run(_serve(config, sockets))
     return 0
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, sockets: Sockets) -> None:
     """The native front end: the node, and the signals of this process."""
-    daemon = Daemon(config)
+    daemon = Daemon(config, sockets)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stop.set)
@@ -73,13 +76,18 @@ class Daemon:
     """A node and what surrounds it: journal, service manager, reload. Both front ends run one:
     ``start``, ``ready``, ``ending``, ``finish``, on one loop; ``stop`` is set to end it."""
 
-    def __init__(self, config: Config, *, tell: Callable[[str], None] = notify) -> None:
-        """``tell`` takes what the service manager should know, as sd_notify has it."""
+    def __init__(
+        self, config: Config, sockets: Sockets, *, tell: Callable[[str], None] = notify
+    ) -> None:
+        """``config``: ``extended`` by ``sockets``. ``tell`` takes what the service manager should
+        know, as sd_notify has it."""
         self.config = config
         self.stop = asyncio.Event()
-        self._security = Security(config)
+        self._sockets = sockets
+        network = LinuxNetwork(sockets)
+        self._security = Security(config, network)
         self.node = Node(
-            self._security.env(world.real_env()),
+            self._security.env(world.real_env(network)),
             config,
             peer_uid=world.peer_uid,
             owners=(0, os.geteuid()),
@@ -132,7 +140,7 @@ class Daemon:
         config, events = self.config, self.node.events
         self._tell("RELOADING=1")
         try:
-            fresh = load(config.path)
+            fresh = self._sockets.extended(load(config.path))
             self._security.reload(fresh)
         except NbdmirrorError as error:
             events.emit("reload-failed", why=error.message)

@@ -23,10 +23,10 @@ T = TypeVar("T")
 _PEERCRED = struct.Struct("3i")
 
 
-def real_env() -> Env:
+def real_env(network: LinuxNetwork | None = None) -> Env:
     """This machine, as the engine sees it."""
     seed = random.SystemRandom().getrandbits(128)
-    return Env(LinuxDisk(), LinuxNetwork(), LinuxClock(), random.Random(seed))
+    return Env(LinuxDisk(), network or LinuxNetwork(), LinuxClock(), random.Random(seed))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -30,10 +30,11 @@ from nbdmirror.config import Config
 from nbdmirror.edge import env as world
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.nbdkit_bridge import RESTARTED, SUPERVISOR_FD, SUPERVISOR_PID
-from nbdmirror.edge.net import listen_for_another
+from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.edge.notify import WATCHDOG, keep_alive, notify
 from nbdmirror.edge.secrets import check_secret
 from nbdmirror.edge.security import check_security
+from nbdmirror.edge.sockets import FIRST_FD, HANDED_ON, Sockets
 from nbdmirror.errors import ConfigError, NbdmirrorError
 from nbdmirror.ports import Listener
 
@@ -43,14 +44,13 @@ LISTEN_MAX = 16
 """Sockets that nbdkit takes over."""
 
 PLUGIN = Path(__file__).with_name("nbdkit_plugin.py")
-FIRST_FD = 3
 _HIGH_FD = 64  # above all numbers that the sockets get in nbdkit
 _INSTALL = 'install nbdkit and its Python plugin, or set nbd.frontend = "native"'
 # The node in nbdkit gives its signs of life through us, so the watchdog's time is passed on.
-_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDNAMES")
+_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID")
 
 
-def supervise(config: Config) -> int:
+def supervise(config: Config, sockets: Sockets) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code.
 
     ConfigError if nbdkit cannot be used here; else whatever ended the node."""
@@ -63,7 +63,7 @@ def supervise(config: Config) -> int:
     check_security(config)
     with exclusive(config.state_dir):
         pass  # an nbdkit whose supervisor was killed has gone, with its sockets
-    world.run(Supervisor(config, program).run())
+    world.run(Supervisor(config, program, sockets).run())
     return 0
 
 
@@ -91,8 +91,9 @@ def _find_nbdkit() -> str:
 class Supervisor:
     """Keeps one nbdkit running, from the first READY to the clean stop."""
 
-    def __init__(self, config: Config, program: str) -> None:
+    def __init__(self, config: Config, program: str, passed: Sockets) -> None:
         self._config = config
+        self._passed = passed
         self._program = program
         self._sockets: list[socket.socket] = []
         self._pid: int | None = None
@@ -108,11 +109,13 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
+        network = LinuxNetwork(self._passed)
         listeners: list[Listener] = []
         alive = asyncio.ensure_future(keep_alive(wanted=lambda: not self._ready))
         try:
             for address in self._config.nbd.listen:
-                sock, listener = await listen_for_another(address)
+                sock, listener = await network.listening(address)
+                sock.setblocking(True)
                 listeners.append(listener)
                 self._sockets.append(sock)
             await self._keep_running()
@@ -177,16 +180,19 @@ class Supervisor:
         return status
 
     def _spawn(self, writer: int, previous: str) -> int:
-        """Starts nbdkit with the sockets from descriptor 3 on, and the pipe behind them."""
-        sources = [sock.fileno() for sock in self._sockets] + [writer]
+        """Starts nbdkit with the sockets from descriptor 3 on, and behind them the pipe and what
+        was passed for the node in it."""
+        pipe = FIRST_FD + len(self._sockets)
+        others, told = self._passed.handed_on(pipe + 1)
+        sources = [sock.fileno() for sock in self._sockets] + [writer, *others]
         # Out of the way first: a number may be both a source and a target.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in sources]
-        pipe = FIRST_FD + len(self._sockets)
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_PASSED_ON}
         environment |= {
             "LISTEN_FDS": str(len(self._sockets)),
             "PYTHONPATH": os.pathsep.join(_import_path()),
             SUPERVISOR_FD: str(pipe),
+            HANDED_ON: told,
             SUPERVISOR_PID: str(os.getpid()),
         }
         if previous:

@@ -36,6 +36,7 @@ from nbdmirror.edge import env as world
 from nbdmirror.edge.daemon import Daemon
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.notify import notify
+from nbdmirror.edge.sockets import Sockets
 from nbdmirror.engine.access import Client as Identity
 from nbdmirror.engine.node import STOP_SECONDS
 from nbdmirror.engine.store import Store
@@ -138,7 +139,8 @@ class Bridge:
     ``close`` in cleanup; ``shut_down`` is nbdkit's own request to end."""
 
     def __init__(self, config_path: str, shut_down: Callable[[], None]) -> None:
-        self.config: Config = load(config_path)
+        self._sockets = Sockets.of(os.environ)
+        self.config: Config = self._sockets.extended(load(config_path))
         self.loop: asyncio.AbstractEventLoop
         self.daemon: Daemon
         self.closed = False
@@ -170,7 +172,9 @@ class Bridge:
         """Recovers and starts the node; returns when it serves, raises what keeps it from that.
 
         Threads do not survive a fork, so it is here that the loop's thread starts."""
-        self._listening = [sock.getsockname() for sock in _sockets() if _accepts(sock)]
+        ours = [one.socket.getsockname() for one in self._sockets.passed if one.socket]
+        names = [sock.getsockname() for sock in _sockets() if _accepts(sock)]
+        self._listening = [name for name in names if name not in ours]
         self._take_signals()
         self._thread.start()
         self._started.wait()
@@ -215,7 +219,7 @@ class Bridge:
     async def _live(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._quiet = asyncio.Event()
-        self.daemon = daemon = Daemon(self.config, tell=tell)
+        self.daemon = daemon = Daemon(self.config, self._sockets, tell=tell)
         self.loop.add_reader(self._signals, self._signalled)
         await daemon.start(nbd=False)
         if why := os.environ.get(RESTARTED):

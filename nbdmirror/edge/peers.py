@@ -26,7 +26,7 @@ from nbdmirror.codec.admin import LineFramer
 from nbdmirror.codec.peerauth import Connecting, Listening, Names
 from nbdmirror.config import Config, Limits, ReplicationConfig
 from nbdmirror.edge import tls
-from nbdmirror.edge.net import LinuxNetwork, listen_for_another
+from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.edge.secrets import read_secret
 from nbdmirror.engine.admission import Gate, Guest, Room, counted_as
 from nbdmirror.errors import FormatError, PeerError, Refused
@@ -143,8 +143,7 @@ class SecurePeers:
         self, address: str, protocol: Callable[[str | None], asyncio.BufferedProtocol]
     ) -> Listener:
         """See ``ports.Peers``."""
-        sock, name = await listen_for_another(address)
-        sock.setblocking(False)
+        sock, name = await self._network.listening(address)
         return _Acceptor(sock, name, lambda peer: self._welcome(peer, protocol), self._limits)
 
     async def _welcome(

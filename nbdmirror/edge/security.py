@@ -29,12 +29,12 @@ CONNECTIONS_MIN = 4
 class Security:
     """The proofs of one node."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, network: LinuxNetwork) -> None:
         """ConfigError names the file or the group that is not as it must be."""
         self._peers: SecurePeers | None = None
         self._nbd: NbdTls | None = None
         if config.replication.tls is not None or config.replication.secret_file is not None:
-            self._peers = SecurePeers(config, LinuxNetwork())
+            self._peers = SecurePeers(config, network)
         if config.nbd.tls is not None:
             self._nbd = NbdTls(config.nbd.tls, config.limits.handshake_seconds)
         if config.nbd.psk_file is not None:
@@ -70,7 +70,7 @@ class Security:
 
 def check_security(config: Config) -> None:
     """Refuses what would keep the daemon from starting (ConfigError); for ``nbdmirror check``."""
-    Security(config)
+    Security(config, LinuxNetwork())
 
 
 def raise_descriptors() -> None:

@@ -21,7 +21,8 @@ from nbdmirror.config import KIB, MIB
 from nbdmirror.edge import files
 from nbdmirror.edge.clock import LinuxClock
 from nbdmirror.edge.files import LinuxDisk
-from nbdmirror.edge.net import LinuxNetwork, TcpAddress, UnixAddress, parse_address
+from nbdmirror.edge.net import LinuxNetwork
+from nbdmirror.edge.sockets import TcpAddress, UnixAddress, parse_address
 from nbdmirror.errors import ConfigError
 from tests.contract.network_contract import Peer
 

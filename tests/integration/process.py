@@ -128,11 +128,12 @@ class Process:
         env: Mapping[str, str] | None = None,
         notify: float | None = None,
         listens: str | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         """Starts ``argv``; returns when it is ready.
 
         ``notify``: wait so many seconds for READY=1. ``listens``: wait for this address to accept.
-        With neither it returns at once.
+        With neither it returns at once. ``pass_fds``: descriptors that it inherits.
         """
         self.name = name
         self.log = log
@@ -149,6 +150,7 @@ class Process:
                     stdout=output,
                     stderr=output,
                     env=environment,
+                    pass_fds=pass_fds,
                 )
             if self._notifier is not None and notify is not None:
                 self._notifier.wait_ready(self, notify)

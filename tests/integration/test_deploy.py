@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from nbdmirror import errors
-from nbdmirror.edge import daemon, notify
+from nbdmirror.edge import daemon, notify, sockets
 from tests.integration.cluster import MIB, READY_S, Cluster, nbdmirror
 from tests.integration.pki import Authority
 from tests.integration.process import NotifySocket, Process, free_port, wait_until
@@ -50,7 +51,7 @@ SERVICE = settings(DEPLOY / "nbdmirror@.service")
 
 def unit(directory: Path, instance: str, *drop_ins: str) -> Path:
     """An instance of a template as ``systemctl edit`` leaves it: with these examples beside it."""
-    template = re.sub("@.*", "@.service", instance)
+    template = re.sub(r"@.*\.", "@.", instance)
     path = directory / instance
     shutil.copy(DEPLOY / template, path)
     beside = directory / f"{instance}.d"
@@ -82,6 +83,7 @@ def analyze(*argv: str, directory: Path) -> str:
     [
         ("nbdmirror@db.service", ()),
         ("nbdmirror@db.service", ("peers.conf", "block-device.conf")),
+        ("nbdmirror@db.socket", ()),
         ("nbdmirror-attach@nbd0.service", ()),
         ("nbd-client@nbd0.service", ()),
     ],
@@ -89,6 +91,8 @@ def analyze(*argv: str, directory: Path) -> str:
 def test_units_verify(tmp_path: Path, instance: str, drop_ins: tuple[str, ...]) -> None:
     """systemd knows every setting, and finds nothing to say about any."""
     path = unit(tmp_path, instance, *drop_ins)
+    if instance.endswith(".socket"):
+        unit(tmp_path, instance.replace(".socket", ".service"))
     assert analyze("verify", "--man=no", str(path), directory=tmp_path) == ""
 
 
@@ -111,6 +115,38 @@ def test_a_failed_disk_is_not_restarted_a_crash_is() -> None:
     }
     assert daemon.EXIT_MISTAKE not in prevented
     assert "SuccessExitStatus" not in SERVICE
+
+
+def test_a_failed_disk_is_not_started_by_a_client_either() -> None:
+    """O16: with the same codes the socket unit ends, so that clients are refused."""
+    (command,) = SERVICE["ExecStopPost"]
+    assert command.startswith("-+"), "systemctl needs root, and there may be no socket unit"
+    assert "systemctl --no-block stop nbdmirror@%i.socket" in command
+    for code in (*range(5), errors.DiskFailed.exit_code, daemon.EXIT_MISTAKE, "KILL", ""):
+        words = shlex.split(command.replace("$$", "$").replace("exec systemctl", "echo"))[1:]
+        told = subprocess.run(
+            ["/bin/sh", *words],
+            env={"EXIT_STATUS": str(code)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        prevented = str(code) in SERVICE["RestartPreventExitStatus"][0].split()
+        assert ("nbdmirror@%i.socket" in told.stdout) == prevented, code
+
+
+def test_the_socket_unit_makes_what_the_daemon_would() -> None:
+    """The paths of the examples, the same owner and mode."""
+    made = settings(DEPLOY / "nbdmirror@.socket")
+    config = tomllib.loads((EXAMPLES / "alpha.toml").read_text())
+    listen = [path.replace("%i", config["group"]) for path in made["ListenStream"]]
+    assert listen == [
+        config["nbd"]["listen"][0].removeprefix("unix:"),
+        config["admin"]["socket"],
+    ]
+    assert int(made["SocketMode"][0], 8) == sockets.UNIX_MODE
+    assert made["SocketUser"] == SERVICE["User"] and made["SocketGroup"] == SERVICE["Group"]
+    assert made["FileDescriptorName"][0] in sockets.NAMES
 
 
 def test_a_mistake_of_the_program_is_no_failed_disk(
