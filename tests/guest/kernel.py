@@ -1,30 +1,21 @@
-"""Debian's kernel, unpacked beside the tree's other caches: never installed, never run here.
+"""Debian's kernel, unpacked (see ``tests.debian``): never installed, never run here.
 
-Owns ``.cache/guest``: the package is fetched once with ``apt-get download`` and unpacked with
-``dpkg -x``; both work without root. Used by ``guest``; knows nothing of QEMU.
+Used by ``guest``; knows nothing of QEMU.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TREE = Path(__file__).resolve().parents[2]
-CACHE = TREE / ".cache" / "guest"
+from tests.debian import TREE, FetchError, refresh, run, unpacked
+
+__all__ = ["METAPACKAGES", "TREE", "Kernel", "kernel"]
 
 # The cloud kernel has no 9p, so the host's files go in by virtiofs, whose daemon needs root.
 METAPACKAGES = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
-
-
-class KernelError(Exception):
-    """No kernel can be had; the message says what was tried."""
 
 
 @dataclass(frozen=True)
@@ -49,49 +40,25 @@ def default_flavour() -> str:
 def kernel(flavour: str | None = None) -> Kernel:
     """The kernel of that flavour (``cloud``, ``generic``; None: what fits this user).
 
-    Fetched at first use. KernelError if the package cannot be had."""
+    Fetched at first use. FetchError if the package cannot be had."""
     flavour = flavour or default_flavour()
-    directory = CACHE / flavour
-    if not directory.exists():
-        with _one_at_a_time():
-            if not directory.exists():
-                _fetch(flavour, directory)
+    directory = unpacked(f"guest/{flavour}", lambda: _package(METAPACKAGES[flavour]), _index)
     (image,) = directory.glob("boot/vmlinuz-*")
     (modules,) = directory.glob("lib/modules/*")
     return Kernel(flavour, image, modules)
 
 
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Processes of one test run fetch one after the other, and then find what the first fetched."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _fetch(flavour: str, directory: Path) -> None:
-    """Fetches and unpacks next to ``directory`` and renames: what is there is complete."""
-    work = Path(tempfile.mkdtemp(prefix="fetch-", dir=CACHE))
-    try:
-        package = _package(METAPACKAGES[flavour])
-        _run("apt-get", "-q", "download", package, cwd=work)
-        (archive,) = work.glob("*.deb")
-        root = work / "root"
-        _run("dpkg", "-x", str(archive), str(root), cwd=work)
-        (modules,) = root.glob("lib/modules/*")
-        # The package leaves this to its installation.
-        _run("depmod", "-b", str(root), modules.name, cwd=work)
-        root.rename(directory)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _index(root: Path) -> None:
+    """The package leaves this to its installation."""
+    (modules,) = root.glob("lib/modules/*")
+    run("depmod", "-b", str(root), modules.name, cwd=root)
 
 
 def _package(metapackage: str) -> str:
     """The package that the metapackage stands for, after ``apt-get update`` if apt knows none."""
     for update in (False, True):
         if update:
-            _run(*([] if os.geteuid() == 0 else ["sudo"]), "apt-get", "-q", "update", cwd=CACHE)
+            refresh()
         done = subprocess.run(
             ["apt-cache", "depends", metapackage], capture_output=True, text=True, check=False
         )
@@ -99,14 +66,4 @@ def _package(metapackage: str) -> str:
             kind, _, name = line.strip().partition(": ")
             if kind == "Depends" and name.startswith("linux-image-"):
                 return name
-    raise KernelError(f"apt knows no {metapackage}: is this Debian on amd64?")
-
-
-def _run(*argv: str, cwd: Path) -> None:
-    # depmod lives in a directory that an ordinary user's PATH lacks.
-    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "LC_ALL": "C"}
-    done = subprocess.run(
-        argv, cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise KernelError(f"{' '.join(argv)} -> {done.returncode}\n{done.stdout}{done.stderr}")
+    raise FetchError(f"apt knows no {metapackage}: is this Debian on amd64?")
