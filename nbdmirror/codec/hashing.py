@@ -1,12 +1,12 @@
 """The hashes by which regions and blocks are compared (X1, X6).
 
-The first half of SHA-256: cryptographic, so that a tenant cannot make two blocks that pass for
-the same, and faster than other such hashes where the processor has instructions for it. Pure.
+The first half of BLAKE3: cryptographic, so that a tenant cannot make two blocks that pass for the
+same, and four times as fast over a region as SHA-256 is with instructions for it. Pure.
 """
 
 from __future__ import annotations
 
-import hashlib
+from blake3 import blake3
 
 from nbdmirror.ports import Buffer
 
@@ -15,15 +15,12 @@ BLOCK = 4096
 """Inside a region that differs, blocks of this size are compared, and only those that differ
 travel."""
 
-_ZEROS = bytes(BLOCK)
-
 
 def digests(data: Buffer, step: int) -> bytes:
     """One hash for each ``step`` bytes of the data, in order; the last piece may be short."""
     view = memoryview(data)
-    sha256 = hashlib.sha256
     return b"".join(
-        [sha256(view[at : at + step]).digest()[:HASH_SIZE] for at in range(0, len(view), step)]
+        [blake3(view[at : at + step]).digest(HASH_SIZE) for at in range(0, len(view), step)]
     )
 
 
@@ -41,19 +38,29 @@ def different(ours: Buffer, theirs: Buffer) -> bytearray:
     )
 
 
+def is_zeros(data: Buffer) -> bool:
+    """Whether there is nothing but zeros."""
+    view = memoryview(data)
+    # Most data tells by its first byte.
+    return not len(view) or (not view[0] and view.tobytes() == bytes(len(view)))
+
+
 def zero_runs(data: Buffer) -> list[tuple[int, int, bool]]:
     """(offset, length, zeros) runs that cover the data, in whole blocks but for its end."""
     view = memoryview(data)
-    runs: list[tuple[int, int, bool]] = []
     size = len(view)
-    start, kind = 0, False
-    for at in range(0, size, BLOCK):
-        block = view[at : at + BLOCK]
-        zeros = block == (_ZEROS if len(block) == BLOCK else _ZEROS[: len(block)])
-        if zeros is not kind:
-            if at > start:
-                runs.append((start, at - start, kind))
-            start, kind = at, zeros
-    if size > start:
-        runs.append((start, size - start, kind))
+    firsts = view[::BLOCK].tobytes()
+    zeros = bytearray(len(firsts))
+    at = firsts.find(0)
+    while at >= 0:  # only a block that begins with a zero can be one of zeros
+        zeros[at] = is_zeros(view[at * BLOCK : (at + 1) * BLOCK])
+        at = firsts.find(0, at + 1)
+    runs: list[tuple[int, int, bool]] = []
+    start = 0
+    while start < len(zeros):
+        end = zeros.find(1 - zeros[start], start)
+        end = len(zeros) if end < 0 else end
+        length = min(end * BLOCK, size) - start * BLOCK
+        runs.append((start * BLOCK, length, bool(zeros[start])))
+        start = end
     return runs

@@ -69,7 +69,7 @@ HEADER_SIZE = _HEAD.size + _SUM.size
 assert HEADER_SIZE == 40
 _MAGIC = b"NMF1"
 
-_POOL = SlabPool(1 << 20)
+_POOL = SlabPool(9 << 18)  # two of the largest frames that senders make, and a bit
 
 ACK = struct.Struct("<QQQ")
 REGION = struct.Struct("<QIIII")

@@ -13,6 +13,8 @@ class Payoff:
     def __init__(self) -> None:
         self._pause = 0
         self._left = 0
+        self.known = False
+        """Whether anything has come of it yet."""
 
     def worth(self) -> bool:
         """Whether to try this time; the caller then reports with ``result``."""
@@ -23,5 +25,6 @@ class Payoff:
 
     def result(self, paid: bool) -> None:
         """What came of the last try."""
+        self.known = True
         self._pause = 0 if paid else min(PAUSE_MAX, self._pause * 2 or 1)
         self._left = self._pause

@@ -60,6 +60,8 @@ _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
 
+LARGE_BYTES = 64 << 10
+"""Writes from here on make large folios anyway, and cost less where pages are cached."""
 STRETCH_SHIFT = 22
 """Facets let go of cached pages by stretches of 4 MiB (see ``ScatteredFile``)."""
 
@@ -360,7 +362,7 @@ class ScatteredFile(LinuxFile):
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """As ``LinuxFile.pwrite``."""
-        if offset >> STRETCH_SHIFT not in self._touched:
+        if len(data) < LARGE_BYTES and offset >> STRETCH_SHIFT not in self._touched:
             self._let_go(offset >> STRETCH_SHIFT)
         count = pwrite(self._fd, data, offset)
         if count != len(data):

@@ -12,6 +12,7 @@ import errno
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
+from nbdmirror.codec.hashing import is_zeros
 from nbdmirror.core import layers
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine.layer import LayerFile
@@ -21,7 +22,7 @@ from nbdmirror.ports import Buffer
 if TYPE_CHECKING:
     from nbdmirror.engine.volume import Volume
 
-BATCH_BYTES = 2 << 20
+BATCH_BYTES = 8 << 20
 """Regions kept with one sync."""
 MERGE_REGIONS = 16
 """Regions of a deleted snapshot that move at a time: copies on write wait for no more."""
@@ -184,7 +185,7 @@ class Chain:
         if all(hole for _, _, hole in volume.allocation_below(offset, length)):
             return None
         data = bytes(await volume.read_below(offset, length))
-        return data if data.count(0) != length else None
+        return None if is_zeros(data) else data
 
     # -- reading -----------------------------------------------------------------------------
 

@@ -32,15 +32,18 @@ from nbdmirror.errors import PeerError, VolumeFailed
 from nbdmirror.ports import Buffer
 
 COPY_BYTES = 1 << 20
-"""Regions are copied, and compared, in windows of at most this (or one region) ..."""
+"""Regions are copied in windows of at most this (or one region) ..."""
+COMPARE_BYTES = 4 << 20
+"""... and compared in windows of this: what a thread costs to be asked is the same ..."""
 YIELDING_BYTES = 128 << 10
-"""... of this while clients are active ..."""
+"""... both of this while clients are active ..."""
 SMALL_BYTES = 16 << 10
 """Reads up to this are not worth a thread."""
 COPY_SECONDS = 0.25
 """... and of what is acknowledged in so long: a slow link that is lost again makes progress."""
 HASHED_COST = 4
-"""A window that is compared counts for this part of its size in what is under way."""
+"""A window that is compared counts for this part of its size in what is under way; for so many
+times its size before it is known whether comparing pays."""
 HOLE_COST = 64
 """What a region of a hole counts for."""
 STALL_SECONDS = 10.0
@@ -99,13 +102,13 @@ class Copier:
 
     # -- bounds ------------------------------------------------------------------------------
 
-    def size(self, region_size: int) -> int:
+    def size(self, region_size: int, limit: int = COPY_BYTES) -> int:
         """Regions that a window should have now."""
-        return max(1, self.window_size() // region_size)
+        return max(1, self.window_size(limit) // region_size)
 
-    def window_size(self) -> int:
+    def window_size(self, limit: int = COPY_BYTES) -> int:
         """Bytes of the volume that a window should have now: one region, if that is more."""
-        size = COPY_BYTES
+        size = limit
         if self._governor.active() or not self.progress.done_bytes:
             size = YIELDING_BYTES
         rate = self.progress.rate(asyncio.get_running_loop().time())
@@ -212,7 +215,8 @@ class Copier:
         offset, length = first * region, self.length(volume, first, count)
         async with volume.locked(offset, length, exclusive=False):
             began = self._governor.now_ns()
-            cost = max(1, length // HASHED_COST)
+            known = self.compare_pays.known
+            cost = max(1, length // HASHED_COST) if known else length * HASHED_COST
             token = self._open(volume, first, count, cost, hashed=True)
             hashes: Buffer = b""
             if not ask:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
 from nbdmirror.codec import batch, fields, repl
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
-from nbdmirror.codec.regions import parse_hashes, parse_region
+from nbdmirror.codec.regions import Region, parse_hashes, parse_region
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.config import Limits
 from nbdmirror.engine import leftout
@@ -31,6 +32,8 @@ from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError
 
 QUEUE_BYTES_MAX = 8 << 20
 """Frames that wait to be handled; beyond it the connection is not read."""
+AHEAD_BYTES = 4 << 20
+"""Copies that wait in the queue: what they overwrite is kept for snapshots with the same sync."""
 ACK_PAUSE_SECONDS = 0.01
 """A primary where nobody waits for this remote hears of its progress no more often than this."""
 
@@ -312,12 +315,30 @@ class Receiver:
 
     # -- regions -----------------------------------------------------------------------------
 
-    async def _on_region(self, frame: Frame) -> None:
+    def _region(self, frame: Frame) -> Region:
         region = parse_region(frame)
-        secondary = self.secondary
-        secondary.check_resyncing()
+        self.secondary.check_resyncing()
         for offset, length, _ in region.extents:
-            secondary.check_range(region.volume, offset, length)
+            self.secondary.check_range(region.volume, offset, length)
+        return region
+
+    def _ranges_ahead(self, region: Region) -> Iterator[tuple[int, int]]:
+        """What this copy and those right behind it are about to overwrite with data."""
+        size = 0
+        behind = takewhile(lambda frame: frame.type is Type.REGION, self._frames)
+        for one in chain([region], map(self._region, behind)):
+            for offset, length, data in one.extents:
+                if data is not None and one.volume == region.volume:
+                    yield offset, length
+                    size += length
+            if size >= AHEAD_BYTES:
+                return
+
+    async def _on_region(self, frame: Frame) -> None:
+        region = self._region(frame)
+        secondary = self.secondary
+        if secondary.in_the_way(region.volume, region.extents):
+            await secondary.make_way(region.volume, list(self._ranges_ahead(region)))
         for offset, length, data in region.extents:
             await secondary.place(region.volume, offset, length, data)
         if not region.more:

@@ -23,6 +23,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nbdmirror.codec.hashing import is_zeros
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine.chain import Chain, Member, stopping
 from nbdmirror.engine.maps import DcmFile
@@ -291,7 +292,7 @@ class VolumeRestore:
         return done
 
     async def _place(self, offset: int, data: Buffer) -> None:
-        zeros = bytes(data).count(0) == len(data)
+        zeros = is_zeros(data)
         lost = []
         for facet in self.volume.writable():
             try:

@@ -24,7 +24,7 @@ from nbdmirror.config import ReplicationConfig
 from nbdmirror.core import convergence
 from nbdmirror.core.convergence import Pass
 from nbdmirror.core.progress import Progress
-from nbdmirror.engine.copier import Copier
+from nbdmirror.engine.copier import COMPARE_BYTES, Copier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
@@ -186,12 +186,13 @@ class Resync:
             if hole:
                 await copier.hole(volume, first, hole)
                 return hole
-        count = min(count, copier.size(region))
         if copier.compare_pays.worth():
+            count = min(count, copier.size(region, COMPARE_BYTES))
             # What is known to differ needs no hashes of whole regions; blocks may be the same.
             ask = not self._compare and region > BLOCK
             await copier.compare(volume, first, count, ask=ask)
         else:
+            count = min(count, copier.size(region))
             await copier.copy(volume, first, [None] * count)
         return count
 

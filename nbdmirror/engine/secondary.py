@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import fields, repl
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.record import Record
+from nbdmirror.codec.regions import Extent
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
@@ -352,6 +353,20 @@ class Secondary:
         """PeerError if no resync was agreed upon: regions then are not to be overwritten."""
         if self.store.state["upstream"]["consistent"]:
             raise PeerError("a region came outside a resync")
+
+    def in_the_way(self, volume: int, extents: Iterable[Extent]) -> bool:
+        """Whether a snapshot still needs what these extents would overwrite with data."""
+        guard = self.volumes[volume].guard
+        return guard is not None and any(
+            data is not None and guard.holds(offset, length) for offset, length, data in extents
+        )
+
+    async def make_way(self, volume: int, ranges: Iterable[tuple[int, int]]) -> None:
+        """Has snapshots keep what is there, all of it with few syncs (X2). ``place`` does so too,
+        for what is still needed when its turn comes."""
+        guard = self.volumes[volume].guard
+        if guard is not None:
+            await guard.make_way(ranges)
 
     async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
         """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
