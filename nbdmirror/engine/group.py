@@ -299,7 +299,10 @@ class Group:
     # -- the step ----------------------------------------------------------------------------
 
     def _commit(self, volume: Volume, batch: Batch) -> Coroutine[Any, Any, None] | None:
-        """Log, then facets, in one step. Returns what must be awaited before the reply, if any."""
+        """Log, then facets, in one step. Returns what must be awaited before the reply, if any.
+
+        One facet after the other: they take a write into the page cache sooner than another thread
+        could be asked to (``tests.bench.facets``)."""
         records = self._append(volume, batch)
         seq = self.log.next_seq - 1
         lost: list[LocalFacet] = []
