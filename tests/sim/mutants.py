@@ -133,12 +133,17 @@ def _(assign: Assign) -> None:
 
 LOST_LINKS = aimed(
     faults={"reset": 1.0},
-    fault_gap=0.3,
-    timing=Timing(sync=(0.001, 3.0)),
+    fault_gap=3.0,
+    timing=Timing(sync=(0.001, 1.0)),
+    extent=16 * KIB,
     mode="async",
     clients=4,
-    operations=100,
-    pause=0.2,
+    operations=300,
+    hot_cells=16,
+    pause=2.0,
+    fua=0.0,
+    flush=0.02,
+    snapshot_gap=0.0,
 )
 
 
@@ -233,16 +238,23 @@ def _(assign: Assign) -> None:
 @mutant(
     "O10 what a secondary's log lost in part is taken for damage by a later start",
     aimed(
-        faults={"power b": 2.0, "kill b": 3.0, "slow link": 1.0},
-        fault_gap=0.3,
+        faults={"power b": 1.0, "kill b": 1.0, "slow link": 0.3},
+        fault_gap=1.0,
         timing=Timing(sync=(0.001, 0.5)),
+        sizes=(256 * KIB,),
+        facets=1,
+        remotes=1,
+        extent=16 * KIB,
         log_size=1028 * KIB,
         remote_log_size=1028 * KIB,
         mode="async",
         clients=4,
-        operations=200,
-        write_cells=4,
-        pause=0.2,
+        operations=500,
+        write_cells=8,
+        pause=0.5,
+        fua=0.0,
+        flush=0.0,
+        snapshot_gap=0.0,
     ),
 )
 def _(assign: Assign) -> None:
