@@ -13,6 +13,7 @@ from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.engine.node import Node
+from nbdmirror.errors import NbdmirrorError
 from nbdmirror.ports import Env
 from tests.sim import cover
 from tests.sim.clock import SimClock
@@ -60,6 +61,8 @@ def recover_alone(disk: SimDisk, config: Config, seed: str) -> Image:
     try:
         main = loop.spawn(life, _boot(loop, disk, config, seed))
         image: Image = loop.run_until_complete(main)
+    except NbdmirrorError as error:
+        raise Violation(f"a clone of {disk.node} does not start: {error}") from error
     finally:
         life.kill()
         loop.close()

@@ -222,6 +222,7 @@ class SimLoop(LoopBase):
         self._closed = True
         self._ready.clear()
         self._timers.clear()
+        self._tell_of_unseen()
         self._keep_unfinished_tasks()
         token = INCARNATION.set(_over())  # what the coroutines' finally clauses do reaches nothing
         try:
@@ -333,12 +334,14 @@ class SimLoop(LoopBase):
         return [task.get_name() for task, _ in self._tasks if not task.done()]
 
     def _keep_unfinished_tasks(self) -> None:
+        """Those that failed are kept too: somebody may be about to look."""
+        self._tasks = [one for one in self._tasks if not one[0].done() or _unseen(one[0])]
+
+    def _tell_of_unseen(self) -> None:
         for task, _ in self._tasks:
-            # Set while an exception has been stored and nobody has asked for it.
-            if task.done() and getattr(task, "_log_traceback", False):
+            if task.done() and _unseen(task):
                 message = f"task {task.get_name()} failed and nobody looked"
                 self.call_exception_handler({"message": message, "exception": task.exception()})
-        self._tasks = [one for one in self._tasks if not one[0].done()]
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         if not isinstance(context.get("exception"), NodeDead):
@@ -402,3 +405,8 @@ def _close_coroutine(task: asyncio.Task[Any]) -> None:
         except BaseException:
             return
         return
+
+
+def _unseen(task: asyncio.Task[Any]) -> bool:
+    """An exception has been stored, and nobody has asked for it."""
+    return bool(getattr(task, "_log_traceback", False))

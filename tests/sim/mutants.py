@@ -43,7 +43,7 @@ from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import FormatError
 from tests.sim.faults import Timing
 from tests.sim.mutation import Assign, aimed, mutant, nothing
-from tests.sim.options import KIB
+from tests.sim.options import KIB, storm
 
 # -- the active map ------------------------------------------------------------------------------
 
@@ -350,7 +350,23 @@ def _(assign: Assign) -> None:
     assign(node, "note_fork", lambda store, recovered: None)
 
 
-@mutant("O10 a scan takes records of an epoch that had ended")
+DEATHS = aimed(
+    faults={"kill a": 1.0, "power a": 3.0, "power both": 1.0, "die starting": 1.0},
+    fault_gap=0.5,
+    timing=Timing(sync=(0.001, 0.03)),
+    clients=4,
+    operations=300,
+    write_cells=1,
+    hot_cells=16,
+    pause=0.1,
+    flush=0.02,
+    last_facet=False,
+)
+"""One death of the primary after the other, and records of one size: what is left of a former
+epoch lies where the next record would."""
+
+
+@mutant("O10 a scan takes records of an epoch that had ended", DEATHS)
 def _(assign: Assign) -> None:
     def scan(self: Log, forks: Any, epoch_max: int) -> Iterator[codec.Record]:
         ring = self.ring
@@ -396,15 +412,9 @@ def _(assign: Assign) -> None:
     assign(Store, "_save", first_save)
 
 
-@mutant("O11 a slot that may be in the page cache only is relied on")
+@mutant("O11 a slot that may be in the page cache only is relied on", DEATHS)
 def _(assign: Assign) -> None:
-    original = Store._save
-
-    async def save(self: Store) -> None:
-        self._doubtful = None
-        await original(self)
-
-    assign(Store, "_save", save)
+    assign(Store, "_settle", nothing)
 
 
 @mutant("O19 an unfinished overflow is not finished at the next start")
@@ -426,7 +436,7 @@ def _(assign: Assign) -> None:
     assign(Remote, "floor", floor)
 
 
-@mutant("O12 pending entries are released before their marks are durable")
+@mutant("O12 pending entries are released before their marks are durable", storm)
 def _(assign: Assign) -> None:
     original = Housekeeper._confirm
 
@@ -528,7 +538,7 @@ def _(assign: Assign) -> None:
     assign(Remote, "fill", fill)
 
 
-@mutant("T7 a secondary that is ahead begins at the log's head")
+@mutant("T7 a secondary that is ahead begins at the log's head", DEATHS)
 def _(assign: Assign) -> None:
     original = identity.decide
 

@@ -146,7 +146,7 @@ def draw(seed: int) -> Options:
         # After a power loss the model asks the primary's own disk what there is.
         faults = {k: v for k, v in options.faults.items() if "power" not in k and "die" not in k}
         options = replace(options, last_facet=True, faults=faults)
-    options = _storm(options, rng) if rng.random() < 0.08 else options
+    options = storm(options, rng) if rng.random() < 0.08 else options
     options = _spill(options, random.Random(f"{seed}:spill"))
     return _snapshots(options, random.Random(f"{seed}:snapshots"))
 
@@ -170,9 +170,10 @@ def _snapshots(options: Options, rng: random.Random) -> Options:
     )
 
 
-def _storm(options: Options, rng: random.Random) -> Options:
+def storm(options: Options, rng: random.Random | None = None) -> Options:
     """Overflows, evictions from the active map and power losses close to each other: each alone
     is covered by the other two."""
+    rng = rng or random.Random(0)
     return replace(
         options,
         sizes=(256 * KIB,),
