@@ -119,10 +119,9 @@ class Sockets:
         )
         if pid != str(os.getpid()) or not (count.isascii() and count.isdigit()):
             return cls()
-        labels = names.split(":") if names else []
-        labels += [""] * (int(count) - len(labels))
+        labels = dict(enumerate(names.split(":"), FIRST_FD))
         fds = range(FIRST_FD, FIRST_FD + int(count))
-        return cls([_taken_over(fd, name) for fd, name in zip(fds, labels, strict=False)])
+        return cls([_taken_over(fd, labels.get(fd, "")) for fd in fds])
 
     def extended(self, config: Config) -> Config:
         """The configuration, with the addresses of sockets that say by their name what they are
