@@ -1,0 +1,121 @@
+"""What many volumes, many groups and a long log cost at rest: ``python -m tests.bench.scale``.
+
+Pairs of nodes on this host with small, empty volumes: one volume, ``--volumes`` of them in one
+group, ``--groups`` groups of one volume each, all running at once, and one volume with logs of
+``--logs`` GiB. Told are the seconds from the primary's start until it answers, until all is in sync
+the first time, what ``status`` takes, and the resident memory of a primary and of a secondary. Once
+more after a restart, with everything in place. The table goes to standard output, the samples to
+``tests/bench/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+from tests.bench import report
+from tests.bench.__main__ import RESULTS
+from tests.integration.cluster import MIB, Cluster, Node, Volume
+
+SIZE = 64 * MIB
+LOG = 64 * MIB
+SYNC_S = 300.0
+STATUS_CALLS = 9
+
+
+def resident(node: Node) -> float:
+    """MiB of a daemon's memory."""
+    status = Path(f"/proc/{node.daemon.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def _status_ms(node: Node) -> float:
+    taken = []
+    for _ in range(STATUS_CALLS):
+        began = time.monotonic()
+        node.rpc("status")
+        taken.append((time.monotonic() - began) * 1000)
+    return median(taken)
+
+
+def measure(directory: Path, *, groups: int, volumes: int, log: int) -> dict[str, float]:
+    """Starts that many pairs; the figures are of the one started last, beside the others."""
+    named = [Volume(f"v{number}", size=SIZE) for number in range(volumes)]
+    figures: dict[str, float] = {}
+    with ExitStack() as stack:
+        for number in range(groups):
+            cluster = stack.enter_context(
+                Cluster(
+                    directory / f"group{number}",
+                    volumes=named,
+                    log_size=log,
+                    proxied=False,
+                    tuning={},
+                )
+            )
+            began = time.monotonic()
+            cluster.create()
+            figures["create_s"] = time.monotonic() - began
+            cluster.secondary.start()
+            began = time.monotonic()
+            cluster.primary.start()
+            figures["start_s"] = time.monotonic() - began
+            cluster.wait_in_sync(SYNC_S)
+            figures["first_sync_s"] = time.monotonic() - began
+        cluster.secondary.restart()
+        cluster.primary.stop()
+        began = time.monotonic()
+        cluster.primary.start()
+        figures["restart_s"] = time.monotonic() - began
+        cluster.wait_in_sync(SYNC_S)
+        figures["in_sync_s"] = time.monotonic() - began
+        figures["status_ms"] = _status_ms(cluster.primary)
+        figures["primary_mib"] = resident(cluster.primary)
+        figures["secondary_mib"] = resident(cluster.secondary)
+    shutil.rmtree(directory)
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints the table, stores the samples."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.scale", description=__doc__)
+    parser.add_argument("--volumes", type=int, default=200)
+    parser.add_argument("--groups", type=int, default=50)
+    parser.add_argument("--logs", type=int, nargs="*", default=[1, 8], metavar="GIB")
+    parser.add_argument("--directory", type=Path)
+    options = parser.parse_args(argv)
+    directory = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
+    cases: dict[str, dict[str, int]] = {
+        "one volume": {"groups": 1, "volumes": 1, "log": LOG},
+        f"{options.volumes} volumes": {"groups": 1, "volumes": options.volumes, "log": LOG},
+        f"{options.groups} groups": {"groups": options.groups, "volumes": 1, "log": LOG},
+    }
+    for size in options.logs:
+        cases[f"log of {size} GiB"] = {"groups": 1, "volumes": 1, "log": size << 30}
+    samples: dict[str, dict[str, float]] = {}
+    try:
+        for name, case in cases.items():
+            samples[name] = measure(directory / "nodes", **case)
+            print(f"{name}: {samples[name]}", file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    columns = list(next(iter(samples.values())))
+    print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for name, figures in samples.items():
+        print(f"| {name} | {' | '.join(f'{figures[c]:,.2f}' for c in columns)} |")
+    path = RESULTS / time.strftime("scale-%Y%m%d-%H%M%S.json", time.gmtime())
+    content = {"machine": report.machine(), "samples": samples}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
