@@ -53,6 +53,9 @@ class Follower:
         if known is not None:
             if known["seq"] is None:
                 known.update(seq=record.seq, after=record.seq, time_ns=record.time_ns)
+            await self._snapshots.settle(known)
+            if self._snapshots.store.state["role"] == "secondary":
+                self._drop(mark.replaces)
             return
         # Redo comes by markers again that were followed long ago.
         followed = self._snapshots.store.state.get("marked_seq", 0)
@@ -71,14 +74,14 @@ class Follower:
         entry = self._snapshots.new_entry(mark.volumes, "user", mark.number, mark.protected)
         entry.update(uuid=mark.uuid, epoch=record.epoch, time_ns=record.time_ns)
         entry.update(seq=record.seq, after=record.seq)
-        self._snapshots.store.state["marked_seq"] = record.seq
         if why is None:
             try:
-                await self._snapshots.plan(entry)
+                await self._snapshots.plan(entry, followed=True)
                 self._snapshots.tell("snapshot", entry)
             except OSError as error:
                 why = str(error)
         if why is not None:
+            self._snapshots.store.state["marked_seq"] = record.seq
             self._lack(entry, why)
             await self._snapshots.store.save()
         self._drop(mark.replaces)

@@ -262,11 +262,12 @@ class Snapshots:
                 hint="delete one, or raise count_max in [snapshots]",
             )
 
-    async def plan(self, entry: Entry) -> list[tuple[Chain, Member]]:
+    async def plan(self, entry: Entry, *, followed: bool = False) -> list[tuple[Chain, Member]]:
         """Makes the empty layers and the entry, durably. OSError or DiskFailed.
 
         An entry that has its seq holds the volumes from the step on in which it is in the list:
-        who is cancelled before it is durable leaves no snapshot there that keeps nothing."""
+        who is cancelled before it is durable leaves no snapshot there that keeps nothing. With
+        ``followed`` that is the step in which its marker counts as followed."""
         made: list[tuple[Chain, Member]] = []
         try:
             for index in entry["volumes"]:
@@ -280,12 +281,17 @@ class Snapshots:
         self.entries.append(entry)
         if entry["seq"] is not None:
             self._push(made)
+        if followed:
+            self.store.state["marked_seq"] = entry["seq"]
         self._planned[entry["uuid"]] = None
-        try:
-            await self.store.save()
-        finally:
-            del self._planned[entry["uuid"]]
+        await self.settle(entry)
         return made
+
+    async def settle(self, entry: Entry) -> None:
+        """Returns when an entry is durable: whoever was saving it may have been cancelled."""
+        if entry["uuid"] in self._planned:
+            await self.store.save()
+            self._planned.pop(entry["uuid"], None)
 
     @staticmethod
     def _push(made: list[tuple[Chain, Member]]) -> None:

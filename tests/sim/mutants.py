@@ -551,7 +551,7 @@ def _(assign: Assign) -> None:
     assign(session, "decide", decide)
 
 
-@mutant("T7 forks are not looked at in the handshake")
+@mutant("T7 forks are not looked at in the handshake", DEATHS)
 def _(assign: Assign) -> None:
     original = identity.decide
 
@@ -601,7 +601,21 @@ def _(assign: Assign) -> None:
     assign(Log, "_sync_head", sync_head)
 
 
-@mutant("O16 after a sync that failed the page cache is believed")
+@mutant(
+    "O16 after a sync that failed the page cache is believed",
+    aimed(
+        faults={"sync loss b": 2.0, "power b": 1.0},
+        fault_gap=0.5,
+        mode="async",
+        clients=4,
+        operations=200,
+        pause=0.2,
+        timing=Timing(sync=(0.001, 0.1)),
+        moments=0.3,
+        moments_of=("connected",),
+        last_facet=False,
+    ),
+)
 def _(assign: Assign) -> None:
     async def rewrite(self: Log, seq: int) -> None:
         await self.sync(self.next_seq - 1)
@@ -659,7 +673,20 @@ def _(assign: Assign) -> None:
     assign(FacetCopy, "run", nothing)
 
 
-@mutant("O13 a facet's copy is made without the range lock")
+@mutant(
+    "O13 a facet's copy is made without the range lock",
+    aimed(
+        faults={"facet offline": 1.0, "facet replace": 1.0},
+        fault_gap=0.1,
+        facets=2,
+        clients=4,
+        operations=300,
+        hot_cells=64,
+        pause=0.01,
+        timing=Timing(write=(0.001, 0.05), miss=0.5),
+        last_facet=False,
+    ),
+)
 def _(assign: Assign) -> None:
     @asynccontextmanager
     async def locked(*_: Any, **__: Any) -> AsyncIterator[None]:
@@ -679,7 +706,20 @@ def _(assign: Assign) -> None:
     assign(FacetCopy, "_stretch", stretch)
 
 
-@mutant("M5 the log is not laid over what a remote gives")
+@mutant(
+    "M5 the log is not laid over what a remote gives",
+    aimed(
+        faults={"facet error": 2.0, "slow link": 1.0, "net stall": 0.3},
+        fault_gap=0.3,
+        facets=1,
+        last_facet=True,
+        clients=4,
+        operations=200,
+        hot_cells=16,
+        pause=0.05,
+        moments=0.0,
+    ),
+)
 def _(assign: Assign) -> None:
     async def overlay(log: Log, volume: int, offset: int, data: Any, seq: int) -> Any:
         return data
@@ -697,7 +737,18 @@ def _(assign: Assign) -> None:
     assign(SyncGate, "wait", wait)
 
 
-@mutant("M13 what the lost log held for remotes is not marked")
+@mutant(
+    "M13 what the lost log held for remotes is not marked",
+    aimed(
+        faults={"sync error a": 2.0, "cut": 1.0},
+        fault_gap=0.3,
+        clients=4,
+        operations=200,
+        pause=0.1,
+        last_facet=False,
+        spill=0,
+    ),
+)
 def _(assign: Assign) -> None:
     async def overflow(self: Remote, why: str) -> None:
         if "log was" not in why or "full" in why:
@@ -715,7 +766,19 @@ def _(assign: Assign) -> None:
     assign(Housekeeper, "sync_log", sync_log)
 
 
-@mutant("M13 a facet is healed though what it lacks was in memory only")
+@mutant(
+    "M13 a facet is healed though what it lacks was in memory only",
+    aimed(
+        faults={"sync error a": 1.0, "facet error": 2.0, "kill a": 2.0},
+        fault_gap=0.2,
+        facets=2,
+        clients=4,
+        operations=200,
+        pause=0.1,
+        spill=0,
+        last_facet=False,
+    ),
+)
 def _(assign: Assign) -> None:
     original = recovery._healing
 

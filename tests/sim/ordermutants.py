@@ -17,7 +17,8 @@ from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import FormatError
 from tests.sim.disk import SimDisk
-from tests.sim.mutation import Assign, mutant, nothing
+from tests.sim.faults import Timing
+from tests.sim.mutation import Assign, aimed, mutant, nothing
 
 
 @mutant("O9 records reach the secondary's facet as they arrive")
@@ -34,7 +35,20 @@ def _(assign: Assign) -> None:
     assign(Receiver, "_checked", at_once)
 
 
-@mutant("O14 the remote is told of a resync before its map is durable")
+@mutant(
+    "O14 the remote is told of a resync before its map is durable",
+    aimed(
+        faults={"full resync": 1.0, "cut": 1.0, "reset": 1.0},
+        fault_gap=0.3,
+        moments=0.5,
+        moments_of=("handshake", "connected"),
+        timing=Timing(sync=(0.001, 0.05)),
+        clients=4,
+        operations=200,
+        pause=0.1,
+        last_facet=False,
+    ),
+)
 def _(assign: Assign) -> None:
     original = Session._start
 

@@ -24,7 +24,8 @@ from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
-from tests.sim.mutation import Assign, mutant, nothing
+from tests.sim.faults import Timing
+from tests.sim.mutation import Assign, aimed, mutant, nothing
 
 
 class Unsynced:
@@ -68,15 +69,28 @@ def _(assign: Assign) -> None:
     assign(Volume, "wait_landed", nothing)
 
 
-@mutant("O21 a secondary's snapshot keeps nothing until it is saved")
+@mutant(
+    "O21 a secondary's snapshot keeps nothing until it is saved",
+    aimed(
+        faults={"resync": 1.0, "full resync": 1.0, "reset": 2.0},
+        fault_gap=0.1,
+        timing=Timing(sync=(0.001, 0.03)),
+        snapshot_gap=0.05,
+        clients=4,
+        operations=200,
+        pause=0.05,
+    ),
+)
 def _(assign: Assign) -> None:
     original = Snapshots.plan
 
-    async def plan(self: Snapshots, entry: Entry) -> list[tuple[Chain, Member]]:
+    async def plan(
+        self: Snapshots, entry: Entry, *, followed: bool = False
+    ) -> list[tuple[Chain, Member]]:
         if entry["seq"] is None:
             return await original(self, entry)
         setattr(self, "_push", lambda made: None)  # noqa: B010
-        made = await original(self, entry)
+        made = await original(self, entry, followed=followed)
         del self._push
         self._push(made)
         return made
@@ -84,7 +98,21 @@ def _(assign: Assign) -> None:
     assign(Snapshots, "plan", plan)
 
 
-@mutant("O21 a secondary stops in the middle of a marker")
+@mutant(
+    "O21 a secondary stops in the middle of a marker",
+    aimed(
+        faults={"stop and power": 1.0},
+        fault_gap=0.5,
+        timing=Timing(sync=(0.001, 0.05)),
+        snapshot_gap=0.01,
+        snapshots_max=64,
+        clients=4,
+        operations=300,
+        hot_cells=16,
+        pause=0.1,
+        mode="async",
+    ),
+)
 def _(assign: Assign) -> None:
     original = Secondary.stop
 
@@ -97,6 +125,29 @@ def _(assign: Assign) -> None:
         await original(self)
 
     assign(Secondary, "stop", stop)
+
+
+@mutant(
+    "V9 a marker counts as followed before its snapshot is in the list",
+    aimed(
+        faults={"sync error a": 1.0, "facet error": 2.0, "kill a": 2.0},
+        fault_gap=0.2,
+        facets=2,
+        clients=4,
+        operations=200,
+        pause=0.1,
+        spill=0,
+        last_facet=False,
+    ),
+)
+def _(assign: Assign) -> None:
+    original = Follower._follow
+
+    async def follow(self: Follower, mark: Mark, record: Record) -> None:
+        self._snapshots.store.state["marked_seq"] = record.seq
+        await original(self, mark, record)
+
+    assign(Follower, "_follow", follow)
 
 
 @mutant("O21 redo keeps nothing")
