@@ -128,6 +128,8 @@ class LayerFile:
                 else:
                     self.map.set(region, ABSENT)
                     self.map.kept.unmark(region)
+        if self._tentative:
+            await self._file.sync()  # first: without their mark slots are not proved again
         await self.settle()
 
     # -- keeping -----------------------------------------------------------------------------
