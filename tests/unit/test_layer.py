@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -93,6 +94,31 @@ def test_after_a_cut_in_the_middle_each_region_is_right_or_absent() -> None:
             disk.power_cut()
             assert (await reopened(disk)).map.kept.count == again.map.kept.count
         assert 0 < kept < 180
+
+    run(main())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_cut_while_it_is_proved_leaves_nothing_that_is_believed_unproved(seed: int) -> None:
+    """A process died before the one sync of ``keep`` had ended; the power fails while the next one
+    proves what is in the page cache only."""
+
+    async def main() -> None:
+        disk = make_disk(seed)
+        layer = await fresh(disk)
+        keeping = asyncio.ensure_future(layer.keep([(3, content(3)), (5, content(5))]))
+        await asyncio.sleep(0)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        proving = asyncio.ensure_future(reopened(disk))
+        await asyncio.sleep(0.000_1 * (1 + seed % 10))
+        proving.cancel()
+        await asyncio.gather(proving, return_exceptions=True)
+        disk.power_cut()
+        again = await reopened(disk)
+        for region in (3, 5):
+            if again.map.kept.is_marked(region):
+                assert bytes(await again.read(region)) == content(region)
 
     run(main())
 
