@@ -6,8 +6,9 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 from tests.sim import (
     marks,
@@ -18,7 +19,7 @@ from tests.sim import (
     spillmutants,
     swarm,
 )
-from tests.sim.options import FAULTS, draw
+from tests.sim.options import FAULTS, draw, pairs, unchanged
 from tests.sim.pool import ordered, settle_memory
 
 BATCH = 20
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="print what happens (with --seed)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--failures", type=int, default=3, help="stop after so many (default 3)")
+    parser.add_argument("--pairs", action="store_true", help="always two facets and two remotes")
     parser.add_argument("--counts", action="store_true", help="print how often things happened")
     parser.add_argument("--mutants", action="store_true", help="which mutants N seeds kill")
     parser.add_argument(
@@ -43,32 +45,40 @@ def main() -> int:
     parser.add_argument("--only", default="", help="of the mutants: those with this in their name")
     arguments = parser.parse_args()
     seeds = range(arguments.first, arguments.first + (arguments.seeds or 2000))
+    aim = pairs if arguments.pairs else unchanged
     if arguments.mutants:
         return _mutants(arguments.only, seeds, arguments.jobs, arguments.seconds)
     if arguments.seed is not None:
-        return _one(arguments.seed, trace=arguments.trace)
+        return _one(arguments.seed, trace=arguments.trace, aim=aim)
     return _sweep(
         seeds,
         arguments.jobs,
         arguments.failures,
         counts=arguments.counts,
+        aim=aim,
     )
 
 
-def _one(seed: int, *, trace: bool) -> int:
-    result = swarm.run(seed, trace=print if trace else None)
+def _one(seed: int, *, trace: bool, aim: mutation.Aim) -> int:
+    result = _run(seed, aim=aim, trace=print if trace else None)
     if trace:
-        print(draw(seed))
+        print(aim(draw(seed)))
     print(f"seed {seed}: {result.problem or 'passed'}")
     print(f"{result.steps} steps, {result.seconds:.1f} s of virtual time, trace {result.digest}")
     return 1 if result.problem else 0
 
 
-def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool) -> int:
+def _run(
+    seed: int, *, aim: mutation.Aim, trace: Callable[[str], None] | None = None
+) -> swarm.Result:
+    return swarm.run(seed, options=aim(draw(seed)), trace=trace)
+
+
+def _sweep(seeds: range, jobs: int, failures_max: int, *, counts: bool, aim: mutation.Aim) -> int:
     began = time.monotonic()
     fired: Counter[str] = Counter()
     failed = done = steps = 0
-    for result in ordered(swarm.run, seeds, jobs=jobs, batch=BATCH):
+    for result in ordered(partial(_run, aim=aim), seeds, jobs=jobs, batch=BATCH):
         done += 1
         steps += result.steps
         if done % 1000 == 0:

@@ -199,6 +199,18 @@ def storm(options: Options, rng: random.Random | None = None) -> Options:
     )
 
 
+def unchanged(options: Options) -> Options:
+    """As drawn."""
+    return options
+
+
+def pairs(options: Options) -> Options:
+    """Two local facets and two remotes, of which any may fail at any moment, and any local one
+    together with any remote (M15); what else happens is as drawn."""
+    fails = dict.fromkeys(("facet error", "facet offline", "cut", "kill b", "sync error b"), 2.0)
+    return replace(options, facets=2, remotes=2, faults={**options.faults, **fails})
+
+
 def _timing(rng: random.Random) -> Timing:
     sync = rng.choice([(0.0001, 0.001), (0.0001, 0.004), (0.001, 0.03), (0.00001, 0.2)])
     write = rng.choice([(0.00001, 0.0005), (0.00001, 0.0005), (0.001, 0.05)])
