@@ -18,9 +18,9 @@ def ask(path: str, method: str, params: Json, *, seconds: float = 30.0) -> Any:
     return result
 
 
-def events(path: str, since: int = 0) -> list[Json]:
-    """The events that this run of the daemon has seen, newer than a cursor."""
-    _, notifications = _exchange(path, "events", 30.0, {"follow": False, "since": since})
+def events(path: str) -> list[Json]:
+    """The events that this run of the daemon has seen."""
+    _, notifications = _exchange(path, "events", 30.0, {"follow": False})
     return [one["params"] for one in notifications]
 
 

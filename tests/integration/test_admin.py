@@ -88,7 +88,7 @@ def _check(found: Json, fields: dict[str, Any]) -> None:
 
 def test_status_has_every_field_of_schema_1(cluster: Cluster) -> None:
     """X4: documented, stable JSON, on the primary."""
-    status = cluster.primary.ok("status", "--json").json
+    status = cluster.primary.status()
     _check(status, STATUS)
     assert (status["schema"], status["role"], status["group"]) == (1, "primary", "db")
     for volume in status["volumes"]:
@@ -108,7 +108,7 @@ def test_status_of_a_secondary(cluster: Cluster) -> None:
     """X4: role, upstream and facets on the other side."""
     connect(cluster.primary.uri()).pwrite(pattern(MIB, 1), 0)
     cluster.wait_in_sync()
-    status = cluster.secondary.ok("status", "--json").json
+    status = cluster.secondary.status()
     assert status["role"] == "secondary"
     _check(status["upstream"], UPSTREAM)
     assert status["upstream"]["name"] == "alpha"
@@ -292,29 +292,23 @@ def test_usage_errors_exit_2() -> None:
 # -- events --------------------------------------------------------------------------------------
 
 
-def _events(cluster: Cluster, since: int) -> list[Any]:
-    """As a person asks for them."""
-    argv = ("events", "--json", "--no-follow", "--since", str(since))
-    return cluster.primary.ok(*argv).lines
-
-
 def test_events_and_cursors(cluster: Cluster) -> None:
     """A6: one object a line, cursors rise, ``--since`` gives exactly what is newer."""
     cluster.proxy.refuse()
     cluster.primary.until("lost its link", lambda one: one["link"] != "connected")
     cluster.proxy.heal()
     cluster.wait_in_sync()
-    events = _events(cluster, 0)
+    events = cluster.primary.events()
     cursors = [event["cursor"] for event in events]
     assert cursors == sorted(set(cursors))
     assert all(event["kind"] and event["time"] for event in events)
     middle = cursors[len(cursors) // 2]
-    newer = _events(cluster, middle)
+    newer = cluster.primary.events(middle)
     assert [event["cursor"] for event in newer][: len(cursors)] == [
         cursor for cursor in cursors if cursor > middle
     ]
     cluster.primary.ok("pause", "beta")
-    latest = _events(cluster, cursors[-1])
+    latest = cluster.primary.events(cursors[-1])
     assert any("pause" in json.dumps(event) for event in latest), latest
 
 
