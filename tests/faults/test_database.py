@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.faults import bank
 from tests.faults.inject import requires_programs, unmount
@@ -27,6 +29,14 @@ RECORDS_BETWEEN_MAX = 1500
 """About four transfers."""
 
 
+def _mounted(file: Path) -> bool:
+    return file.stat().st_size == SIZE
+
+
+def _beyond(seq: int, remote: dict[str, Any]) -> bool:
+    return int(remote["durable_seq"]) > seq
+
+
 @contextmanager
 def mounted(cluster: Cluster, directory: Path) -> Iterator[Path]:
     """The database's file, and beside it its journal: each a volume, through nbdfuse."""
@@ -38,7 +48,7 @@ def mounted(cluster: Cluster, directory: Path) -> Iterator[Path]:
             file.touch()
             argv = ["nbdfuse", str(file), cluster.primary.uri(volume)]
             processes.append(Process("nbdfuse", argv, directory / f"{volume}.log"))
-            wait_until("nbdfuse is there", lambda file=file: file.stat().st_size == SIZE)  # type: ignore[misc]
+            wait_until("nbdfuse is there", partial(_mounted, file))
         yield path
     finally:
         for process, file in zip(processes, files.values(), strict=False):
@@ -118,7 +128,7 @@ def test_a_database_on_two_volumes_recovers_from_the_secondary(
         try:
             for number in range(CUTS):
                 more = node.remote()["durable_seq"] + chance.randrange(RECORDS_BETWEEN_MAX)
-                node.until("has more", lambda one, more=more: one["durable_seq"] > more)  # type: ignore[misc]
+                node.until("has more", partial(_beyond, more))
                 cut(cluster, power=bool(number % 2))
                 image(cluster, tmp_path, number)
                 counts.append(recovered(tmp_path, number, number))
