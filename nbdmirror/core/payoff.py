@@ -13,8 +13,6 @@ class Payoff:
     def __init__(self) -> None:
         self._pause = 0
         self._left = 0
-        self.known = False
-        """Whether anything has come of it yet."""
 
     def worth(self) -> bool:
         """Whether to try this time; the caller then reports with ``result``."""
@@ -24,7 +22,8 @@ class Payoff:
         return True
 
     def result(self, paid: bool) -> None:
-        """What came of the last try."""
-        self.known = True
-        self._pause = 0 if paid else min(PAUSE_MAX, self._pause * 2 or 1)
-        self._left = self._pause
+        """What came of a try. Failures that come in while one is being left out for tell nothing
+        new: they were begun before, and are one failure with it."""
+        if paid or not self._left:
+            self._pause = 0 if paid else min(PAUSE_MAX, self._pause * 2 or 1)
+            self._left = self._pause

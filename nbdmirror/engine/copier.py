@@ -42,8 +42,7 @@ SMALL_BYTES = 16 << 10
 COPY_SECONDS = 0.25
 """... and of what is acknowledged in so long: a slow link that is lost again makes progress."""
 HASHED_COST = 4
-"""A window that is compared counts for this part of its size in what is under way; for so many
-times its size before it is known whether comparing pays."""
+"""A window that is compared counts for this part of its size in what is under way."""
 HOLE_COST = 64
 """What a region of a hole counts for."""
 STALL_SECONDS = 10.0
@@ -215,8 +214,7 @@ class Copier:
         offset, length = first * region, self.length(volume, first, count)
         async with volume.locked(offset, length, exclusive=False):
             began = self._governor.now_ns()
-            known = self.compare_pays.known
-            cost = max(1, length // HASHED_COST) if known else length * HASHED_COST
+            cost = max(1, length // HASHED_COST)
             token = self._open(volume, first, count, cost, hashed=True)
             hashes: Buffer = b""
             if not ask:

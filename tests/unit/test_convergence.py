@@ -88,6 +88,14 @@ def test_payoff_leaves_out_what_does_not_pay_and_tries_again() -> None:
     assert payoff.worth() and payoff.worth()
 
 
+def test_failures_under_way_at_once_count_once() -> None:
+    """X1: windows that were compared together and all differ do not have the same copied after."""
+    payoff = Payoff()
+    for _ in range(10):
+        payoff.result(False)
+    assert [payoff.worth(), payoff.worth()] == [False, True]
+
+
 def test_a_bucket_keeps_the_mean_rate() -> None:
     rng = random.Random(1)
     bucket, now, total = Bucket(1000.0), 0.0, 0
