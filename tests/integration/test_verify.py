@@ -36,7 +36,8 @@ def test_nothing_differs_under_load(make_cluster: MakeCluster) -> None:
     """peers 26: a busy client makes no false alarm, and is not held up."""
     cluster = make_cluster().start()
     connect(cluster.primary.uri()).pwrite(pattern(32 * MIB, 1), 0)
-    with Writer(cluster.primary.uri(), blocks=256) as writer:
+    # As fast as it can it would write to some region whenever that is looked at.
+    with Writer(cluster.primary.uri(), blocks=256, rate=MIB) as writer:
         result = cluster.primary.ok("verify", "beta", "--wait")
         assert "verified" in result.out
         wait_until("writes go on", lambda: writer.writes > 200)
