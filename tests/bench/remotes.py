@@ -64,7 +64,7 @@ def measure(directory: Path, others: bool, seconds: float) -> dict[str, float]:
                 fast = next(r for r in node.rpc("status")["remotes"] if r["name"] == "beta")
                 lags.append(fast["lag"]["seconds"])
                 apart += fast["state"] != "synchronised"
-                time.sleep(0.01)
+                time.sleep(0.01)  # between two looks: they cost the processor too
             job = client.result()
         overflows = {one["remote"] for one in node.events() if one["kind"] == "overflow"}
         spread = job["write"]["clat_ns"]["percentile"]
