@@ -57,6 +57,7 @@ __all__ = [
     "check_writes",
     "encode_writes",
     "pieces",
+    "ranges",
     "singly",
     "stretches",
     "take_writes",
@@ -135,6 +136,13 @@ def singly(requests: Iterable[Request | Writes]) -> Iterator[Request]:
 def volumes_of(places: bytes) -> list[int]:
     """The volumes that these are in, ascending."""
     return sorted({volume for _, _, _, volume in PLACE.iter_unpack(places)})
+
+
+def ranges(places: bytes, volume: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of the places in one volume."""
+    for offset, _, length, index in PLACE.iter_unpack(places):
+        if index == volume:
+            yield offset, length
 
 
 def pieces(block: Buffer, places: bytes, volume: int) -> Iterator[tuple[int, memoryview]]:

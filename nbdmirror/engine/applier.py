@@ -124,8 +124,8 @@ class Applier:
         if self._cursor.seq != self.applied_seq + 1:  # the last chunk was not applied to its end
             self._cursor = Cursor(self.applied_seq + 1)
         chunk = await self._log.read(self._cursor)
-        if chunk.places is not None and chunk.last_seq <= until and not self._guarded(chunk.places):
-            await self._apply_places(chunk, chunk.places)
+        plain = chunk.places is not None and chunk.last_seq <= until
+        if plain and await self._apply_places(chunk):
             return
         records = chunk.parsed()
         for count, record in enumerate(records):
@@ -151,15 +151,25 @@ class Applier:
                 await asyncio.sleep(0)
 
     def _guarded(self, places: bytes) -> bool:
-        return any(self._volumes[index].guard is not None for index in batch.volumes_of(places))
+        """Whether a snapshot still needs what any of these would overwrite."""
+        for index in batch.volumes_of(places):
+            guard = self._volumes[index].guard
+            if guard is not None and guard.stops(batch.ranges(places, index)):
+                return True
+        return False
 
-    async def _apply_places(self, chunk: Chunk, places: bytes) -> None:
-        """Applies a chunk of plain writes that nothing stands against."""
+    async def _apply_places(self, chunk: Chunk) -> bool:
+        """Applies a chunk of plain writes, up to those that a snapshot stands against; returns
+        whether there were any before them."""
+        places = chunk.places
+        assert places is not None
         step = RECORDS_AT_ONCE * batch.PLACE_SIZE
         for at in range(0, len(places), step):
             if at:
                 await asyncio.sleep(0)
             some = places[at : at + step]
+            if self._guarded(some):
+                return at > 0
             last = chunk.first_seq + (at + len(some)) // batch.PLACE_SIZE - 1
             for index in batch.volumes_of(some):
                 for facet in self._volumes[index].facets:
@@ -168,6 +178,7 @@ class Applier:
                     except OSError as error:
                         raise facet.fail("write", error) from error
             self.applied_seq = last
+        return True
 
     # -- what others ask ---------------------------------------------------------------------
 

@@ -150,6 +150,11 @@ def _(assign: Assign) -> None:
     assign(Follower, "_follow", follow)
 
 
+@mutant("O21 a secondary applies plain writes over what a snapshot needs")
+def _(assign: Assign) -> None:
+    assign(Applier, "_guarded", lambda self, places: False)
+
+
 @mutant("O21 redo keeps nothing")
 def _(assign: Assign) -> None:
     async def redo(self: Follower, record: Record) -> None:
