@@ -156,16 +156,13 @@ class Dcm:
         self.abandon()
         self.count = 0
 
-    def begin(self, region: int, token: int) -> None:
-        """A resync is about to read this region, and will name it by ``token``."""
-        self._take_out(region, region)
-        self._in_flight[region] = token
-
-    def begin_window(self, first: int, count: int, token: int) -> None:
-        """As ``begin`` for some consecutive regions; a token names one window at a time."""
+    def begin(self, first: int, count: int, token: int) -> None:
+        """A resync is about to read these regions, and will name them by ``token``, which names
+        one window at a time."""
         if count <= WIDE:
-            for region in range(first, first + count):
-                self.begin(region, token)
+            if self._wide:
+                self._take_out(first, first + count - 1)
+            self._in_flight.update(dict.fromkeys(range(first, first + count), token))
             return
         for region in [r for r in self._in_flight if first <= r < first + count]:
             del self._in_flight[region]
@@ -176,20 +173,21 @@ class Dcm:
         for window in self._wide.values():
             window.take_out(first, last)
 
-    def finish(self, region: int, token: int) -> int | None:
-        """The remote has the region of that token on disk; returns the page that changed."""
-        if self._in_flight.get(region) != token:
-            return None
-        del self._in_flight[region]
-        return self.unmark(region)
-
-    def finish_window(self, first: int, count: int, token: int) -> list[int]:
-        """As ``finish`` for all of a window; returns the pages that changed."""
+    def _land(self, first: int, count: int, token: int) -> bitarray | None:
+        """Takes a window out of flight; returns which of its regions are not to be cleared."""
         window = self._wide.get(token)
-        if window is None or (window.first, window.count) != (first, count):
-            pages = [self.finish(region, token) for region in range(first, first + count)]
-            return list(dict.fromkeys(page for page in pages if page is not None))
-        del self._wide[token]
+        if window is not None and (window.first, window.count) == (first, count):
+            del self._wide[token]
+            return window.taken_out
+        flying, regions = self._in_flight, range(first, first + count)
+        kept = bitarray([flying.get(region) != token for region in regions], endian="little")
+        for at in kept.search(bitarray("0")):
+            del flying[first + at]
+        return kept if kept.any() else None
+
+    def finish(self, first: int, count: int, token: int) -> list[int]:
+        """The remote has the regions of that token on disk; returns the pages that changed."""
+        kept = self._land(first, count, token)
         changed = []
         for number in range(first // BITS, (first + count - 1) // BITS + 1):
             if number not in self._pages and not self.default:
@@ -198,11 +196,11 @@ class Dcm:
             low = max(first - number * BITS, 0)
             high = min(first + count - number * BITS, BITS)
             before = page.count(True, low, high)
-            if window.taken_out is None:
+            if kept is None:
                 page[low:high] = False
             else:
                 at = number * BITS + low - first
-                page[low:high] &= window.taken_out[at : at + high - low]
+                page[low:high] &= kept[at : at + high - low]
             cleared = before - page.count(True, low, high)
             if cleared:
                 self.count -= cleared

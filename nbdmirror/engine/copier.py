@@ -33,7 +33,7 @@ from nbdmirror.ports import Buffer
 
 COPY_BYTES = 1 << 20
 """Regions are copied in windows of at most this (or one region) ..."""
-COMPARE_BYTES = 4 << 20
+COMPARE_BYTES = 8 << 20
 """... and compared in windows of this: what a thread costs to be asked is the same ..."""
 YIELDING_BYTES = 128 << 10
 """... both of this while clients are active ..."""
@@ -183,7 +183,7 @@ class Copier:
         length = self.length(volume, first, count)
         self._windows[self._token] = Window(volume, first, count, cost, hashed, length)
         self._in_flight += cost
-        self.remote.dcms[volume.index].map.begin_window(first, count, self._token)
+        self.remote.dcms[volume.index].map.begin(first, count, self._token)
         return self._token
 
     def _unreadable(self, error: VolumeFailed) -> None:
@@ -346,7 +346,7 @@ class Copier:
             at += size
             self._wanted.append((window.volume, region, hashes))
             # The copy that follows finishes the region, not this comparison.
-            dcm.begin(region, 0)
+            dcm.begin(region, 1, 0)
             window.done -= length
         if at != len(answer):
             raise PeerError(f"WANT of {len(answer)} bytes, not {at}")

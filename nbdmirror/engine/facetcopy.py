@@ -81,7 +81,7 @@ class FacetCopy:
             except OSError as error:
                 raise facet.fail("write", error) from error
         for number in range(first, first + count):
-            self._dcm.map.begin(number, TOKEN)
+            self._dcm.map.begin(number, 1, TOKEN)
             self._copied.append(number)
         return count
 

@@ -88,7 +88,7 @@ class DcmFile:
 
     def finish(self, first: int, count: int, token: int) -> None:
         """The remote has these regions on disk, as read under ``token``."""
-        changed = self.map.finish_window(first, count, token)
+        changed = self.map.finish(first, count, token)
         if changed:
             self._write(changed)
 

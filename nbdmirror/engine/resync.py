@@ -24,7 +24,7 @@ from nbdmirror.config import ReplicationConfig
 from nbdmirror.core import convergence
 from nbdmirror.core.convergence import Pass
 from nbdmirror.core.progress import Progress
-from nbdmirror.engine.copier import COMPARE_BYTES, Copier
+from nbdmirror.engine.copier import COMPARE_BYTES, COPY_BYTES, Copier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
@@ -171,6 +171,10 @@ class Resync:
                 return
             first, count = run
             at = first + await self._stretch(volume, first, count)
+            if self._order is not None and not self.progress.done_bytes:
+                # One window first, while nothing else is on the link: it tells what the link takes,
+                # and whether comparing pays.
+                await self.copier.drained()
 
     async def _stretch(self, volume: Volume, first: int, count: int) -> int:
         """Handles the start of a marked stretch; returns how many regions that was."""
@@ -187,7 +191,8 @@ class Resync:
                 await copier.hole(volume, first, hole)
                 return hole
         if copier.compare_pays.worth():
-            count = min(count, copier.size(region, COMPARE_BYTES))
+            limit = COPY_BYTES if copier.compare_pays.doubtful else COMPARE_BYTES
+            count = min(count, copier.size(region, limit))
             # What is known to differ needs no hashes of whole regions; blocks may be the same.
             ask = not self._compare and region > BLOCK
             await copier.compare(volume, first, count, ask=ask)

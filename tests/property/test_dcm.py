@@ -57,25 +57,24 @@ class DcmMachine(RuleBasedStateMachine):
 
     @rule(at=region, token=token)
     def begin(self, at: int, token: int) -> None:
-        self.dcm.begin(at, token)
+        self.dcm.begin(at, 1, token)
         self.in_flight[at] = token
 
     @rule(at=region, token=token)
     def finish(self, at: int, token: int) -> None:
-        page = self.dcm.finish(at, token)
+        pages = self.dcm.finish(at, 1, token)
         if self.in_flight.get(at) != token:
-            assert page is None
+            assert not pages
             return
         del self.in_flight[at]
-        assert (page is None) == (at not in self.marked)
+        assert pages == ([at // BITS] if at in self.marked else [])
         self.marked.discard(at)
-        if page is not None:
-            self.written([page])
+        self.written(pages)
 
     @rule(at=region, count=st.sampled_from([1, WIDE, WIDE + 1, BITS, 3 * BITS]))
     def begin_window(self, at: int, count: int) -> None:
         count, token = min(count, REGIONS - at), 10 + len(self.windows)
-        self.dcm.begin_window(at, count, token)
+        self.dcm.begin(at, count, token)
         self.windows.append((at, count, token))
         self.in_flight.update(dict.fromkeys(range(at, at + count), token))
 
@@ -85,7 +84,7 @@ class DcmMachine(RuleBasedStateMachine):
             return
         at, count, token = self.windows[-1 - number % len(self.windows)]
         done = {r for r, t in self.in_flight.items() if t == token}
-        pages = self.dcm.finish_window(at, count, token)
+        pages = self.dcm.finish(at, count, token)
         assert pages == sorted({r // BITS for r in done & self.marked})
         self.in_flight = {r: t for r, t in self.in_flight.items() if t != token}
         self.marked -= done
@@ -210,12 +209,12 @@ def test_a_resync_under_writes_ends_with_what_was_written_meanwhile() -> None:
                 dcm.mark(at, at)
             elif choice < 0.6 and dcm.is_marked(at):
                 token += 1
-                dcm.begin(at, token)
+                dcm.begin(at, 1, token)
                 flying.append((at, token, volume[at]))
             elif flying:
                 at, done, value = flying.pop(0)  # a link keeps the order
                 remote[at] = value
-                dcm.finish(at, done)
+                dcm.finish(at, 1, done)
             if choice > 0.995:
                 dcm.abandon()
                 flying.clear()

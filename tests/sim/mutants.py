@@ -491,9 +491,9 @@ def _(assign: Assign) -> None:
 
 @mutant("O6 a bit is cleared though its region was marked again")
 def _(assign: Assign) -> None:
-    def finish(self: Dcm, region: int, token: int) -> int | None:
-        self._in_flight[region] = token
-        return original(self, region, token)
+    def finish(self: Dcm, first: int, count: int, token: int) -> list[int]:
+        self._in_flight.update(dict.fromkeys(range(first, first + count), token))
+        return original(self, first, count, token)
 
     original = Dcm.finish
     assign(Dcm, "finish", finish)

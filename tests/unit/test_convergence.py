@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import deque
 
 from nbdmirror.core import convergence
 from nbdmirror.core.bucket import Bucket
@@ -94,6 +95,19 @@ def test_failures_under_way_at_once_count_once() -> None:
     for _ in range(10):
         payoff.result(False)
     assert [payoff.worth(), payoff.worth()] == [False, True]
+
+
+def test_what_has_failed_counts_as_failed_while_its_answer_is_on_its_way() -> None:
+    """X1: where nothing is the same, few comparisons are under way, however late answers come."""
+    payoff, under_way, tries = Payoff(), deque[int](), 0
+    for turn in range(1000):
+        while under_way and under_way[0] + 10 <= turn:
+            under_way.popleft()
+            payoff.result(False)
+        if payoff.worth():
+            under_way.append(turn)
+            tries += turn >= 100
+    assert tries <= 2 * 900 / PAUSE_MAX
 
 
 def test_a_bucket_keeps_the_mean_rate() -> None:

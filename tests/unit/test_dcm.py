@@ -46,8 +46,8 @@ def test_fill_then_finish_clears_one_region_and_no_other() -> None:
     dcm.fill()
     assert dcm.count == REGIONS
     assert dcm.mark(5, 9) == [], "all is marked already"
-    dcm.begin(BITS, 1)
-    assert dcm.finish(BITS, 1) == 1
+    dcm.begin(BITS, 1, 1)
+    assert dcm.finish(BITS, 1, 1) == [1]
     assert dcm.count == REGIONS - 1
     assert list(dcm.runs()) == [(0, BITS), (BITS + 1, REGIONS - BITS - 1)]
     assert dcm.mark(BITS, BITS) == [1], "its page is real now and must be written"
@@ -58,23 +58,23 @@ def test_a_region_marked_again_in_flight_is_not_finished() -> None:
     dcm = Dcm(REGIONS)
     dcm.mark(3, 5)
     for region in (3, 4, 5):
-        dcm.begin(region, 7)
+        dcm.begin(region, 1, 7)
     assert dcm.mark(4, 4) == []
-    assert dcm.finish(3, 7) == 0
-    assert dcm.finish(4, 7) is None
-    assert dcm.finish(5, 7) == 0
+    assert dcm.finish(3, 1, 7) == [0]
+    assert dcm.finish(4, 1, 7) == []
+    assert dcm.finish(5, 1, 7) == [0]
     assert marked(dcm) == [4]
 
 
 def test_only_the_newest_copy_of_a_region_finishes_it() -> None:
     dcm = Dcm(REGIONS)
     dcm.mark(3, 3)
-    dcm.begin(3, 1)
-    dcm.begin(3, 2)
-    assert dcm.finish(3, 1) is None
+    dcm.begin(3, 1, 1)
+    dcm.begin(3, 1, 2)
+    assert dcm.finish(3, 1, 1) == []
     assert dcm.is_marked(3)
-    assert dcm.finish(3, 2) == 0
-    assert dcm.finish(3, 2) is None, "once"
+    assert dcm.finish(3, 1, 2) == [0]
+    assert dcm.finish(3, 1, 2) == [], "once"
 
 
 @pytest.mark.parametrize("lose", ["abandon", "fill", "clear"])
@@ -82,10 +82,10 @@ def test_what_was_in_flight_is_not_finished_later(lose: str) -> None:
     """A DONE of a former session, or of before a full resync was asked for, clears nothing."""
     dcm = Dcm(REGIONS)
     dcm.mark(3, 3)
-    dcm.begin(3, 1)
+    dcm.begin(3, 1, 1)
     getattr(dcm, lose)()
     before = dcm.count
-    assert dcm.finish(3, 1) is None
+    assert dcm.finish(3, 1, 1) == []
     assert dcm.count == before == {"abandon": 1, "fill": REGIONS, "clear": 0}[lose]
 
 
@@ -103,8 +103,8 @@ def test_runs_of_a_filled_map_pass_over_finished_pages() -> None:
     dcm = Dcm(REGIONS)
     dcm.fill()
     for region in range(BITS, 2 * BITS):
-        dcm.begin(region, 1)
-        dcm.finish(region, 1)
+        dcm.begin(region, 1, 1)
+        dcm.finish(region, 1, 1)
     assert list(dcm.runs()) == [(0, BITS), (2 * BITS, 100)]
 
 
@@ -136,37 +136,37 @@ def test_a_huge_volume_costs_what_is_marked() -> None:
     assert dcm.is_marked(regions - 1) and not dcm.is_marked(0)
 
 
-@pytest.mark.parametrize("how", ["mark", "merge", "begin", "begin_window"])
+@pytest.mark.parametrize("how", ["mark", "merge", "singly", "together"])
 def test_a_wide_window_clears_only_what_nothing_touched(how: str) -> None:
     """O6, O13: a hole of a million regions is one window; what was marked since stays."""
     dcm = Dcm(4 * BITS)
     dcm.fill()
-    dcm.begin_window(10, 3 * BITS, 1)
+    dcm.begin(10, 3 * BITS, 1)
     if how == "mark":
         dcm.mark(BITS, BITS + 1)
     elif how == "merge":
         other = Dcm(4 * BITS)
         other.mark(BITS, BITS + 1)
         dcm.merge(other)
-    elif how == "begin":
-        dcm.begin(BITS, 2)
-        dcm.begin(BITS + 1, 2)
+    elif how == "singly":
+        dcm.begin(BITS, 1, 2)
+        dcm.begin(BITS + 1, 1, 2)
     else:
-        dcm.begin_window(BITS, 2, 2)
-    assert dcm.finish_window(10, 3 * BITS, 1) == [0, 1, 2, 3]
+        dcm.begin(BITS, 2, 2)
+    assert dcm.finish(10, 3 * BITS, 1) == [0, 1, 2, 3]
     assert list(dcm.runs()) == [(0, 10), (BITS, 2), (3 * BITS + 10, BITS - 10)]
     assert dcm.count == BITS + 2
-    assert dcm.finish_window(10, 3 * BITS, 1) == [], "once"
+    assert dcm.finish(10, 3 * BITS, 1) == [], "once"
 
 
-@pytest.mark.parametrize("lose", ["abandon", "fill", "begin_window"])
+@pytest.mark.parametrize("lose", ["abandon", "fill", "begin"])
 def test_a_wide_window_that_was_lost_clears_nothing(lose: str) -> None:
     dcm = Dcm(4 * BITS)
     dcm.fill()
-    dcm.begin_window(0, BITS, 1)
-    if lose == "begin_window":
-        dcm.begin_window(0, BITS, 2)
+    dcm.begin(0, BITS, 1)
+    if lose == "begin":
+        dcm.begin(0, BITS, 2)
     else:
         getattr(dcm, lose)()
-    assert dcm.finish_window(0, BITS, 1) == []
+    assert dcm.finish(0, BITS, 1) == []
     assert dcm.count == 4 * BITS
