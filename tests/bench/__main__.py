@@ -84,6 +84,8 @@ def _measure(
         samples = results[load] = {rival.name: [] for rival in rivals}
         for turn in range(rounds):
             for rival in rivals:
+                if load.jobs > rival.connections_max:
+                    continue
                 sample = loads.measure(rival, load, seconds)
                 samples[rival.name].append(sample)
                 print(
@@ -125,8 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = report.machine()
     conditions = (
         f"{options.rounds} rounds, {options.seconds:g} s each, fresh processes, {options.size} MiB "
-        "volumes of random bytes with every block allocated, one filesystem, warm page cache, "
-        "clients over unix sockets; our remote over TCP, the peer's target over a unix socket. "
+        "volumes of random bytes with every block allocated, one filesystem, warm page cache "
+        "(but for what is called cold), clients over unix sockets; our remote over TCP, the peer's "
+        "target over a unix socket. "
         f"{machine['cores']} cores {machine['processor']}, {machine['kernel']}, "
         f"Python {machine['python']}, {machine['nbdkit']}, {machine['fio']}."
     )

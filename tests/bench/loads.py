@@ -20,7 +20,8 @@ GRACE_S = 60.0
 
 @dataclass(frozen=True)
 class Load:
-    """One fio job. ``fsync``: a flush after so many writes. ``jobs``: connections."""
+    """One fio job. ``fsync``: a flush after so many writes. ``jobs``: connections. ``cold``: the
+    page cache holds nothing of the files."""
 
     name: str
     rw: str
@@ -29,6 +30,7 @@ class Load:
     fsync: int = 0
     jobs: int = 1
     basic: bool = True
+    cold: bool = False
 
     @property
     def writes(self) -> bool:
@@ -43,8 +45,12 @@ def _loads() -> Iterator[Load]:
     for depth in (1, 16, 64, 256):
         basic = depth <= 64
         yield Load(f"4k random read, depth {depth}", "randread", 4096, depth, basic=basic)
-    yield Load("256k sequential write, depth 8", "write", 256 << 10, 8)
-    yield Load("256k sequential read, depth 8", "read", 256 << 10, 8)
+    for size in (64, 256):
+        basic = size == 256
+        yield Load(f"{size}k sequential write, depth 8", "write", size << 10, 8, basic=basic)
+        yield Load(f"{size}k sequential read, depth 8", "read", size << 10, 8, basic=basic)
+    yield Load("4k random read, depth 16, cold", "randread", 4096, 16, basic=False, cold=True)
+    yield Load("256k sequential read, depth 8, cold", "read", 256 << 10, 8, basic=False, cold=True)
     yield Load("4k write, flush after each", "randwrite", 4096, 1, fsync=1)
     yield Load("4k write, flush after 16", "randwrite", 4096, 16, fsync=16, basic=False)
     yield Load("4k random 70/30, depth 16", "randrw", 4096, 16, basic=False)
@@ -61,6 +67,8 @@ class Sample:
     """The figures of one run: rates per second, latencies in microseconds.
 
     ``replicated`` is requests per second of load and drain together: what the copy keeps up with.
+    ``written_per_byte``: what all processes together put into the page cache of disks, for each
+    byte that clients wrote.
     """
 
     iops: float
@@ -74,6 +82,7 @@ class Sample:
     rss_bytes: int
     drain_s: float
     replicated: float
+    written_per_byte: float
 
     def as_dict(self) -> dict[str, float]:
         """For the JSON results."""
@@ -96,16 +105,38 @@ def _rss_bytes(subject: Subject) -> int:
     return pages * PAGE
 
 
-def _warm(subject: Subject) -> None:
-    """Dirty pages are written out and every file is in the page cache: the same for all."""
+def _written_bytes(subject: Subject) -> int:
+    """What the subject's processes have written to files so far."""
+    total = 0
+    for process in subject.processes:
+        lines = Path(f"/proc/{process.pid}/io").read_text().splitlines()
+        total += int(dict(line.split(": ") for line in lines)["write_bytes"])
+    return total
+
+
+def _settle(subject: Subject, *, cold: bool) -> None:
+    """Dirty pages are written out; every file is in the page cache, or nothing of any: the same
+    for all."""
     os.sync()
     for path in subject.files:
         with path.open("rb", buffering=0) as file:
-            while file.read(4 << 20):
+            if cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while not cold and file.read(4 << 20):
                 pass
 
 
-def _sample(job: dict[str, Any], load: Load, cpu_s: float, rss: int, drain_s: float) -> Sample:
+@dataclass(frozen=True)
+class _Used:
+    """What a run took of the machine."""
+
+    cpu_s: float
+    rss_bytes: int
+    written_bytes: int
+    drain_s: float
+
+
+def _sample(job: dict[str, Any], load: Load, used: _Used) -> Sample:
     sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
     count = sum(side["total_ios"] for side in sides)
     main = max(sides, key=lambda side: int(side["total_ios"]))
@@ -119,20 +150,21 @@ def _sample(job: dict[str, Any], load: Load, cpu_s: float, rss: int, drain_s: fl
         p50_us=spread["50.000000"] / 1000,
         p99_us=spread["99.000000"] / 1000,
         p999_us=spread["99.900000"] / 1000,
-        cpu_s=cpu_s,
-        cpu_s_per_gib=cpu_s / (moved / (1 << 30)),
-        rss_bytes=rss,
-        drain_s=drain_s,
-        replicated=count / (elapsed_s + drain_s) if load.writes else 0.0,
+        cpu_s=used.cpu_s,
+        cpu_s_per_gib=used.cpu_s / (moved / (1 << 30)),
+        rss_bytes=used.rss_bytes,
+        drain_s=used.drain_s,
+        replicated=count / (elapsed_s + used.drain_s) if load.writes else 0.0,
+        written_per_byte=used.written_bytes / max(1, job["write"]["io_bytes"]),
     )
 
 
 def measure(subject: Subject, load: Load, seconds: float) -> Sample:
     """One run of one load against fresh processes."""
-    _warm(subject)
+    _settle(subject, cold=load.cold)
     try:
         uri = subject.start()
-        before = _cpu_s(subject)
+        cpu_s, written = _cpu_s(subject), _written_bytes(subject)
         options: dict[str, object] = {"fsync": load.fsync} if load.fsync else {}
         if load.jobs > 1:
             options |= {"numjobs": load.jobs, "group_reporting": True}
@@ -155,9 +187,14 @@ def measure(subject: Subject, load: Load, seconds: float) -> Sample:
         if load.writes:
             subject.drain()
         drain_s = time.monotonic() - ended
-        sample = _sample(job, load, _cpu_s(subject) - before, rss, drain_s)
+        used = _Used(
+            cpu_s=_cpu_s(subject) - cpu_s,
+            rss_bytes=rss,
+            written_bytes=_written_bytes(subject) - written,
+            drain_s=drain_s,
+        )
         subject.stop()
-        return sample
+        return _sample(job, load, used)
     except (AssertionError, OSError) as error:
         for process in subject.processes:
             process.kill()

@@ -87,6 +87,7 @@ FIGURES = {
     "cpu s/GiB": ("cpu_s_per_gib", "{:.2f}", 1),
     "RSS MiB": ("rss_bytes", "{:,.0f}", 1 << 20),
     "drain s": ("drain_s", "{:.2f}", 1),
+    "written/byte": ("written_per_byte", "{:.2f}", 1),
 }
 
 

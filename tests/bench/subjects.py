@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.bench.qmp import Qmp
 from tests.integration.cluster import Cluster, Volume
+from tests.integration.pki import Authority, tls_line
 from tests.integration.process import Process, wait_until
 
 DRAIN_S = 120.0
@@ -28,6 +29,7 @@ class Subject(ABC):
     name = ""
     what = ""
     mirrored = True
+    connections_max = 16
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / self.name
@@ -105,6 +107,24 @@ class NbdkitFile(Subject):
 
     def drain(self) -> None:
         """There is no copy."""
+
+
+class NbdServer(NbdkitFile):
+    """The other limit: the reference server; in the foreground it takes one client at a time."""
+
+    name = "nbd-server"
+    what = "nbd-server, no mirror"
+    connections_max = 1
+
+    def start(self) -> str:
+        path, config = self.sockets / "nbd", self.directory / "config"
+        path.unlink(missing_ok=True)
+        config.write_text(
+            f"[generic]\nunixsock = {path}\nallowlist = true\n"
+            f"[data]\nexportname = {self.files[0]}\nflush = true\nfua = true\n"
+        )
+        self.launch("nbd-server", ["nbd-server", "-d", "-C", str(config)], f"unix:{path}")
+        return f"nbd+unix:///data?socket={path}"
 
 
 class QemuMirror(Subject):
@@ -199,15 +219,20 @@ class Nbdmirror(Subject):
     what = "nbdmirror, one async remote"
     frontend = "native"
     log_mode = "disk"
+    facets = 1
+    remotes: tuple[str, ...] = ("beta",)
+    compression = "off"
 
     def prepare(self, source: Path) -> None:
         self.cluster = Cluster(
             self.directory / "group",
-            volumes=[Volume(size=source.stat().st_size)],
+            volumes=[Volume(size=source.stat().st_size, facets=self.facets)],
+            remotes=self.remotes,
             log_size=1 << 30,
             log_mode=self.log_mode,
             frontend=self.frontend,
             proxied=False,
+            remote_keys={"compression": self.compression},
             tuning={},
         )
         self.copy(source)
@@ -227,8 +252,11 @@ class Nbdmirror(Subject):
 
     def drain(self) -> None:
         def caught_up() -> bool:
-            (remote,) = self.cluster.primary.rpc("status")["remotes"]
-            return bool(remote["state"] == "synchronised" and remote["lag"]["records"] == 0)
+            remotes = self.cluster.primary.rpc("status")["remotes"]
+            return all(
+                remote["state"] == "synchronised" and remote["lag"]["records"] == 0
+                for remote in remotes
+            )
 
         wait_until("nbdmirror has caught up", caught_up, DRAIN_S)
 
@@ -254,12 +282,73 @@ class NbdmirrorNbdkit(Nbdmirror):
     frontend = "nbdkit"
 
 
+class NbdmirrorAlone(Nbdmirror):
+    """Ours with nobody to replicate to."""
+
+    name = "nbdmirror-alone"
+    what = "nbdmirror, no remote"
+    mirrored = False
+    remotes = ()
+
+
+class NbdmirrorThree(Nbdmirror):
+    """Ours with three copies elsewhere: four daemons on this machine."""
+
+    name = "nbdmirror-three"
+    what = "nbdmirror, three async remotes"
+    remotes = ("beta", "gamma", "delta")
+
+
+class NbdmirrorFacets(Nbdmirror):
+    """Ours with two local facets, on the primary and on the remote."""
+
+    name = "nbdmirror-facets"
+    what = "nbdmirror, two local facets, one async remote"
+    facets = 2
+
+
+class NbdmirrorLz4(Nbdmirror):
+    """Ours with lz4 on the link, for data that does not compress: what trying costs."""
+
+    name = "nbdmirror-lz4"
+    what = "nbdmirror, lz4, one async remote"
+    compression = "lz4"
+
+
+class NbdmirrorTls(Nbdmirror):
+    """Ours with mutual TLS for clients and on the link."""
+
+    name = "nbdmirror-tls"
+    what = "nbdmirror, TLS for clients and link, one async remote"
+
+    def prepare(self, source: Path) -> None:
+        super().prepare(source)
+        self.authority = Authority(self.directory / "ca")
+        self.authority.client("laptop")
+        for node in self.cluster.nodes:
+            tls = tls_line(self.authority.node(node.name))
+            node.keys["replication"] = [tls]
+            if node is self.cluster.primary:
+                node.keys["nbd"] = [tls]
+            node.write_config()
+
+    def start(self) -> str:
+        uri = super().start().replace("nbd+unix", "nbds+unix")
+        return f"{uri}&tls-certificates={self.authority.directory}/laptop"
+
+
 ALL: list[type[Subject]] = [
     Nbdmirror,
     NbdkitFile,
+    NbdServer,
     QemuBackground,
     QemuBlocking,
     NbdmirrorNbdkit,
     NbdmirrorSpill,
+    NbdmirrorAlone,
+    NbdmirrorThree,
+    NbdmirrorFacets,
+    NbdmirrorLz4,
+    NbdmirrorTls,
 ]
-DEFAULT = ("nbdmirror", "nbdkit", "qemu-bg", "qemu-wb")
+DEFAULT = ("nbdmirror", "nbdkit", "nbd-server", "qemu-bg", "qemu-wb")
