@@ -288,6 +288,8 @@ class Session:
             raise ConnectionResetError("the log was full before the stream began")
         remote.resume_log()
         await self.context.store.save()
+        if remote.drop.is_set():  # what was marked anew meanwhile the log is not kept for
+            raise ConnectionResetError("ended to begin anew")
         remote.starting = False
         self._ordered.set_result(seq)
 
