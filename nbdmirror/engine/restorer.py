@@ -16,10 +16,9 @@ from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine.bypass import bypass, note_beside, relieve_log
 from nbdmirror.engine.chain import Member
 from nbdmirror.engine.maps import DcmFile
-from nbdmirror.engine.recovery import level
 from nbdmirror.engine.restore import VolumeRestore, restore_map
 from nbdmirror.engine.snapshots import Entry
-from nbdmirror.engine.volume import Volume
+from nbdmirror.engine.volume import Volume, read_failed
 from nbdmirror.errors import NbdmirrorError, Refused, StateError, VolumeFailed
 
 if TYPE_CHECKING:
@@ -339,29 +338,47 @@ class Restorer:
         was: other facets and remotes follow. Snapshots that do not have the regions' old content
         are lost by it, with ``force``."""
         primary = self._need_primary()
-        self._check_idle()
         regions = Dcm(volume.regions)
         for offset, length in ranges:
             if not 0 < length <= volume.size - offset or offset < 0:
                 raise Refused(f"{length} bytes at {offset} are not within volume {volume.name}")
             last = (offset + length - 1) // volume.region_size
             regions.mark(offset // volume.region_size, last)
-        await self._drop_spoilt(volume, ranges, force=force)
-        why = f"ranges of {volume.name} were changed beside the log"
-        async with bypass(primary, self._facets(), [volume.index], why, force=force) as way:
-            mark = Mark(marks.CHANGED, None, (volume.index,))
-            seq = await way.commit(mark, {volume.index: regions})
-            size = volume.region_size
-            spans = [
-                (volume, first * size, min(count * size, volume.size - first * size))
-                for first, count in regions.runs()
-            ]
-            await level([volume], spans, ())
-            await self._store.save()
-        # Until then a redo could bring back what the log had before.
-        await self._settle(seq)
+        # No snapshot is taken until no redo can bring back what the log had before.
+        async with self._snapshots.lock:
+            self._check_idle()
+            await self._drop_spoilt(volume, ranges, force=force)
+            why = f"ranges of {volume.name} were changed beside the log"
+            async with bypass(primary, self._facets(), [volume.index], why, force=force) as way:
+                mark = Mark(marks.CHANGED, None, (volume.index,))
+                seq = await way.commit(mark, {volume.index: regions})
+                await self._even(volume, regions)
+                await self._store.save()
+            await self._settle(seq)
         self._node.events.emit("changed", volume=volume.name, regions=regions.count, seq=seq)
         return {"regions": regions.count, "bytes": regions.count * volume.region_size, "seq": seq}
+
+    async def _even(self, volume: Volume, regions: Dcm) -> None:
+        """Every facet that takes writes holds, durably, what the first in service does: one that
+        is being synchronised too, and what was written by somebody else may be in the page cache
+        only. VolumeFailed if that one cannot be read."""
+        source, size = volume.source(), volume.region_size
+        for first, count in regions.runs():
+            for region in range(first, first + count):
+                offset = region * size
+                length = min(size, volume.size - offset)
+                try:
+                    data = await source.read(offset, length)
+                except OSError as error:
+                    raise read_failed(source, offset, length, error) from error
+                for facet in volume.writable():
+                    try:
+                        if facet is not source and await facet.read(offset, length) != data:
+                            facet.pwrite(offset, data)
+                    except OSError as error:
+                        facet.fail("write", error)
+                        await self.facets_failed(volume, [facet])
+        await self._node.housekeeper.sync_facets(everything=True)
 
     async def _drop_spoilt(
         self, volume: Volume, ranges: list[tuple[int, int]], *, force: bool
