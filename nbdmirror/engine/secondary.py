@@ -85,7 +85,8 @@ class Secondary:
 
     async def stop(self) -> None:
         """Ends the tasks, then commits what is in the log, and applies what may be applied."""
-        # Not within a record: what a marker asked for is durable before a later one is applied.
+        # Not within a record: a hole that is being punched lands though nobody waits for it any
+        # more, and would land over what a later record writes.
         async with self.applier.lock:
             for task in self._tasks:
                 task.cancel()

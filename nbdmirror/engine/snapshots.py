@@ -271,6 +271,7 @@ class Snapshots:
         made: list[tuple[Chain, Member]] = []
         try:
             for index in entry["volumes"]:
+                self._remove(self.path(entry["uuid"], index))  # of who was cancelled before
                 layer = await self.create_file(entry["uuid"], index)
                 made.append((self.chains[index], Member(entry["uuid"], layer)))
             await self.sync_directory()
