@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.sim.faults import READS, Fault, Kind
-from tests.sim.world import Host
+from tests.sim.host import Host
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +46,6 @@ AILMENTS: dict[str, Ailment] = {
     "power twice": Ailment(strike="twice"),
     "kill": Ailment(strike="kill"),
 }
-
-
-class AllLost(random.Random):
-    """The draws of a power cut after which nothing unsynced is left."""
-
-    def random(self) -> float:
-        return 0.99
-
-    def randint(self, a: int, b: int) -> int:
-        return a
-
-    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
-        return 0 if stop is None else start
 
 
 class Fuse:

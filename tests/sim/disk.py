@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from tests.sim.faults import READS, Fault, Injector, Kind, Timing
 from tests.sim.file import SimFile
+from tests.sim.image import Change
 from tests.sim.inode import Inode
 from tests.sim.loop import INCARNATION, NodeDead, SimLoop
 
@@ -117,6 +118,12 @@ class SimDisk:
         for image in (inode.cache, inode.durable):
             image.write(offset, bytes((image.read(offset, 1)[0] ^ mask,)))
         self.fired["rot"] += 1
+
+    def scribble(self, path: str, offset: int, data: bytes) -> None:
+        """Somebody else of the same host writes into a file, and does not sync it."""
+        inode = self._names[path]
+        size = max(inode.cache.size, offset + len(data))
+        inode.put(Change(offset, len(data), data, size))
 
     def stall(self, seconds: float) -> None:
         """No awaited operation ends before that many seconds from now are over."""

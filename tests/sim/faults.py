@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -69,3 +70,16 @@ class Timing:
     read: tuple[float, float] = (0.000_05, 0.001)
     write: tuple[float, float] = (0.000_01, 0.000_5)
     miss: float = 0.0  # how likely try_pread says None
+
+
+class AllLost(random.Random):
+    """The draws of a power cut after which nothing unsynced is left."""
+
+    def random(self) -> float:
+        return 0.99
+
+    def randint(self, a: int, b: int) -> int:
+        return a
+
+    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
+        return 0 if stop is None else start

@@ -1,7 +1,7 @@
 """How the product is broken one rule at a time, and what became of it.
 
-Each mutant is a function that breaks the engine by a few assignments; ``broken`` undoes them. The
-mutants are in ``mutants``, ``ordermutants``, ``snapshotmutants`` and ``spillmutants``.
+Each mutant is a function that breaks the engine by a few assignments; ``broken`` undoes them. They
+are in ``tests.sim.mutants``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ from tests.sim.options import Options, draw
 Assign = Callable[[Any, str, Any], None]
 Aim = Callable[[Options], Options]
 MUTANTS: dict[str, Callable[[Assign], None]] = {}
+RUNS: dict[str, Callable[..., swarm.Result]] = {}
+"""For a mutant of which a run of the swarm sees nothing: what is run instead."""
 AIMS: dict[str, Aim] = {}
 """For a mutant that only few runs would come by: what makes more of them do so."""
 
 
-def mutant(rule: str, aim: Aim | None = None) -> Callable[[Callable[[Assign], None]], None]:
+def mutant(
+    rule: str, aim: Aim | None = None, run: Callable[..., swarm.Result] | None = None
+) -> Callable[[Callable[[Assign], None]], None]:
     """Registers a mutant under the rule that it breaks."""
 
     def register(apply: Callable[[Assign], None]) -> None:
         MUTANTS[rule] = apply
         if aim is not None:
             AIMS[rule] = aim
+        if run is not None:
+            RUNS[rule] = run
 
     return register
 
@@ -94,15 +100,15 @@ def kill(name: str, seeds: range, seconds: float = float("inf")) -> Fate:
         None
     )  # what a broken engine leaves behind is of no interest
     began, errors, error, count = time.process_time(), 0, "", 0
-    aim = AIMS.get(name)
+    aim, run = AIMS.get(name), RUNS.get(name, swarm.run)
     for count, seed in enumerate(seeds, 1):
         options = draw(seed) if aim is None else aim(draw(seed))
         with broken(name):
-            result = swarm.run(seed, options=options)
+            result = run(seed, options=options)
         if result.problem is not None:
             line = result.problem.strip().splitlines()[-1]
             if result.seen:
-                sound = swarm.run(seed, options=options)
+                sound = run(seed, options=options)
                 assert sound.problem is None, f"seed {seed} fails without the mutant too"
                 return Fate(count, line, errors, error)
             errors, error = errors + 1, line

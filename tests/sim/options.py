@@ -6,7 +6,10 @@ hide what another would have shown.
 
 from __future__ import annotations
 
+import importlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tests.sim.faults import Timing
@@ -45,7 +48,7 @@ ADMIN_FAULTS = (
     "log replace",
 )
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
-"""What is drawn; "sync loss and kill a" happens only where it is asked for (``mutants.AIMS``)."""
+"""What is drawn; "sync loss and kill a" happens only where it is asked for (``mutation.AIMS``)."""
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
 """Events of a node that a fault may follow at once."""
@@ -94,10 +97,24 @@ class Options:
     moments: float = 0.0
     """How likely a node that reports something loses its power soon after."""
     moments_of: tuple[str, ...] = MOMENTS
+    moments_do: tuple[str, ...] = ("power", "power", "kill")
+    """What happens to it: these, "stop", or "reset" of its link."""
+    moments_delay: tuple[float, ...] = (0.0005, 0.005, 0.05)
+    """... within so many seconds."""
     snapshot_gap: float = 0.0
     """Seconds between what people do with snapshots; 0: nothing."""
     snapshots_max: int = 64
     snapshot_space: int | None = None
+    restores: float = 0.25
+    """How likely what is done with a snapshot on the primary is to restore from it ..."""
+    restores_alone: float = 0.4
+    """... and on a secondary."""
+    beside: float = 0.04
+    """How likely what people do is to change a facet by itself, and to say so (V13)."""
+    rot: float = 0.1
+    """How likely something rots at the end, for a verify to find and to repair."""
+    replaces: float = 0.3
+    """How likely a secondary whose disk failed gets a new one."""
 
 
 def draw(seed: int) -> Options:
@@ -238,3 +255,19 @@ def _constants(rng: random.Random) -> dict[str, int | float]:
 def _faults(rng: random.Random) -> dict[str, float]:
     count = rng.choice([0, 1, 2, 3, 4, 6, 8])
     return {kind: rng.choice([1.0, 1.0, 4.0]) for kind in rng.sample(FAULTS, count)}
+
+
+@contextmanager
+def constants(values: dict[str, int | float]) -> Iterator[None]:
+    """Sets constants of the product (``layer.module.NAME``) for one run."""
+    saved = []
+    for name, value in values.items():
+        module_name, _, attribute = name.rpartition(".")
+        module = importlib.import_module(f"nbdmirror.{module_name}")
+        saved.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        for module, attribute, old in saved:
+            setattr(module, attribute, old)

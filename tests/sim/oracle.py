@@ -8,7 +8,8 @@ secondary must equal (I1). Neither looks into the engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 ID_BYTES = 8
@@ -55,6 +56,7 @@ class Content:
         self._newest = [bytearray(size) for size in sizes]
         """What each volume holds if the newest write of each cell is what is there."""
         self._flying: dict[Write, None] = {}
+        self._reading: dict[int, None] = {}
         self._volatile: list[Write] = []
 
     def value(self) -> int:
@@ -72,7 +74,10 @@ class Content:
         for index in range(offset // self.cell, (offset + length) // self.cell):
             history = cells[index]
             if len(history) > 4:
-                floor = max((w.issued for w in history if w.durable), default=0)
+                # What a read that is under way may still find stays.
+                oldest = min(self._reading, default=self.now)
+                settled = (w.issued for w in history if w.durable and w.ended < oldest)  # type: ignore[operator]
+                floor = max(settled, default=0)
                 history[:] = [w for w in history if w.ended is None or w.ended >= floor]
             history.append(write)
         return write
@@ -86,6 +91,17 @@ class Content:
         write.ended, write.acked, write.durable = self.now, acked, acked and durable
         if acked and not durable:
             self._volatile.append(write)
+
+    @contextmanager
+    def reading(self) -> Iterator[int]:
+        """A client reads meanwhile; what is given is to be passed to ``check``."""
+        self.now += 1
+        since = self.now
+        self._reading[since] = None
+        try:
+            yield since
+        finally:
+            del self._reading[since]
 
     def flush_issued(self) -> int:
         """A client issues a flush; pass what is returned to ``flushed`` when it succeeds."""
@@ -260,6 +276,11 @@ class History:
         later = line.entries[seq - line.base_seq :]
         del line.entries[seq - line.base_seq :]
         self.lines.append(Line(found, seq, line.first_epoch, later))
+
+    def back_to(self, seq: int) -> None:
+        """The marks after ``seq`` are lost: what they said was changed beside the log is not."""
+        while self.lines[-1].base_seq > seq and len(self.lines) > 1:
+            self.lines.pop()
 
     def image(self, epoch: int, seq: int) -> list[bytearray]:
         """The group after ``seq`` as a node knows it that has followed up to ``epoch``."""

@@ -18,10 +18,11 @@ from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import NbdmirrorError
 from tests.sim.faults import Timing
+from tests.sim.host import Host
 from tests.sim.options import KIB, SMALL, Options
 from tests.sim.oracle import Violation, Write, pattern
 from tests.sim.workload import as_received
-from tests.sim.world import Gone, Host, World, clearing
+from tests.sim.world import Gone, World, clearing
 
 POLL_S = 0.01
 SYNC_SECONDS = 30.0
@@ -162,7 +163,6 @@ class Script:
         """A read must show what was written."""
         node = await self.primary()
         cell = self.world.options.cell
-        since = self.world.content.flush_issued()
         found: list[bytes] = []
 
         async def work() -> None:
@@ -171,10 +171,11 @@ class Script:
                 data = await node.volumes[volume].read(first * cell, count * cell)
             found.append(bytes(data))
 
-        if await self._attempt(node, work(), changes=False):
-            self.world.content.check(
-                volume, first * cell, found[0], since=since, crashed=False, what="a read"
-            )
+        with self.world.content.reading() as since:
+            if await self._attempt(node, work(), changes=False):
+                self.world.content.check(
+                    volume, first * cell, found[0], since=since, crashed=False, what="a read"
+                )
 
     # -- people and the world --------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ from nbdmirror.errors import NbdmirrorError, VolumeFailed
 from tests.sim.oracle import ID_BYTES, Entry, Violation, Write, compare
 
 if TYPE_CHECKING:
-    from tests.sim.world import Host, World
+    from tests.sim.host import Host
+    from tests.sim.world import World
 
 NOTHING = Entry(0, 0, 0, b"")
 """What a mark changes."""
@@ -70,6 +71,8 @@ class Album:
         self._released: dict[str, None] = {}
         self._lacked: dict[tuple[str, int], dict[str, None]] = {}
         """By host, and which disk of it: the snapshots that it told as lost or lacking."""
+        self._imageless: dict[str, None] = {}
+        """Secondaries that told that they have lost the image from before the resync that runs."""
         self._gone: dict[str, None] = {}
         """Deleted on every node, or refreshed."""
 
@@ -127,7 +130,11 @@ class Album:
         if not upstream or upstream["consistent"] or upstream["since"] is None:
             return
         doubts = ("snapshot-failed", "log-damaged", "superblock-damaged")
-        if host.restored or any(fired[f"event {kind}"] for kind in doubts):
+        if (
+            host.restored
+            or host.name in self._imageless
+            or any(fired[f"event {kind}"] for kind in doubts)
+        ):
             return
         if not any(entry["kind"] == "resync" for entry in node.snapshots.entries):
             raise Violation(f"{host.name} is not consistent and has no image of before (X2)")
@@ -141,9 +148,17 @@ class Album:
                 if entry["kind"] == "resync" and not entry.get("deleting"):
                     raise Violation(f"{host.name} is consistent and keeps an image of before (X2)")
 
-    def lacks(self, host: Host, uuid: str) -> None:
-        """A node told that it has lost a snapshot, or lacks it."""
-        self._lacked.setdefault((host.name, host.replaced), {})[uuid] = None
+    def lacks(self, host: Host, event: dict[str, Any]) -> None:
+        """A node told that it has lost a snapshot, or lacks it: for a reason that there may be."""
+        if "the file exists" in event["why"]:
+            raise Violation(f"{host.name} lacks a snapshot for no reason: {event['why']} (V9)")
+        self._lacked.setdefault((host.name, host.replaced), {})[event["uuid"]] = None
+        if event["snapshot_kind"] == "resync":
+            self._imageless[host.name] = None
+
+    def consistent(self, host: Host) -> None:
+        """A secondary is consistent: the next resync has an image of its own."""
+        self._imageless.pop(host.name, None)
 
     def gone(self, uuid: str) -> None:
         """A person was told that it is deleted everywhere, or taken anew."""
@@ -177,8 +192,13 @@ class Album:
     def check(self, host: Host, node: Node, found: Sequence[Found], what: str) -> None:
         """Violation unless each is what it has to be, and what was promised is in the list, if
         only as lost."""
+        beside = self._world.beside
+        if beside.pending and host.role == "primary":
+            return
         for one in found:
             entry = one.entry
+            if beside.hides(entry["seq"]):
+                continue
             name = f"{what}: snapshot {entry['number']} ({entry['kind']}) at {entry['seq']}"
             if entry["uuid"] not in self._images:  # of this node's own
                 group = self._world.history.image(entry["epoch"], entry["seq"])
@@ -217,7 +237,12 @@ class People:
         world, rng = self._world, self._random
         if not world.options.snapshot_gap or world.people_rest:
             return
+        if world.beside.pending:
+            return
         draw = rng.random()
+        if world.beside.rng.random() < world.options.beside:
+            await world.beside.once()
+            return
         host = world.a if draw < 0.75 else rng.choice(list(world.hosts.values()))
         node = host.node
         if node is None:
@@ -232,10 +257,10 @@ class People:
                 if not shown:
                     return
                 entry = rng.choice(shown)
-                if host is not world.a and rng.random() < 0.4:
+                if host is not world.a and rng.random() < world.options.restores_alone:
                     await self._restore_alone(host, node, entry)
                     return
-                if host is world.a and rng.random() < 0.25:
+                if host is world.a and rng.random() < world.options.restores:
                     await self._restore(host, node, entry)
                     return
                 world.album.release(entry["uuid"])

@@ -23,14 +23,17 @@ from nbdmirror.codec import slots
 from nbdmirror.engine.facet import FacetState
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import NbdmirrorError
-from tests.sim.ailments import AILMENTS, AllLost, Fuse
+from tests.sim.ailments import AILMENTS, Fuse
 from tests.sim.checks import Checks
+from tests.sim.faults import AllLost
+from tests.sim.host import Host
 from tests.sim.loop import SimLoop
+from tests.sim.options import constants
 from tests.sim.oracle import Entry, Violation, compare
 from tests.sim.pool import ordered
 from tests.sim.scenarios import OPTIONS, SCENARIOS, Script, options_of
 from tests.sim.snapshots import look
-from tests.sim.world import Gone, Host, World, constants
+from tests.sim.world import Gone, World
 
 NODES = ("a", "b")
 SCRIPT_SECONDS = 300.0

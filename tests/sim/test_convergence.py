@@ -16,10 +16,11 @@ from nbdmirror.engine import verify
 from nbdmirror.engine.verify import Verify
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import NbdmirrorError
-from tests.sim.options import KIB
+from tests.sim import convergence
+from tests.sim.options import KIB, constants
 from tests.sim.oracle import compare, pattern
 from tests.sim.scenarios import OPTIONS
-from tests.sim.world import Gone, World, constants
+from tests.sim.world import Gone, World
 
 VOLUME = 512 * KIB
 LINK = 40 * KIB
@@ -107,6 +108,12 @@ def test_in_sync_in_bounded_time(seed: int, load: float) -> None:
     # The first pass, the copies at half of the link, the backlog of both.
     bound = copying * (1 + 2 * (1 + load) + 2 * load) + 15
     assert took <= bound, f"{took:.0f} s, foretold were {bound:.0f}"
+
+
+@pytest.mark.parametrize("seed", range(len(convergence.LOADS)))
+def test_a_volume_that_differs_everywhere_is_in_sync_in_bounded_time(seed: int) -> None:
+    """Records and copies share the link, and neither starves the other."""
+    assert convergence.run(seed).problem is None
 
 
 def test_a_log_that_blocks_needs_no_size() -> None:

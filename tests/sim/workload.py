@@ -146,7 +146,6 @@ class Clients:
         world = self._world
         volume = rng.randrange(len(node.volumes))
         offset, length = self._range(rng, volume, 4 * world.options.write_cells)
-        since = world.content.flush_issued()
         found: list[bytes] = []
 
         async def work() -> None:
@@ -155,10 +154,11 @@ class Clients:
                 data = await node.volumes[volume].read(offset, length)
             found.append(bytes(data))
 
-        if await self._attempt(work()):
-            world.content.check(
-                volume, offset, found[0], since=since, crashed=False, what="a client's read"
-            )
+        with world.content.reading() as since:
+            if await self._attempt(work()):
+                world.content.check(
+                    volume, offset, found[0], since=since, crashed=False, what="a client's read"
+                )
 
 
 def as_received(changes: Sequence[Change]) -> Batch:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from nbdmirror.codec import mark as marks
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.mark import Mark
 from nbdmirror.config import (
@@ -36,12 +35,13 @@ from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import NbdmirrorError
 from nbdmirror.ports import Env
-from tests.sim.clock import SimClock
-from tests.sim.disk import SimDisk
+from tests.sim.beside import Beside
+from tests.sim.host import Host
 from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
 from tests.sim.oracle import Content, Defect, Entry, History, Violation, compare
+from tests.sim.rot import Rot
 from tests.sim.snapshots import NOTHING, Album
 
 T = TypeVar("T")
@@ -51,74 +51,6 @@ SLOTS_MIN = 61
 
 class Gone(Exception):
     """The node died before it was done."""
-
-
-class Host:
-    """A machine that runs one node: its disk outlives the node's lives."""
-
-    def __init__(self, world: World, name: str, config: Config, role: str) -> None:
-        self.world = world
-        self.name = name
-        self.config = config
-        self.role = role
-        self.life = Incarnation(name)
-        self.gone: asyncio.Future[None] = world.loop.create_future()
-        self.waiting: dict[asyncio.Future[None], None] = {}
-        """Those of the world who wait for work in this life: they hear of its end."""
-        self.node: Node | None = None
-        """The node while it serves."""
-        self.created = False
-        self.lost_power = False
-        self.restored = False
-        """A snapshot was restored on it, as a secondary (V14)."""
-        self.torn = False
-        """A slot of its superblock was found torn: it cannot prove what it had."""
-        self.forked = False
-        """The last start began a new line of history: the log, or its end, was lost."""
-        self.unsynced_lost = False
-        """Since its last start a facet lost what was not synced, and no other is sure to have it:
-        without a redo it is gone. A start that was cut may have trusted that facet again."""
-        self.starting = False
-        self.stopping = False
-        self.failed: str | None = None
-        self.sources = [volume.facets[0] for volume in config.volumes]
-        """A facet of each volume that was in service when the node last stopped."""
-        self.replaced = 0
-        self.disk: SimDisk
-        self.clock: SimClock
-        self.new_disk()
-
-    def new_disk(self) -> None:
-        """A disk with nothing on it."""
-        self.disk = SimDisk(
-            self.name, f"{self.world.seed}:{self.replaced}", timing=self.world.options.timing
-        )
-        self.clock = SimClock(self.world.loop, self.disk)
-
-    @property
-    def alive(self) -> bool:
-        """Whether a process runs."""
-        return self.life.alive and (self.node is not None or self.starting or self.stopping)
-
-    def paths(self) -> list[list[str]]:
-        """The facets of each volume."""
-        return [list(volume.facets) for volume in self.config.volumes]
-
-    def images(self, disk: SimDisk | None = None) -> list[bytes]:
-        """What the first facet of each volume that is in service holds now."""
-        volumes: Sequence[Volume] = self.node.volumes if self.node is not None else ()
-        images = []
-        for index, volume in enumerate(self.config.volumes):
-            path = self.sources[index]
-            if volumes and volumes[index].in_service():
-                path = volumes[index].source().path
-            elif volumes and self.role == "primary" and disk is None:
-                # No local facet: the log and a remote hold it, which reads and the end will show.
-                line = self.world.history.lines[-1]
-                images.append(bytes(line.image(line.head)[index]))
-                continue
-            images.append((disk or self.disk).content(path)[: volume.size])
-        return images
 
 
 class World:
@@ -139,6 +71,8 @@ class World:
         self.content = Content(options.sizes, options.cell)
         self.history = History([bytes(size) for size in options.sizes])
         self.album = Album(self)
+        self.beside = Beside(self)
+        self.rot = Rot(self)
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
         self.fresh = {}
@@ -322,15 +256,32 @@ class World:
             return False
         host.starting = False
         host.node = node
-        if host.role == "primary":
-            self.serving.set()
         power, host.lost_power = host.lost_power, False
         if host.role == "primary":
             images = host.images()
             for index, data in restored.items():
                 images[index] = data
             self._primary_recovered(host, images, power=power)
+            if not await self._said_again(host, node):
+                return False
+            self.serving.set()
         self.spawn(self._watch(host, node))
+        return True
+
+    async def _said_again(self, host: Host, node: Node) -> bool:
+        """A person had not been told that a change was taken in (V13): says so again, before
+        anybody writes. False if the node did not live to hear it."""
+        if not self.beside.pending:
+            return True
+        host.node, host.starting = None, True
+        try:
+            await self.in_life(host, self.beside.say(node))
+        except Gone:
+            return False
+        except (NbdmirrorError, OSError) as error:
+            self._failed(host, str(error))
+            return False
+        host.node, host.starting = node, False
         return True
 
     def _edit(self, host: Host) -> None:
@@ -347,9 +298,11 @@ class World:
         if event["kind"] == "defect":
             self.fail(Defect(f"a defect on {host.name}: {event['why']}"))
         if event["kind"] in ("snapshot-lost", "snapshot-lacking"):
-            self.album.lacks(host, event["uuid"])
+            self._judge(lambda: self.album.lacks(host, event))
         if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
             self.album.release(event["uuid"])
+        if event["kind"] == "consistent":
+            self.album.consistent(host)
         if event["kind"] == "restored" and host.role == "primary":
             self.album.restored(event["uuid"], event["volumes"], event["seq"])
         host.torn = host.torn or event["kind"] == "superblock-damaged"
@@ -363,14 +316,20 @@ class World:
                 self.fired["mark a log in memory is lost"] += 1
                 if event["facets_healed"] or lost:  # as after a power loss
                     self.content.forget_volatile()
-        if event["kind"] == "verify-differs":
-            self.fail(Violation(f"a verify on {host.name} found what is not there: {fields}"))
+        if event["kind"] == "verify-differs" and not self.beside.pending:
+            self._judge(lambda: self.rot.told(event["volume"], event["offset"]))
         if event["kind"] == "handshake":
             self.fired[f"rule {event['rule']}"] += 1
             self._on_handshake(host, event)
         self.trace(host.name, f"{event['kind']} {json.dumps(fields, sort_keys=True)}")
         for listener in self.on_moment:
             listener(host, event["kind"])
+
+    def _judge(self, told: Callable[[], None]) -> None:
+        try:
+            told()
+        except Violation as error:
+            self.fail(error)
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
@@ -387,6 +346,8 @@ class World:
         node = host.node
         assert node is not None and node.primary is not None
         end = node.log.next_seq - 1
+        if self.beside.pending:
+            self.history.back_to(end)
         self.history.found(end)
         self.album.recovered(node)
         self.content.recovered(images, power=power)
@@ -394,16 +355,17 @@ class World:
             self.history.fork(node.primary.group.epoch, end, images)
         elif end != self.history.head:
             raise Violation(f"a killed primary came back with {end} of {self.history.head} records")
-        else:
+        elif not self.beside.pending:
             compare(images, self.history.lines[-1].image(end), "the primary after redo")
+        self.beside.died(end)
         self.check_facets(host, node)
         self._observe(node)
 
     def check_facets(self, host: Host, node: Node) -> None:
         """Every facet in service holds the same."""
         for volume in node.volumes:
-            if volume.overlay is not None:
-                continue  # a restore is being copied
+            if volume.overlay is not None or self.beside.pending:
+                continue  # a restore is being copied, or one facet was changed by itself
             facets = [host.disk.content(f.path)[: volume.size] for f in volume.in_service()]
             for other in facets[1:]:
                 compare([other], facets[:1], f"facets of {volume.name} on {host.name}")
@@ -445,6 +407,8 @@ class World:
             seq = log_mark(mark)
             try:
                 self.history.append(seq, [NOTHING])
+                if mark.do == marks.CHANGED:
+                    self.beside.logged(seq)
             except Violation as error:
                 self.fail(error)
             return seq
@@ -534,22 +498,6 @@ async def overlaid(node: Node) -> dict[int, bytes]:
 def _settle(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-@contextmanager
-def constants(values: dict[str, int | float]) -> Iterator[None]:
-    """Sets constants of the product (``layer.module.NAME``) for one run."""
-    saved = []
-    for name, value in values.items():
-        module_name, _, attribute = name.rpartition(".")
-        module = importlib.import_module(f"nbdmirror.{module_name}")
-        saved.append((module, attribute, getattr(module, attribute)))
-        setattr(module, attribute, value)
-    try:
-        yield
-    finally:
-        for module, attribute, old in saved:
-            setattr(module, attribute, old)
 
 
 def clearing(kind: str) -> tuple[int, int]:

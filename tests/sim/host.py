@@ -1,0 +1,85 @@
+"""A machine of a run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nbdmirror.config import Config
+from nbdmirror.engine.node import Node
+from nbdmirror.engine.volume import Volume
+from tests.sim.clock import SimClock
+from tests.sim.disk import SimDisk
+from tests.sim.loop import Incarnation
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+class Host:
+    """A machine that runs one node: its disk outlives the node's lives."""
+
+    def __init__(self, world: World, name: str, config: Config, role: str) -> None:
+        self.world = world
+        self.name = name
+        self.config = config
+        self.role = role
+        self.life = Incarnation(name)
+        self.gone: asyncio.Future[None] = world.loop.create_future()
+        self.waiting: dict[asyncio.Future[None], None] = {}
+        """Those of the world who wait for work in this life: they hear of its end."""
+        self.node: Node | None = None
+        """The node while it serves."""
+        self.created = False
+        self.lost_power = False
+        self.restored = False
+        """A snapshot was restored on it, as a secondary (V14)."""
+        self.torn = False
+        """A slot of its superblock was found torn: it cannot prove what it had."""
+        self.forked = False
+        """The last start began a new line of history: the log, or its end, was lost."""
+        self.unsynced_lost = False
+        """Since its last start a facet lost what was not synced, and no other is sure to have it:
+        without a redo it is gone. A start that was cut may have trusted that facet again."""
+        self.starting = False
+        self.stopping = False
+        self.failed: str | None = None
+        self.sources = [volume.facets[0] for volume in config.volumes]
+        """A facet of each volume that was in service when the node last stopped."""
+        self.replaced = 0
+        self.disk: SimDisk
+        self.clock: SimClock
+        self.new_disk()
+
+    def new_disk(self) -> None:
+        """A disk with nothing on it."""
+        self.disk = SimDisk(
+            self.name, f"{self.world.seed}:{self.replaced}", timing=self.world.options.timing
+        )
+        self.clock = SimClock(self.world.loop, self.disk)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process runs."""
+        return self.life.alive and (self.node is not None or self.starting or self.stopping)
+
+    def paths(self) -> list[list[str]]:
+        """The facets of each volume."""
+        return [list(volume.facets) for volume in self.config.volumes]
+
+    def images(self, disk: SimDisk | None = None) -> list[bytes]:
+        """What the first facet of each volume that is in service holds now."""
+        volumes: Sequence[Volume] = self.node.volumes if self.node is not None else ()
+        images = []
+        for index, volume in enumerate(self.config.volumes):
+            path = self.sources[index]
+            if volumes and volumes[index].in_service():
+                path = volumes[index].source().path
+            elif volumes and self.role == "primary" and disk is None:
+                # No local facet: the log and a remote hold it, which reads and the end will show.
+                line = self.world.history.lines[-1]
+                images.append(bytes(line.image(line.head)[index]))
+                continue
+            images.append((disk or self.disk).content(path)[: volume.size])
+        return images

@@ -1,0 +1,24 @@
+"""The product with one rule broken at a time: a campaign that lets a mutant live proves nothing.
+
+The names begin with the rule (an O-number, V-row or invariant) that is dropped. Importing this
+package registers them all with ``mutation``.
+
+Not among them, because another rule makes them unobservable:
+
+- each one of the two checks of a scan against records of an ended epoch (the two together are);
+- O3 (only durable records are shipped) belongs to reliability.md's protocol W: here every record
+  lies in an extent that is durably active, so a primary may ship what it has not synced;
+- O20 is about roles; its part that there is, the new epoch, is here.
+"""
+
+from tests.sim.mutants import (  # noqa: F401
+    facets,
+    primary,
+    restores,
+    resync,
+    secondary,
+    snapshots,
+    spill,
+    state,
+    verify,
+)

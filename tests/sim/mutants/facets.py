@@ -1,0 +1,147 @@
+"""Mutants of local facets, synchronous remotes and the loss of the log's disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from nbdmirror.engine import recovery, remoteread
+from nbdmirror.engine.facetcopy import FacetCopy
+from nbdmirror.engine.facetmember import Member
+from nbdmirror.engine.gate import SyncGate
+from nbdmirror.engine.housekeeper import Housekeeper
+from nbdmirror.engine.log import Log
+from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
+from tests.sim.faults import Timing
+from tests.sim.mutation import Assign, aimed, mutant, nothing
+
+
+@mutant("M8 what a facet misses past the log is not marked")
+def _(assign: Assign) -> None:
+    assign(Member, "mark", lambda self, volume, offset, length: None)
+
+
+@mutant("M6 a facet is trusted before it has all that it lacks")
+def _(assign: Assign) -> None:
+    assign(FacetCopy, "run", nothing)
+
+
+@mutant(
+    "O13 a facet's copy is made without the range lock",
+    aimed(
+        faults={"facet offline": 1.0, "facet replace": 1.0},
+        fault_gap=0.1,
+        facets=2,
+        clients=4,
+        operations=300,
+        hot_cells=64,
+        pause=0.01,
+        timing=Timing(write=(0.001, 0.05), miss=0.5),
+        last_facet=False,
+    ),
+)
+def _(assign: Assign) -> None:
+    @asynccontextmanager
+    async def locked(*_: Any, **__: Any) -> AsyncIterator[None]:
+        yield
+
+    original = FacetCopy._stretch
+
+    async def stretch(self: FacetCopy, first: int, count: int) -> int:
+        proxy = copy.copy(self._volume)
+        proxy.locked = locked  # type: ignore[method-assign, assignment]
+        self._volume, volume = proxy, self._volume
+        try:
+            return await original(self, first, count)
+        finally:
+            self._volume = volume
+
+    assign(FacetCopy, "_stretch", stretch)
+
+
+@mutant(
+    "M5 the log is not laid over what a remote gives",
+    aimed(
+        faults={"facet error": 2.0, "slow link": 1.0, "net stall": 0.3},
+        fault_gap=0.3,
+        facets=1,
+        last_facet=True,
+        clients=4,
+        operations=200,
+        hot_cells=16,
+        pause=0.05,
+        moments=0.0,
+    ),
+)
+def _(assign: Assign) -> None:
+    async def overlay(log: Log, volume: int, offset: int, data: Any, seq: int) -> Any:
+        return data
+
+    assign(remoteread, "overlay", overlay)
+
+
+@mutant("I3 a flush does not wait for a synchronous remote's disk")
+def _(assign: Assign) -> None:
+    original = SyncGate.wait
+
+    async def wait(self: SyncGate, seq: int, durable: bool) -> None:
+        await original(self, seq, False)
+
+    assign(SyncGate, "wait", wait)
+
+
+@mutant(
+    "M13 what the lost log held for remotes is not marked",
+    aimed(
+        faults={"sync error a": 2.0, "cut": 1.0},
+        fault_gap=0.3,
+        clients=4,
+        operations=200,
+        pause=0.1,
+        last_facet=False,
+        spill=0,
+    ),
+)
+def _(assign: Assign) -> None:
+    async def overflow(self: Remote, why: str) -> None:
+        if "log was" not in why or "full" in why:
+            await original(self, why)
+
+    original = Remote.overflow
+    assign(Remote, "overflow", overflow)
+
+
+@mutant("M13 a flush is not in the facets while the log is in memory")
+def _(assign: Assign) -> None:
+    async def sync_log(self: Housekeeper) -> int:
+        return self._log.next_seq - 1
+
+    assign(Housekeeper, "sync_log", sync_log)
+
+
+@mutant(
+    "M13 a facet is healed though what it lacks was in memory only",
+    aimed(
+        faults={"sync error a": 1.0, "facet error": 2.0, "kill a": 2.0},
+        fault_gap=0.2,
+        facets=2,
+        clients=4,
+        operations=200,
+        pause=0.1,
+        spill=0,
+        last_facet=False,
+    ),
+)
+def _(assign: Assign) -> None:
+    original = recovery._healing
+
+    def healing(store: Store, volumes: list[Volume], log: Log) -> Any:
+        for entry in recovery._entries(store):
+            entry["last"] = entry.get("since") is not None
+        return original(store, volumes, log)
+
+    assign(recovery, "_healing", healing)

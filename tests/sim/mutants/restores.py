@@ -1,0 +1,128 @@
+"""Mutants of restores, and of changes beside the write path (V11-V14, M8, M11)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec.mark import Mark
+from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine.bypass import Bypass
+from nbdmirror.engine.facetcopy import FacetCopy
+from nbdmirror.engine.housekeeper import Housekeeper
+from nbdmirror.engine.restore import VolumeRestore
+from nbdmirror.engine.restorer import Restorer
+from nbdmirror.engine.secondary import Secondary
+from tests.sim.mutants.aims import ALONE, BESIDE, LEANING, RESTORES
+from tests.sim.mutation import Assign, mutant, nothing
+
+
+@mutant("M8 a facet is filled while a restore overwrites what was read for it", RESTORES)
+def _(assign: Assign) -> None:
+    original = FacetCopy._copy
+
+    async def copy(self: FacetCopy, offset: int, length: int) -> None:
+        self._volume.beside.release()
+        try:
+            await original(self, offset, length)
+        finally:
+            await self._volume.beside.acquire()
+
+    assign(FacetCopy, "_copy", copy)
+
+
+@mutant("M11 what lies below a restore is read from a remote", LEANING)
+def _(assign: Assign) -> None:
+    assign(VolumeRestore, "hides", lambda self, offset, length: False)
+
+
+@mutant("V14 a secondary that was restored does not say so")
+def _(assign: Assign) -> None:
+    original = Secondary.detach
+
+    async def detach(self: Secondary, change: dict[str, Any]) -> None:
+        await original(self, change)
+        self.store.state["altered"] = False
+        await self.store.save()
+
+    assign(Secondary, "detach", detach)
+
+
+@mutant("V14 a primary is let in while a secondary is being restored", ALONE)
+def _(assign: Assign) -> None:
+    original = Secondary.refusal
+
+    def refusal(self: Secondary, hello: dict[str, Any]) -> tuple[str, str] | None:
+        refused = original(self, hello)
+        return None if refused is not None and refused[0] == "V14" else refused
+
+    assign(Secondary, "refusal", refusal)
+
+
+@mutant("V11 the restore map is not in the DCM")
+def _(assign: Assign) -> None:
+    original = Bypass.commit
+
+    async def commit(self: Bypass, mark: Mark, maps: Mapping[int, Dcm]) -> int:
+        return await original(self, mark, {})
+
+    assign(Bypass, "commit", commit)
+
+
+@mutant("V12 the copy begins though redo may come by")
+def _(assign: Assign) -> None:
+    assign(Restorer, "settled", nothing)
+
+
+@mutant("V12 the copy does not keep what newer snapshots need")
+def _(assign: Assign) -> None:
+    assign(VolumeRestore, "_chain_holds", lambda self, offset, length: False)
+
+
+@mutant("V12 a region is changed before it is copied")
+def _(assign: Assign) -> None:
+    assign(VolumeRestore, "holds", lambda self, offset, length: self._chain_holds(offset, length))
+
+
+@mutant("V12 a restore is not remembered")
+def _(assign: Assign) -> None:
+    async def opened(self: Restorer) -> None:
+        self._store.state["restore"] = None
+
+    assign(Restorer, "open", opened)
+
+
+@mutant("V13 regions that are handed over are not marked", BESIDE)
+def _(assign: Assign) -> None:
+    original = Bypass.commit
+
+    async def commit(self: Bypass, mark: Mark, maps: Mapping[int, Dcm]) -> int:
+        return await original(self, mark, {} if mark.do == marks.CHANGED else maps)
+
+    assign(Bypass, "commit", commit)
+
+
+@mutant("V13 what somebody else wrote is not synced", BESIDE)
+def _(assign: Assign) -> None:
+    original = Housekeeper.sync_facets
+
+    async def sync_facets(self: Housekeeper, *, everything: bool = False) -> None:
+        await original(self)
+
+    assign(Housekeeper, "sync_facets", sync_facets)
+
+
+@mutant("V13 other facets do not get what was written into one", BESIDE)
+def _(assign: Assign) -> None:
+    assign(Restorer, "_even", nothing)
+
+
+@mutant("V13 snapshots are said to be whole that lack what was overwritten", BESIDE)
+def _(assign: Assign) -> None:
+    assign(Restorer, "_drop_spoilt", nothing)
+
+
+@mutant("V13 it is taken in before redo is past the log of before", BESIDE)
+def _(assign: Assign) -> None:
+    assign(Restorer, "_settle", nothing)

@@ -1,0 +1,225 @@
+"""Mutants of the secondary: its log, its acknowledgements, what it says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from nbdmirror.codec import record as codec
+from nbdmirror.codec import repl
+from nbdmirror.codec.repl import Type
+from nbdmirror.engine.applier import Applier
+from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.log import Log
+from nbdmirror.engine.receiver import Receiver
+from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.session import Session
+from tests.sim.faults import Timing
+from tests.sim.mutants.aims import RESYNCS
+from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.options import KIB
+
+
+@mutant("O2 the secondary applies before its log is durable")
+def _(assign: Assign) -> None:
+    async def run(self: Applier) -> None:
+        while True:
+            while self.applied_seq >= self._log.next_seq - 1:
+                self._log.appended.clear()
+                await self._log.appended.wait()
+            async with self.lock:
+                if self.applied_seq < self._log.next_seq - 1:
+                    await self._apply_until(self._log.next_seq - 1)
+            await self.caught_up()
+
+    assign(Applier, "run", run)
+
+
+@mutant("O4 what is received is acknowledged as durable")
+def _(assign: Assign) -> None:
+    def acknowledge(self: Receiver) -> None:
+        if not self._started or self.link.cause is not None:
+            return
+        received = self.secondary.log.next_seq - 1
+        state = (received, received, min(received, self.secondary.applied_seq))
+        if state != self._acked:
+            self._acked = state
+            self.link.send(Type.ACK, [repl.ACK.pack(*state)])
+
+    assign(Receiver, "acknowledge", acknowledge)
+
+
+LOST_LINKS = aimed(
+    faults={"reset": 1.0},
+    fault_gap=3.0,
+    timing=Timing(sync=(0.001, 1.0)),
+    extent=16 * KIB,
+    mode="async",
+    clients=4,
+    operations=300,
+    hot_cells=16,
+    pause=2.0,
+    fua=0.0,
+    flush=0.02,
+    snapshot_gap=0.0,
+)
+
+
+@mutant("O4 WELCOME promises what is only received", LOST_LINKS)
+def _(assign: Assign) -> None:
+    original = Receiver._handshake
+
+    async def handshake(self: Receiver, frame: Any) -> None:
+        log = self.secondary.log
+        durable = log.durable_seq
+        log.durable_seq = log.next_seq - 1
+        try:
+            await original(self, frame)
+        finally:
+            log.durable_seq = durable
+
+    assign(Receiver, "_handshake", handshake)
+
+
+@mutant("O7 a region is acknowledged before it is on disk")
+def _(assign: Assign) -> None:
+    async def sync_regions(self: Receiver) -> None:
+        while self._synced_tokens:
+            tokens, self._synced_tokens = self._synced_tokens, []
+            if self.link.cause is None:
+                self.link.send(Type.DONE, [b"".join(map(repl.TOKEN.pack, tokens))])
+        self._sync_task = None
+
+    assign(Receiver, "_sync_regions", sync_regions)
+
+
+@mutant("O8 records that are there already are applied again")
+def _(assign: Assign) -> None:
+    original = Session._resume
+    checked = Receiver._checked
+
+    async def resume(self: Session, seq: int) -> None:
+        log = self.remote.group.log
+        await original(self, max(log.ring.tail_seq, seq - 3))
+
+    def again(self: Receiver, view: memoryview, next_seq: int) -> Any:
+        for record in codec.parse_all(view):
+            if record.seq < next_seq and record.payload is not None:
+                for facet in self.secondary.volumes[record.volume].facets:
+                    facet.pwrite(record.offset, record.payload)
+        return checked(self, view, next_seq)
+
+    assign(Session, "_resume", resume)
+    assign(Receiver, "_checked", again)
+
+
+@mutant("I1 consistent is said before the end of the resync is applied", RESYNCS)
+def _(assign: Assign) -> None:
+    async def check_end(self: Receiver) -> None:
+        seq, self._end_seq = self._end_seq, None
+        if seq is not None and self.link.cause is None:
+            await self.secondary.become_consistent(seq)
+            self.link.send(Type.CONSISTENT, [repl.SEQ.pack(seq)])
+
+    assign(Receiver, "_check_end", check_end)
+
+
+@mutant("I1 the secondary stays consistent while regions are copied")
+def _(assign: Assign) -> None:
+    original = Secondary.adopt
+
+    async def adopt(self: Secondary, *args: Any) -> None:
+        former = self.store.state["upstream"] or {}
+        consistent = bool(former.get("consistent"))
+        await original(self, *args)
+        self.store.state["upstream"]["consistent"] = consistent
+        await self.store.save()
+
+    assign(Secondary, "adopt", adopt)
+    assign(Secondary, "check_resyncing", lambda self: None)
+
+
+@mutant(
+    "O10 what a secondary's log lost in part is taken for damage by a later start",
+    aimed(
+        faults={"power b": 1.0, "kill b": 1.0, "slow link": 0.3},
+        fault_gap=1.0,
+        timing=Timing(sync=(0.001, 0.5)),
+        sizes=(256 * KIB,),
+        facets=1,
+        remotes=1,
+        extent=16 * KIB,
+        log_size=1028 * KIB,
+        remote_log_size=1028 * KIB,
+        mode="async",
+        clients=4,
+        operations=500,
+        write_cells=8,
+        pause=0.5,
+        fua=0.0,
+        flush=0.0,
+        snapshot_gap=0.0,
+    ),
+)
+def _(assign: Assign) -> None:
+    assign(Log, "forget_behind", nothing)
+
+
+@mutant(
+    "V7 a secondary stops in the middle of a record",
+    aimed(
+        faults={"stop b": 1.0},
+        fault_gap=0.1,
+        timing=Timing(sync=(0.0001, 0.004), write=(0.001, 0.1)),
+        clear=0.4,
+        clients=4,
+        operations=300,
+        hot_cells=16,
+        pause=0.02,
+        mode="async",
+        snapshot_gap=0.0,
+        last_facet=False,
+    ),
+)
+def _(assign: Assign) -> None:
+    original = Secondary.stop
+
+    async def stop(self: Secondary) -> None:
+        self.applier.lock, lock = asyncio.Lock(), self.applier.lock
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.applier.lock = lock
+        await original(self)
+
+    assign(Secondary, "stop", stop)
+
+
+@mutant("V7 the log is emptied before it was applied")
+def _(assign: Assign) -> None:
+    assign(Secondary, "drain", nothing)
+
+
+@mutant("O22 clearings are not applied on the secondary")
+def _(assign: Assign) -> None:
+    original = LocalFacet.apply
+
+    async def apply(self: LocalFacet, record: codec.Record) -> None:
+        if record.payload is not None:
+            await original(self, record)
+
+    assign(LocalFacet, "apply", apply)
+
+
+@mutant("O9 records reach the secondary's facet as they arrive")
+def _(assign: Assign) -> None:
+    checked = Receiver._checked
+
+    def at_once(self: Receiver, view: memoryview, next_seq: int) -> Any:
+        for record in codec.parse_all(view):
+            if record.seq >= next_seq and record.payload is not None and record.kind != codec.MARK:
+                for facet in self.secondary.volumes[record.volume].facets:
+                    facet.pwrite(record.offset, record.payload)
+        return checked(self, view, next_seq)
+
+    assign(Receiver, "_checked", at_once)
