@@ -84,12 +84,10 @@ class Secondary:
         ]
 
     async def stop(self) -> None:
-        """Ends the tasks, then commits what is in the log, and applies what may be applied."""
-        # Not within a record: a hole that is being punched lands though nobody waits for it any
-        # more, and would land over what a later record writes.
-        async with self.applier.lock:
-            for task in self._tasks:
-                task.cancel()
+        """Ends the tasks, then commits what is in the log, and applies what may be applied: a record
+        that is cut short is done again, a snapshot that it asked for is found in the list."""
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.failed is None:
             await self.log.sync(self.log.next_seq - 1)
