@@ -294,6 +294,7 @@ class Checks:
             return
         wanted = world.history.image(image.epoch, image.seq)
         compare(image.volumes, wanted, f"a clone of {host.name} at record {image.seq} (I1)")
+        world.album.check_there(host, image.node, image.epoch, image.seq)
         if image.seq < believed:
             raise Violation(
                 f"a clone of {host.name} ends at {image.seq}, but {believed} was durable (O4)"

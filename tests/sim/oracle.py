@@ -19,6 +19,10 @@ class Violation(Exception):
     """The product broke a promise."""
 
 
+class Moot(Exception):
+    """What is left of a run cannot be judged: disks have lost what nobody else had, and said so."""
+
+
 class Defect(Violation):
     """The product says itself that its code failed: no wrong result was seen yet."""
 

@@ -67,6 +67,8 @@ class Album:
         self._world = world
         self._images: dict[str, list[bytes]] = {}
         self._volumes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        """(epoch, seq) of the record of each."""
         self._promised: dict[str, None] = {}
         self._released: dict[str, None] = {}
         self._lacked: dict[tuple[str, int], dict[str, None]] = {}
@@ -76,13 +78,14 @@ class Album:
         self._gone: dict[str, None] = {}
         """Deleted on every node, or refreshed."""
 
-    def marked(self, seq: int, mark: Mark) -> None:
+    def marked(self, epoch: int, seq: int, mark: Mark) -> None:
         """The primary logs a mark behind the record ``seq``."""
         if mark.do == marks.SNAPSHOT:
             assert mark.uuid is not None
             image = self._world.history.lines[-1].image(seq)
             self._images[mark.uuid] = [bytes(image[index]) for index in mark.volumes]
             self._volumes[mark.uuid] = mark.volumes
+            self._places[mark.uuid] = epoch, seq + 1
 
     def restored(self, uuid: str, volumes: Sequence[str], seq: int) -> None:
         """A restore is complete: the group after ``seq`` is another from now on."""
@@ -163,6 +166,18 @@ class Album:
     def gone(self, uuid: str) -> None:
         """A person was told that it is deleted everywhere, or taken anew."""
         self._gone[uuid] = None
+
+    def check_there(self, host: Host, node: Node, epoch: int, seq: int) -> None:
+        """A consistent secondary that has followed up to record ``seq`` of an epoch has in its list
+        what the primary took until then, if only as lacking."""
+        if host.torn or host.restored or self._world.fired["mark a log in memory is lost"]:
+            return
+        there = {entry["uuid"] for entry in node.snapshots.entries}
+        told = self._lacked.get((host.name, host.replaced), {})
+        for uuid in self._promised:
+            since, at = self._places[uuid]
+            if since <= epoch and at <= seq and uuid not in there and uuid not in told:
+                raise Violation(f"a clone of {host.name} at {seq} lacks the snapshot of {at} (V9)")
 
     def check_followed(self) -> None:
         """All is in sync: each secondary has every snapshot that the primary has, or says that it

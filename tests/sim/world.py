@@ -40,7 +40,7 @@ from tests.sim.host import Host
 from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
-from tests.sim.oracle import Content, Defect, Entry, History, Violation, compare
+from tests.sim.oracle import Content, Defect, Entry, History, Moot, Violation, compare
 from tests.sim.rot import Rot
 from tests.sim.snapshots import NOTHING, Album
 
@@ -252,6 +252,8 @@ class World:
         except Gone:
             return False
         except (NbdmirrorError, OSError) as error:
+            if "could not be read for it" in str(error):  # what a restore was to bring back
+                self.fail(Moot(str(error)))
             self._failed(host, str(error))
             return False
         host.starting = False
@@ -403,7 +405,7 @@ class World:
         def observed(mark: Mark) -> int:
             self.history.attempted = [NOTHING]
             # An append that fails may have brought it into the log nevertheless.
-            self.album.marked(self.history.head, mark)
+            self.album.marked(group.epoch, self.history.head, mark)
             seq = log_mark(mark)
             try:
                 self.history.append(seq, [NOTHING])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from nbdmirror.codec import record as codec
@@ -163,36 +162,6 @@ def _(assign: Assign) -> None:
 )
 def _(assign: Assign) -> None:
     assign(Log, "forget_behind", nothing)
-
-
-@mutant(
-    "V7 a secondary stops in the middle of a record",
-    aimed(
-        faults={"stop b": 1.0},
-        fault_gap=0.1,
-        timing=Timing(sync=(0.0001, 0.004), write=(0.001, 0.1)),
-        clear=0.4,
-        clients=4,
-        operations=300,
-        hot_cells=16,
-        pause=0.02,
-        mode="async",
-        snapshot_gap=0.0,
-        last_facet=False,
-    ),
-)
-def _(assign: Assign) -> None:
-    original = Secondary.stop
-
-    async def stop(self: Secondary) -> None:
-        self.applier.lock, lock = asyncio.Lock(), self.applier.lock
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.applier.lock = lock
-        await original(self)
-
-    assign(Secondary, "stop", stop)
 
 
 @mutant("V7 the log is emptied before it was applied")

@@ -19,7 +19,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
-from tests.sim.mutants.aims import FOLLOWERS, MARKERS, RESYNCS
+from tests.sim.mutants.aims import FOLLOWERS, MARKERS, OUTLIVED, RESYNCS
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -166,12 +166,12 @@ def _(assign: Assign) -> None:
     assign(Follower, "left_out", lambda self, told, epoch: None)
 
 
-@mutant("V9 a snapshot that outlived its record is not told of")
+@mutant("V9 a snapshot that outlived its record is not told of", OUTLIVED)
 def _(assign: Assign) -> None:
     assign(leftout, "_ended", lambda entry, forks: False)
 
 
-@mutant("V9 a snapshot that outlived its record goes from the secondary")
+@mutant("V9 a snapshot that outlived its record goes from the secondary", OUTLIVED)
 def _(assign: Assign) -> None:
     original = Follower.restarted
     assign(Follower, "restarted", lambda self, seq, told: original(self, seq, ()))
