@@ -84,8 +84,9 @@ class Secondary:
         ]
 
     async def stop(self) -> None:
-        """Ends the tasks, then commits what is in the log, and applies what may be applied. A record
-        that is cut short is done again; a snapshot that it asked for is found in the list."""
+        """Ends the tasks, then commits what is in the log, and applies what may be applied.
+
+        A record that is cut short is done again; a snapshot that it asked for is in the list."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
