@@ -84,8 +84,6 @@ def _measure(
         samples = results[load] = {rival.name: [] for rival in rivals}
         for turn in range(rounds):
             for rival in rivals:
-                if load.jobs > rival.connections_max:
-                    continue
                 sample = loads.measure(rival, load, seconds)
                 samples[rival.name].append(sample)
                 print(

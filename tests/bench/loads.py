@@ -155,7 +155,9 @@ def _sample(job: dict[str, Any], load: Load, used: _Used) -> Sample:
         rss_bytes=used.rss_bytes,
         drain_s=used.drain_s,
         replicated=count / (elapsed_s + used.drain_s) if load.writes else 0.0,
-        written_per_byte=used.written_bytes / max(1, job["write"]["io_bytes"]),
+        written_per_byte=used.written_bytes / written
+        if (written := job["write"]["io_bytes"])
+        else 0,
     )
 
 

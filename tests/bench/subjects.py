@@ -8,7 +8,9 @@ because over TCP it waits for delayed acknowledgements and would be at a disadva
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
@@ -17,7 +19,7 @@ from pathlib import Path
 from tests.bench.qmp import Qmp
 from tests.integration.cluster import Cluster, Volume
 from tests.integration.pki import Authority, tls_line
-from tests.integration.process import Process, wait_until
+from tests.integration.process import Process, accepts, wait_until
 
 DRAIN_S = 120.0
 SYNC_S = 600.0
@@ -29,13 +31,12 @@ class Subject(ABC):
     name = ""
     what = ""
     mirrored = True
-    connections_max = 16
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / self.name
         self.directory.mkdir(parents=True)
         self.sockets = Path(tempfile.mkdtemp(prefix="nbdb-"))
-        self.processes: list[Process] = []
+        self.processes: list[Process | Detached] = []
 
     @abstractmethod
     def prepare(self, source: Path) -> None:
@@ -109,12 +110,32 @@ class NbdkitFile(Subject):
         """There is no copy."""
 
 
+class Detached:
+    """A server that leaves for the background and writes its number to a file."""
+
+    def __init__(self, argv: list[str], pid_file: Path, listens: str) -> None:
+        subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.pid = int(wait_until(f"{argv[0]} says its number", pid_file.read_text))
+        wait_until(f"{argv[0]} listens", lambda: accepts(listens))
+
+    def _end(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+        wait_until(f"process {self.pid} ends", lambda: not Path(f"/proc/{self.pid}").exists())
+
+    def stop(self) -> None:
+        """SIGTERM; AssertionError if it does not end."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL)
+
+
 class NbdServer(NbdkitFile):
-    """The other limit: the reference server; in the foreground it takes one client at a time."""
+    """The other limit: the reference server, a process for each client."""
 
     name = "nbd-server"
     what = "nbd-server, no mirror"
-    connections_max = 1
 
     def start(self) -> str:
         path, config = self.sockets / "nbd", self.directory / "config"
@@ -123,7 +144,10 @@ class NbdServer(NbdkitFile):
             f"[generic]\nunixsock = {path}\nallowlist = true\n"
             f"[data]\nexportname = {self.files[0]}\nflush = true\nfua = true\n"
         )
-        self.launch("nbd-server", ["nbd-server", "-d", "-C", str(config)], f"unix:{path}")
+        number = self.directory / "pid"
+        number.write_text("")
+        argv = ["nbd-server", "-C", str(config), "-p", str(number)]
+        self.processes.append(Detached(argv, number, f"unix:{path}"))
         return f"nbd+unix:///data?socket={path}"
 
 
@@ -316,25 +340,18 @@ class NbdmirrorLz4(Nbdmirror):
 
 
 class NbdmirrorTls(Nbdmirror):
-    """Ours with mutual TLS for clients and on the link."""
+    """Ours with mutual TLS on the link. Clients' TLS is measured in ``tests.bench.tls``: fio cannot
+    name the certificates that this server asks for."""
 
     name = "nbdmirror-tls"
-    what = "nbdmirror, TLS for clients and link, one async remote"
+    what = "nbdmirror, TLS on the link, one async remote"
 
     def prepare(self, source: Path) -> None:
         super().prepare(source)
-        self.authority = Authority(self.directory / "ca")
-        self.authority.client("laptop")
+        authority = Authority(self.directory / "ca")
         for node in self.cluster.nodes:
-            tls = tls_line(self.authority.node(node.name))
-            node.keys["replication"] = [tls]
-            if node is self.cluster.primary:
-                node.keys["nbd"] = [tls]
+            node.keys["replication"] = [tls_line(authority.node(node.name))]
             node.write_config()
-
-    def start(self) -> str:
-        uri = super().start().replace("nbd+unix", "nbds+unix")
-        return f"{uri}&tls-certificates={self.authority.directory}/laptop"
 
 
 ALL: list[type[Subject]] = [
