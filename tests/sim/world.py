@@ -192,6 +192,9 @@ class World:
         task.add_done_callback(lambda _: _settle(end))
         try:
             await end
+        except asyncio.CancelledError:
+            task.add_done_callback(self._overheard)
+            raise
         finally:
             del host.waiting[end]
         if not task.done():
@@ -200,6 +203,13 @@ class World:
             return task.result()
         except NodeDead:  # it died in the middle of that very work
             raise Gone from None
+
+    def _overheard(self, task: asyncio.Task[Any]) -> None:
+        """Who asked for it has left: a refusal is nobody's; anything else is still a failure."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, NbdmirrorError):
+            message = f"task {task.get_name()} failed and nobody looked"
+            self.loop.call_exception_handler({"message": message, "exception": error})
 
     # -- lives -----------------------------------------------------------------------------------
 
