@@ -15,7 +15,7 @@ from tests.sim.oracle import Violation
 from tests.sim.world import Gone, World
 
 MOMENTS_MAX = 12
-DISKS_AND_PEOPLE = (*DISK_FAULTS, *ADMIN_FAULTS, "sync loss and kill a")
+DISKS_AND_PEOPLE = (*DISK_FAULTS, *ADMIN_FAULTS, "sync loss and kill a", "log error")
 FAULTS_MAX = 40
 """Of one run: enough to meet, few enough to let the clients get somewhere."""
 
@@ -59,6 +59,8 @@ class Faults:
             self._facet_error()
         elif kind == "sync loss and kill a":
             self._lose_and_kill()
+        elif kind == "log error":
+            self._log_error()
         elif kind == "log replace":
             await self._replace_log()
         elif kind in ("facet offline", "facet replace"):
@@ -232,6 +234,12 @@ class Faults:
             return None if alone else once(name, where, nth)
 
         world.a.disk.faults = inject
+
+    def _log_error(self) -> None:
+        """The primary's log goes on in memory (M13)."""
+        node = self._world.a.node
+        if node is not None:
+            self._world.a.disk.faults = _once("sync", node.log._file.path, Fault(Kind.ERROR))
 
     def _lose_and_kill(self) -> None:
         """A sync of one of several facets of the primary loses what it should have made durable,

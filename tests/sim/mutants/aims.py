@@ -258,7 +258,7 @@ FOLLOWERS = bounded(
 )
 """Secondaries that die while they follow markers, and that save much."""
 OUTLIVED = aimed(
-    faults={"sync error a": 1.0, "kill a": 2.0},
+    faults={"log error": 1.0, "kill a": 1.0},
     fault_gap=0.3,
     clients=2,
     operations=150,
@@ -272,3 +272,39 @@ OUTLIVED = aimed(
     last_facet=False,
 )
 """Logs that go on in memory, and whose process dies: the snapshots are there, their records not."""
+DELETIONS = aimed(
+    faults={"cut": 1.0, "full resync": 1.0},
+    fault_gap=1.0,
+    timing=Timing(sync=(0.001, 0.05)),
+    sizes=(32 * KIB,),
+    region=4 * KIB,
+    log_size=44 * KIB,
+    remote_log_size=260 * KIB,
+    on_full="dcm",
+    snapshot_gap=0.01,
+    snapshots_max=64,
+    snapshot_space=None,
+    restores=0.0,
+    restores_alone=0.0,
+    beside=0.0,
+    clients=2,
+    operations=200,
+    write_cells=4,
+    pause=0.1,
+    mode="async",
+    remotes=1,
+    spill=0,
+    last_facet=False,
+)
+"""Snapshots that are deleted everywhere while a remote does not read the log, or is behind."""
+
+
+def waiting(options: Options) -> Options:
+    """The same of a remote that is behind, and whose stream begins anew."""
+    return replace(
+        DELETIONS(options),
+        faults={"net stall": 2.0, "reset": 2.0, "full resync": 2.0},
+        fault_gap=0.5,
+        log_size=1028 * KIB,
+        remote_log_size=1028 * KIB,
+    )

@@ -126,7 +126,7 @@ def _(assign: Assign) -> None:
 @mutant(
     "M13 a facet is healed though what it lacks was in memory only",
     aimed(
-        faults={"sync error a": 1.0, "facet error": 2.0, "kill a": 2.0},
+        faults={"log error": 1.0, "facet error": 1.0, "kill a": 1.0},
         fault_gap=0.2,
         facets=2,
         clients=4,

@@ -19,7 +19,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
-from tests.sim.mutants.aims import FOLLOWERS, MARKERS, OUTLIVED, RESYNCS
+from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, MARKERS, OUTLIVED, RESYNCS, waiting
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -177,12 +177,12 @@ def _(assign: Assign) -> None:
     assign(Follower, "restarted", lambda self, seq, told: original(self, seq, ()))
 
 
-@mutant("V9 deletions are not remembered for a remote in DCM logging")
+@mutant("V9 deletions are not remembered for a remote in DCM logging", DELETIONS)
 def _(assign: Assign) -> None:
     assign(Remote, "miss", lambda self, seq, mark: None)
 
 
-@mutant("V9 deletions that wait in the log are forgotten when the stream begins anew")
+@mutant("V9 deletions that wait in the log are forgotten when the stream begins anew", waiting)
 def _(assign: Assign) -> None:
     original = Remote.miss
 
