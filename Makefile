@@ -66,8 +66,11 @@ sim-if-any: .venv/stamp
 guest: setup
 	POWER_CUTS=$(CUTS) $(PYTEST) tests/guest
 
+# Long, and for an idle machine; each part can be run by itself, and says in its docstring what it is.
+BENCHES := resync snapshots remotes tails recovery tls hostile scale facets
 bench: setup
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench --all
+	for part in $(BENCHES); do $(BIN)/python -m tests.bench.$$part || exit 1; done
 
 fuzz: setup
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
