@@ -61,6 +61,12 @@ RESYNC_TOTAL = _metric("remote_resync_total_bytes", _gauge, "Total of the resync
 UPSTREAM = _metric("upstream_connected", _gauge, "1 while a primary is connected (secondary).")
 CONSISTENT = _metric("upstream_consistent", _gauge, "1 if this copy is an exact point in time.")
 APPLIED_SEQ = _metric("upstream_applied_seq", _counter, "Last record that is in the facets.")
+SNAPSHOTS = _metric("snapshots", _gauge, "Snapshots, by state; lost ones are only remembered.")
+SNAPSHOT_TIME = _metric(
+    "snapshot_newest_timestamp_seconds", _gauge, "When the newest snapshot was taken."
+)
+RESTORE_DONE = _metric("restore_done_bytes", _gauge, "Done of the restore that runs.")
+RESTORE_TOTAL = _metric("restore_total_bytes", _gauge, "Total of the restore that runs.")
 OPEN = _metric("connections", _gauge, "Open connections of a listener.")
 STRANGERS = _metric("strangers", _gauge, "Of them, those whose handshake has not ended.")
 EVICTED = _metric("strangers_evicted_total", _counter, "Strangers that had to make room.")
@@ -111,6 +117,10 @@ def _samples(status: Json) -> Iterator[Sample]:
         yield UPSTREAM, {}, upstream["link"] == "connected"
         yield CONSISTENT, {}, upstream["consistent"]
         yield APPLIED_SEQ, {}, upstream["applied_seq"]
+    yield from _snapshots(status["snapshots"])
+    if status["restore"] is not None:
+        yield RESTORE_DONE, {}, status["restore"]["done_bytes"]
+        yield RESTORE_TOTAL, {}, status["restore"]["total_bytes"]
     yield from _doors(status["connections"], status["limits"])
     for listener, security in status["security"].items():
         if security["expires"] is not None:
@@ -130,6 +140,15 @@ def _remote(remote: Json) -> Iterator[Sample]:
     if remote["resync"] is not None:
         yield RESYNC_DONE, label, remote["resync"]["done_bytes"]
         yield RESYNC_TOTAL, label, remote["resync"]["total_bytes"]
+
+
+def _snapshots(snapshots: list[Json]) -> Iterator[Sample]:
+    states = [snapshot["state"] for snapshot in snapshots]
+    for state in ("ok", "deleting", "lost"):
+        yield SNAPSHOTS, {"state": state}, states.count(state)
+    times = [one["time_ns"] for one in snapshots if one["state"] == "ok"]
+    if times:
+        yield SNAPSHOT_TIME, {}, max(times) / 1e9
 
 
 def _doors(connections: Json, limits: Json) -> Iterator[Sample]:

@@ -322,7 +322,11 @@ def test_metrics(make_cluster: MakeCluster) -> None:
     """Every sample follows the format, and says what the status says."""
     cluster, port = metered(make_cluster)
     connect(cluster.primary.uri()).pwrite(bytes(4096), 0)
+    taken = cluster.primary.rpc("snapshot.create")
     text = fetch(port)
+    assert 'nbdmirror_snapshots{state="ok"} 1' in text
+    newest = re.search(r"nbdmirror_snapshot_newest_timestamp_seconds ([0-9.e+]+)", text)
+    assert newest and abs(float(newest[1]) - taken["time_ns"] / 1e9) < 0.001
     line = re.compile(
         r'# (HELP|TYPE) nbdmirror_\S+ .+|nbdmirror_[a-z_]+(\{(\w+="[^"\n]*",?)+\})? [0-9.e+-]+'
     )
