@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from nbdmirror.config import Config, parse_address, reachable
 from nbdmirror.engine.access import Rules
@@ -17,6 +17,7 @@ from nbdmirror.engine.admission import Gate, Guest, Room
 from nbdmirror.engine.control import ControlServer, NodeApi, PeerUid
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
+from nbdmirror.engine.link import Link
 from nbdmirror.engine.metrics import MetricsServer
 from nbdmirror.engine.peers import peers_of
 from nbdmirror.engine.primary import Primary
@@ -24,8 +25,11 @@ from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.refusals import Refusals
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshotexport import SnapshotExports
+from nbdmirror.engine.turnaway import TurnedAway
 from nbdmirror.errors import UsageError
 from nbdmirror.ports import Env, Listener
+
+P = TypeVar("P", Receiver, TurnedAway)
 
 
 class Doors:
@@ -50,7 +54,8 @@ class Doors:
         self.refusals = Refusals(events)
         self._upstreams = Gate.of(self.room, limits.replication_connections_max, limits)
         self.receivers: dict[asyncio.Task[None], Receiver] = {}
-        """Connections from peers, by their task."""
+        """Connections from the primary, by their task."""
+        self._turned: dict[asyncio.Task[None], TurnedAway] = {}
         self._listeners: list[Listener] = []
         self._secondary: Secondary | None = None
         self._exports: ExportServer | None = None
@@ -91,9 +96,9 @@ class Doors:
         if config.admin.metrics is not None:
             self._metrics = MetricsServer(node.status, limits, self.room)
             listeners.append(await network.listen(config.admin.metrics, self._metrics.connection))
-        if secondary is not None and config.replication.listen is not None:
-            peers = peers_of(self._env)
-            listeners.append(await peers.listen(config.replication.listen, self._take_primary))
+        if config.replication.listen is not None:
+            take = self._take_primary if secondary is not None else self._turn_away
+            listeners.append(await peers_of(self._env).listen(config.replication.listen, take))
         for address in config.nbd.listen if nbd else ():
             secured = self._env.nbd_tls is not None and address.startswith("tcp:")
             protocol = exports.secured if secured else exports.connection
@@ -104,22 +109,44 @@ class Doors:
         """A connection from a peer, who has proved this name; None: nothing proves names here."""
         assert self._secondary is not None
         receiver = Receiver(self._secondary, self._config.limits, proved)
-        link = receiver.link
+        guest = self._enter(receiver.link, proved)
+        if guest is not None:
+            receiver.on_started = guest.known
+            self._attend(receiver, self.receivers, guest)
+        return receiver.link
+
+    def _turn_away(self, proved: str | None) -> asyncio.BufferedProtocol:
+        """A connection from a peer to a node that is itself a primary."""
+
+        def told(why: str) -> None:
+            self.refusals.tell("replication", proved or "?", why)
+
+        turned = TurnedAway(self._config.node, self._config.limits, told)
+        guest = self._enter(turned.link, proved)
+        if guest is not None:
+            self._attend(turned, self._turned, guest)
+        return turned.link
+
+    def _enter(self, link: Link, proved: str | None) -> Guest | None:
+        """A place for a connection from a peer; None: there is none, and the link is closed."""
         guest = self._upstreams.enter(
             proved or "", lambda: link.close(ConnectionRefusedError("its place was needed"))
         )
         if guest is None:
             link.close(ConnectionRefusedError("too many replication connections"))
-            return link
-        receiver.on_started = guest.known
-        task = asyncio.ensure_future(receiver.run())
-        self.receivers[task] = receiver
-        task.add_done_callback(lambda done: self._left(done, guest))
-        return link
+        return guest
 
-    def _left(self, task: asyncio.Task[None], guest: Guest) -> None:
-        self.receivers.pop(task, None)
-        guest.leave()
+    @staticmethod
+    def _attend(peer: P, peers: dict[asyncio.Task[None], P], guest: Guest) -> None:
+        """Listens to a peer until it has left."""
+
+        def left(task: asyncio.Task[None]) -> None:
+            peers.pop(task, None)
+            guest.leave()
+
+        task = asyncio.ensure_future(peer.run())
+        peers[task] = peer
+        task.add_done_callback(left)
 
     def set_descriptors(self, left: int, reserved: int) -> None:
         """The process has descriptors for ``left`` connections more, and ``reserved`` besides; of
@@ -146,9 +173,10 @@ class Doors:
 
     async def end_upstreams(self) -> None:
         """Ends the connections from peers."""
-        for receiver in list(self.receivers.values()):
-            receiver.link.close(ConnectionResetError("the node stops"))
-        await asyncio.gather(*self.receivers, return_exceptions=True)
+        peers: list[Receiver | TurnedAway] = [*self.receivers.values(), *self._turned.values()]
+        for peer in peers:
+            peer.link.close(ConnectionResetError("the node stops"))
+        await asyncio.gather(*self.receivers, *self._turned, return_exceptions=True)
 
     async def end_control(self) -> None:
         """Ends the admin connections and what they were at."""

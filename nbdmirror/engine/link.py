@@ -38,6 +38,8 @@ class Link(asyncio.BufferedProtocol):
         """The connection is open."""
         # A cast, not an assert: uvloop's transports are not subclasses of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        if self.cause is not None:  # there was no room for it
+            self._transport.abort()
         self._writable.set()
         self.last_received = asyncio.get_running_loop().time()
 

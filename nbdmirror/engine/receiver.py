@@ -184,7 +184,7 @@ class Receiver:
         await self.secondary.enter(self)
         # What is told as durable is durable (O4).
         await self.secondary.commit()
-        self.link.send_json(Type.WELCOME, self.secondary.welcome())
+        self.link.send_json(Type.WELCOME, self.secondary.welcome(hello))
 
     def _impostor(self, hello: dict[str, Any]) -> tuple[str, str] | None:
         """A node that proved one name and says another (F6)."""

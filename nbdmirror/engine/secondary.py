@@ -227,12 +227,12 @@ class Secondary:
                 )
         return None
 
-    def welcome(self) -> dict[str, Any]:
-        """What this node says of itself (WELCOME)."""
+    def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
+        """What this node says of itself (WELCOME), in the highest version that both speak."""
         state = self.store.state
         upstream = state["upstream"]
         return {
-            "version": repl.PROTOCOL_VERSIONS[1],
+            "version": min(repl.PROTOCOL_VERSIONS[1], hello["versions"][1]),
             "node": self.node_name,
             "initialised": state["uuid"] is not None,
             "uuid": state["uuid"],

@@ -157,6 +157,12 @@ class Session:
             },
         )
         welcome = await self._receive(Type.WELCOME)
+        low, high = repl.PROTOCOL_VERSIONS
+        if not low <= fields.integer(welcome, "version") <= high:
+            raise Refused(
+                f"T1: {self.remote.name} answers in protocol version {welcome['version']}, "
+                f"{self.context.node_name} speaks {low}..{high}"
+            )
         generation = welcome.get("generation")
         return Target(
             initialised=welcome.get("initialised") is True,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from nbdmirror.codec import repl
-from tests.integration.cluster import MIB, Cluster, Json, Volume
-from tests.integration.process import wait_until
+from tests.integration.cluster import MIB, READY_S, Cluster, Json, Node, Volume
+from tests.integration.process import Process, wait_until
 from tests.integration.test_replication import MakeCluster
 from tests.integration.tools import connect, pattern
 
@@ -87,21 +88,66 @@ def test_other_region_size_is_no_obstacle_or_is_told(make_cluster: MakeCluster) 
         primary.primary.ok("wait", "--until", "in-sync", "--timeout", "30")
 
 
-def test_two_primaries(make_cluster: MakeCluster) -> None:
-    """I5: a primary does not take replication."""
+@pytest.mark.parametrize("proof", ["none", "secret"])
+def test_two_primaries(make_cluster: MakeCluster, tmp_path: Path, proof: str) -> None:
+    """T13, I5: a primary takes no replication: the other hears so at once, with the reason; no
+    data moves, and both serve on."""
     first, second = make_cluster(), make_cluster(remotes=())
-    port = second.primary.replication_port
+    if proof == "secret":
+        key = tmp_path / "secret"
+        key.write_text("5ecret" * 10)
+        key.chmod(0o600)
+        for node in (first.primary, second.primary):
+            node.keys["replication"] = [f'secret_file = "{key}"']
+        second.primary.name = "beta"  # the name that the first one asks for
     first.proxies.pop("beta").close()
-    first.secondary.replication_port = port
-    first.primary.write_config()
+    first.secondary.replication_port = second.primary.replication_port
     for node in (second.primary, first.primary):
+        node.write_config()
         assert node.create().code == 0
         node.start()
     connect(second.primary.uri()).pwrite(pattern(MIB, 2), 0)
-    assert first.primary.cli("wait", "--until", "connected", "--timeout", "3").code == 3
-    entry = first.primary.remote()
-    assert entry["state"] != "refused" or "primary" in entry["why"], entry
+    entry = first.primary.until("is refused", lambda one: one["state"] == "refused")
+    assert entry["why"] == f"T13: {second.primary.name} is a primary, and takes no replication"
+    assert entry["next_action"]
+    (told,) = [one for one in second.primary.events() if one["kind"] == "stranger-refused"]
+    assert told["listener"] == "replication" and "is a primary" in told["why"]
+    connect(first.primary.uri()).pwrite(pattern(MIB, 1), 0)
     assert connect(second.primary.uri()).pread(MIB, 0) == pattern(MIB, 2)
+    assert second.primary.status()["connections"]["replication"]["open"] == 0
+
+
+def test_what_is_said_to_a_primary_instead_of_hello(make_cluster: MakeCluster) -> None:
+    """I6, I9: noise and silence at the replication port of a primary cost it nothing: it hangs
+    up, on the silent ones within the time that handshakes have."""
+    cluster = make_cluster(remotes=())
+    cluster.primary.keys["limits"] = ["handshake_seconds = 1"]
+    cluster.primary.write_config()
+    cluster.start(synced=False)
+    address = ("127.0.0.1", cluster.primary.replication_port)
+    for sample in (b"", b"noise" * 100, _frame(repl.Type.START, {}), _frame(repl.Type.PING, {})):
+        with socket.create_connection(address, 10) as sock:
+            sock.settimeout(20)
+            sock.sendall(sample)
+            assert _until_end(sock) == b""
+    assert cluster.primary.status()["connections"]["replication"]["open"] == 0
+    assert connect(cluster.primary.uri()).pread(4096, 0) == bytes(4096)
+    with socket.create_connection(address, 10):
+        cluster.primary.stop()  # nobody who waits there holds it up
+
+
+def test_a_peer_for_whom_there_is_no_room_is_hung_up_on(make_cluster: MakeCluster) -> None:
+    """I6: one connection more than there may be does not stay open; the primary keeps its own."""
+    cluster = make_cluster()
+    cluster.secondary.keys["limits"] = ["replication_connections_max = 1"]
+    cluster.secondary.write_config()
+    cluster.start()
+    for _ in range(3):
+        with _dial(cluster) as sock:
+            assert _until_end(sock) == b""
+    assert cluster.secondary.status()["connections"]["replication"]["refused"] == 3
+    cluster.check_in_sync()
+    assert len([one for one in cluster.primary.events() if one["kind"] == "handshake"]) == 1
 
 
 def test_a_second_primary_cannot_take_over_a_remote(make_cluster: MakeCluster) -> None:
@@ -158,8 +204,47 @@ def _until_end(sock: socket.socket) -> bytes:
     return bytes(received)
 
 
+OTHER_VERSIONS = """
+import runpy, sys
+from nbdmirror.codec import repl
+repl.PROTOCOL_VERSIONS = int(sys.argv[1]), int(sys.argv[2])
+sys.argv = ["nbdmirror", "serve", sys.argv[3]]
+runpy.run_module("nbdmirror", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("side", ["primary", "secondary"])
+@pytest.mark.parametrize("first", [-1, 0, 1], ids=["older", "both", "newer"])
+def test_peers_of_other_versions(make_cluster: MakeCluster, side: str, first: int) -> None:
+    """Fault 39, A5: a daemon that speaks other versions, on either side: one that both speak is
+    used; if there is none the primary says so with both ranges, and nothing moves."""
+    cluster = make_cluster()
+    cluster.create()
+    low, high = repl.PROTOCOL_VERSIONS
+    theirs = (low, high + 1) if not first else (low + 9 * first, high + 9 * first)
+    odd: Node = getattr(cluster, side)
+    for node in cluster.nodes:
+        if node is odd:
+            argv = [sys.executable, "-c", OTHER_VERSIONS, *map(str, theirs), str(node.config)]
+            node.process = Process(node.name, argv, node.directory / "output", notify=READY_S)
+        else:
+            node.start()
+    if not first:
+        connect(cluster.primary.uri()).pwrite(pattern(MIB, 1), 0)
+        cluster.check_in_sync()
+        return
+    entry = cluster.primary.until("is refused", lambda one: one["state"] == "refused")
+    for versions in (theirs, (low, high)):
+        assert f"{versions[0]}..{versions[1]}" in entry["why"], entry
+    assert entry["next_action"]
+    odd.stop()
+    odd.start()  # upgraded, or downgraded
+    cluster.primary.ok("resync", "beta")
+    cluster.check_in_sync()
+
+
 def test_unknown_version(make_cluster: MakeCluster) -> None:
-    """A5: a peer of another version is refused; both ranges are in the message."""
+    """Fault 39, A5: a peer of another version is refused; both ranges are in the message."""
     cluster = make_cluster().start()
     low, high = repl.PROTOCOL_VERSIONS
     with _dial(cluster) as sock:

@@ -189,7 +189,7 @@ def test_many_strangers_and_the_right_primary(scene: Scene) -> None:
 # -- a lying secondary ---------------------------------------------------------------------------
 
 WELCOME: Json = {
-    "version": 1,
+    "version": repl.PROTOCOL_VERSIONS[1],
     "node": "beta",
     "initialised": True,
     "consistent": True,
@@ -204,6 +204,7 @@ WELCOME: Json = {
         "garbage",
         "flood",
         "ahead",
+        "version",
         "types",
         "ack",
         "want",
@@ -264,6 +265,9 @@ def _lie(talk: Conversation, lie: str) -> None:
             return
         case "ahead":
             talk.say(Type.WELCOME, {**welcome, "durable_seq": 2**40})
+            return
+        case "version":
+            talk.say(Type.WELCOME, {**welcome, "version": 1})
             return
         case "types":
             talk.say(Type.WELCOME, {**welcome, "durable_seq": "7", "history": 3})

@@ -133,6 +133,24 @@ def test_passed_sockets_serve_their_addresses(
     cluster.check_in_sync()
 
 
+def test_a_primary_turns_away_who_comes_by_a_passed_socket(
+    make_cluster: MakeCluster, hold: Callable[[Node], Holder]
+) -> None:
+    """T13: a socket unit for replication beside a primary, as one unit serves both roles: who
+    connects is refused with the reason, and not left to wait in the backlog."""
+    cluster, other = make_cluster(remotes=(), proxied=False), make_cluster(proxied=False)
+    cluster.create()
+    alpha = hold(cluster.primary)
+    alpha.tcp(cluster.primary.replication_port)
+    alpha.start()
+    other.secondary.replication_port = cluster.primary.replication_port
+    other.primary.write_config()
+    assert other.primary.create().code == 0
+    other.primary.start()
+    entry = other.primary.until("is refused", lambda one: one["state"] == "refused")
+    assert entry["why"] == "T13: alpha is a primary, and takes no replication"
+
+
 def _paths(cluster: Cluster) -> list[Path]:
     return [
         cluster.primary.nbd_socket,
