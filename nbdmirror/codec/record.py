@@ -163,6 +163,18 @@ def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
     return Record(kind, flags, epoch, volume, seq, offset, length, time_ns, payload)
 
 
+def was_header(data: bytes, seq: int) -> bool:
+    """Whether 64 bytes are what damage left of the header of record ``seq``: no header any more,
+    and still with the magic or that seq. (Damage to both is not told from what was never one.)"""
+    if len(data) < HEADER_SIZE:
+        return False
+    with contextlib.suppress(FormatError):
+        parse_header(memoryview(data), 0)
+        return False
+    fields = _BODY.unpack_from(data)
+    return bool(fields[0] == _MAGIC or fields[7] == seq)
+
+
 def find_headers(data: bytes) -> Iterator[tuple[int, Record]]:
     """(offset, record without its payload) of the headers that are whole, wherever they begin."""
     view = memoryview(data)

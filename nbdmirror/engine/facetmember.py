@@ -188,11 +188,16 @@ class Member:
                 self.mark(index, offset, min(active.extent_size, self.volume.size - offset))
 
     async def _new_map(self) -> None:
-        """An empty map, durably so before it is said to be in use."""
+        """An empty map, durably so before it is said to be in use; DiskFailed if there is none to
+        be had, for the whole node: what the facet lacks could not be told."""
         dcm = self._owner.map_of(self)
-        dcm.open(True)
-        dcm.clear()
-        await dcm.sync()
+        try:
+            dcm.open(True)
+            dcm.clear()
+            await dcm.sync()
+        except DiskFailed as error:
+            self._owner.group.fail(error)
+            raise
         self.saved.update(default=False, fill=False)
         self.dcm = dcm
 

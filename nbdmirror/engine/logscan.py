@@ -1,7 +1,8 @@
 """Finding the end of a log, from what its file holds: for recovery, before anything is appended.
 
-A record counts if it follows from the one before (O10); the first that does not is the end. Called
-by ``engine.log`` with its own file and ring, and moves the ring's head.
+A record counts if it follows from the one before (O10); the first that does not is the end. Within
+one boot an end may be damage: then what remains of a record lies there, or whole ones lie behind.
+Called by ``engine.log`` with its own file and ring, and moves the ring's head.
 """
 
 from __future__ import annotations
@@ -76,7 +77,12 @@ def window(file: Readable, base: int, ring: Ring, at: int) -> memoryview:
 
 
 def seq_behind(file: Readable, base: int, ring: Ring, forks: Forks) -> int:
-    """See ``Log.seq_behind``."""
+    """See ``Log.seq_behind``. The head itself counts: there the last record of all may be damaged,
+    with nothing behind it."""
+    if codec.was_header(
+        file.pread(base + ring.head % ring.capacity, codec.HEADER_SIZE), ring.next_seq
+    ):
+        return ring.next_seq
     found = (record for _, record in behind(file, base, ring))
     return next((record.seq for record in found if not _ended(record, forks)), 0)
 

@@ -38,7 +38,14 @@ class DcmFile:
     def open(self, default: bool, *, read_only: bool = False) -> None:
         """Opens or makes the file and loads the pages that were written. O(pages written).
 
-        A damaged map is filled, unless ``read_only``; ``damage`` says so."""
+        A damaged map is filled, unless ``read_only``; ``damage`` says so. DiskFailed if the file
+        cannot be had at all."""
+        try:
+            self._open(default, read_only=read_only)
+        except OSError as error:
+            raise self._failed("opening", error) from error
+
+    def _open(self, default: bool, *, read_only: bool) -> None:
         self._created = not self._disk.exists(self.path)
         if not read_only:
             self._disk.make_directory(self.path.rpartition("/")[0])

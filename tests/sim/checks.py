@@ -247,7 +247,7 @@ class Checks:
         """If the primary came back from this, and a secondary from its own death?"""
         world = self._world
         for host in world.remotes:
-            if not host.created:
+            if not (host.created and _is_remote(image.node, host)):
                 continue
             disk = host.disk.clone(f"{world.seed}:cover:{world.loop.now_ns}")
             if self._random.random() < 0.5:
@@ -303,9 +303,15 @@ class Checks:
     def _believed(self, host: Host) -> int:
         """What the primary relies on that this secondary has on disk."""
         node = self._world.a.node
-        if node is None or node.primary is None:
+        if node is None or node.primary is None or not _is_remote(node, host):
             return 0
         remote = node.primary.remote(host.name)
         if remote.link != "connected" or remote.tracking or remote.starting:
             return 0
         return remote.durable_seq
+
+
+def _is_remote(primary: Node, host: Host) -> bool:
+    """Not so while a person has removed it."""
+    assert primary.primary is not None
+    return any(remote.name == host.name for remote in primary.primary.remotes)

@@ -31,7 +31,8 @@ from tests.sim.loop import SimLoop
 from tests.sim.options import constants
 from tests.sim.oracle import Entry, Violation, compare
 from tests.sim.pool import ordered
-from tests.sim.scenarios import OPTIONS, SCENARIOS, Script, options_of
+from tests.sim.scenarios import SCENARIOS, options_of
+from tests.sim.script import OPTIONS, Script
 from tests.sim.snapshots import look
 from tests.sim.world import Gone, World
 
@@ -133,7 +134,8 @@ class Run:
             name: Fuse(host, ailment, self.point.nth if name == self.point.node else 0, self.strike)
             for name, host in world.hosts.items()
         }
-        world.script = Script(world, self._arm)
+        fuse = world.fuses["a"]
+        world.script = Script(world, self._arm, fuse.spoil, fuse.broken.clear)
         self.checks = Checks(world)
         if self.point.scenario == "create":
             self._arm()
