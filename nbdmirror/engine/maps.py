@@ -7,6 +7,7 @@ default bit of a map lives in the superblock, because ``fill`` voids the pages.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -186,12 +187,14 @@ class DcmFile:
         return dirty_runs(self.map, self.region_size, offset, length)
 
     def close(self, *, unlink: bool = False) -> None:
-        """Closes the file, and removes it with ``unlink`` (the remote is gone)."""
+        """Closes the file, and removes it with ``unlink`` (nobody needs it any more)."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if unlink and self._disk.exists(self.path):
-            self._disk.unlink(self.path)
+        if unlink:
+            # A file that stays says nothing: whoever opens it again fills it, or clears it.
+            with contextlib.suppress(OSError):
+                self._disk.unlink(self.path)
 
 
 def dirty_runs(dcm: Dcm, region: int, offset: int, length: int) -> list[tuple[int, int, bool]]:

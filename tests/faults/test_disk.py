@@ -10,13 +10,15 @@ Where somebody else holds it the node goes on: ``test_facets``, ``test_no_facet`
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.faults.blocktrace import detach
 from tests.faults.inject import (
     StorageDaemon,
     bury,
@@ -227,6 +229,52 @@ def test_facet_disk_runs_full(make_cluster: MakeCluster, side: str) -> None:
             one.stop()
 
 
+@needs_root
+@requires_programs("losetup")
+@pytest.mark.parametrize("side", ["primary", "secondary"])
+def test_thin_disk_runs_full(make_cluster: MakeCluster, side: str) -> None:
+    """Fault 13, O16: a facet on a disk that has promised more than it has: every write goes well,
+    the sync fails, and the next would say "ok" with the data gone. The first counts, as fault 8;
+    with more space, and without what was in the page cache, the log writes it anew."""
+    cluster = small_group(make_cluster, **alone(side == "primary"))
+    node: Node = getattr(cluster, side)
+    journal = Journal(SIZE)
+    with tmpfs(node.directory / "pool", 3 * MIB) as pool:
+        image = pool / "image"
+        image.touch()
+        os.truncate(image, SIZE)
+        with looped(image) as device:
+            text = node.config.read_text()
+            node.config.write_text(text.replace(f"{node.directory}/data.0.img", device))
+            node.facets = lambda volume: [Path(device)]  # type: ignore[method-assign]
+            cluster.start()
+            with Load(cluster.primary.nbd_socket, journal, flush_every=3) as load:
+                wait_until("it is full", lambda: run_until_broken(load, 5) or not node.alive, 90)
+                assert load.successes_after_failure == 0
+            assert wait_death(node) == 1, node.daemon.output()
+            check_message(node, f"sync of facet {device} failed")
+        grow(pool, 5 * SIZE)
+        with looped(image, device):
+            node.start()
+            check_serves(cluster, journal)
+            check_equal(cluster)
+            for one in reversed(cluster.nodes):
+                one.stop()
+
+
+@contextlib.contextmanager
+def looped(image: Path, device: str = "-f") -> Iterator[str]:
+    """A loop device over an image: that one, or any."""
+    show = ["--show"] if device == "-f" else []
+    argv = ["losetup", *show, device, str(image)]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    device = done.stdout.strip() or device
+    try:
+        yield device
+    finally:
+        detach(device)
+
+
 def move_facet(node: Node, directory: Path) -> None:
     """The test's idea of where the node's facet lies follows its configuration."""
 
@@ -256,16 +304,22 @@ def test_state_does_not_fit(make_cluster: MakeCluster) -> None:
 
 
 @needs_root
-def test_state_disk_runs_full(make_cluster: MakeCluster) -> None:
+@pytest.mark.parametrize("whose", ["remote", "facet"])
+def test_state_disk_runs_full(make_cluster: MakeCluster, whose: str) -> None:
     """Faults 11 and 12: the disk of state_dir fills up while the node runs: all that is written
-    there was allocated before, except the pages of maps: the first change of a remote that is
-    tracked ends the node, with the file's name; no promise is broken."""
-    cluster = small_group(make_cluster, log_size=4 * MIB)
+    there was allocated before, except the pages of DCMs: the first change that a remote, or a
+    facet that is out, lacks and the log cannot keep ends the node, with the file's name; no
+    promise is broken."""
+    volume = Volume(size=SIZE, facets=1 if whose == "remote" else 2)
+    cluster = make_cluster(volumes=[volume], log_size=4 * MIB)
     node = cluster.primary
     journal = Journal(SIZE)
     with tmpfs(node.directory / "state", 24 * MIB) as disk:
         cluster.start()
-        cluster.proxy.refuse()
+        if whose == "remote":
+            cluster.proxy.refuse()
+        else:
+            node.ok("facet", "offline", str(node.facets("data")[1]))
         with (disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
             while True:
                 ballast.write(bytes(65536))
@@ -274,10 +328,13 @@ def test_state_disk_runs_full(make_cluster: MakeCluster) -> None:
             assert load.successes_after_failure == 0
         assert ended, "the map's page had room"
         assert wait_death(node) == 1
-        check_message(node, "No space left", "dcm/beta.data")
+        check_message(node, "No space left", "dcm/beta.data" if whose == "remote" else "dcm/@")
         (disk / "ballast").unlink()
         node.start()
         cluster.proxy.heal()
+        if whose == "facet":
+            online = ("facet", "online", str(node.facets("data")[1]), "--wait", "--timeout", "30")
+            node.ok(*online)
         check_serves(cluster, journal)
         check_equal(cluster)
         for one in reversed(cluster.nodes):
