@@ -164,7 +164,9 @@ def test_second_sync_is_not_believed(make_cluster: MakeCluster, what: str, side:
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_failed_write_of_the_primary(make_cluster: MakeCluster, error: str) -> None:
     """Faults 10 and 11: the 30th write to the only facet fails: the client gets an error, and from
-    then on never a success; exit 1; what was acknowledged before is there after another start."""
+    then on never a success; exit 1; what was acknowledged before is there after another start.
+
+    Runbook: the last facet is lost, no remote follows."""
     cluster = small_group(make_cluster, remotes=()).start()
     journal = Journal(SIZE)
     node = cluster.primary

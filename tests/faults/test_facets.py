@@ -45,13 +45,16 @@ def test_a_failing_facet_is_not_noticed(
     make_cluster: MakeCluster, call: str, when: str, number: int
 ) -> None:
     """M12, I8: a write or sync of one facet fails under load: out of service, durably, and the
-    client sees neither an error nor wrong data, over a kill too; one command brings it back."""
+    client sees neither an error nor wrong data, over a kill too; one command brings it back.
+
+    Runbook: one of several facets fails on write or sync."""
     cluster = two_facets(make_cluster)
     journal = Journal(SIZE)
     path = failing(cluster, call, when, number)
     node = cluster.primary
     with Load(node.nbd_socket, journal, flush_every=2) as load, Background(load):
-        wait_until("the facet failed", lambda: entry(cluster, path)["state"] != "synchronised")
+        out = "not-synchronised"
+        wait_until("the facet failed", lambda: entry(cluster, path)["state"] == out)
         load.wait(20)
     assert not load.failures
     check_serves(cluster, journal)
@@ -62,6 +65,37 @@ def test_a_failing_facet_is_not_noticed(
     check_equal(cluster)
     bury(node)
     node.start()
+    check_serves(cluster, journal)
+    check_equal(cluster)
+
+
+@requires_programs("strace")
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_facet_and_a_remote_fail_at_once(make_cluster: MakeCluster, number: int) -> None:
+    """M15, I8: two local facets, two remotes, one of each fails under load: the client sees neither
+    an error nor wrong data; both come back by themselves, and all copies are equal.
+
+    Runbook: a local facet and a remote fail at once."""
+    cluster = make_cluster(
+        volumes=[Volume(size=SIZE, facets=2)], remotes=("beta", "gamma"), log_size=16 << 20
+    ).start()
+    journal = Journal(SIZE)
+    path = failing(cluster, "pwrite64", "30+", number)
+    node, remote = cluster.primary, cluster.secondaries[number]
+    with Load(node.nbd_socket, journal, flush_every=2) as load, Background(load):
+        remote.kill()
+        out = "not-synchronised"
+        wait_until("the facet failed", lambda: entry(cluster, path)["state"] == out)
+        node.until("is lost", lambda one: one["state"] == "behind", remote=remote.name)
+        load.wait(20)
+    assert not load.failures
+    check_serves(cluster, journal)
+    bury(node)
+    node.start()
+    remote.start()
+    with Load(node.nbd_socket, journal, seed=2) as load, Background(load):
+        wait_until("it is back", lambda: entry(cluster, path)["state"] == "synchronised")
+    assert not load.failures
     check_serves(cluster, journal)
     check_equal(cluster)
 
@@ -91,7 +125,7 @@ def test_a_failed_facet_is_not_trusted_after_a_kill(make_cluster: MakeCluster) -
 @requires_programs("strace")
 def test_a_failed_read_is_served_and_mended(make_cluster: MakeCluster) -> None:
     """M14: the client gets the data of the other facet, the one that failed is written anew, and
-    the error is counted."""
+    the error is counted. Runbook: a facet has a bad sector."""
     cluster = two_facets(make_cluster)
     journal = Journal(SIZE)
     with Load(cluster.primary.nbd_socket, journal) as load:
@@ -99,7 +133,8 @@ def test_a_failed_read_is_served_and_mended(make_cluster: MakeCluster) -> None:
     path = failing(cluster, "pread64,preadv,preadv2", "1+", 0)
     check_serves(cluster, journal)
     node = cluster.primary
-    wait_until("mended", lambda: any(one["kind"] == "read-mended" for one in node.events()))
+    kinds = {"read-error", "read-mended"}
+    wait_until("mended", lambda: kinds <= {one["kind"] for one in node.events()})
     assert entry(cluster, path)["errors"] > 0
     assert entry(cluster, path)["state"] == "synchronised"
     with Load(node.nbd_socket, journal) as load:

@@ -94,7 +94,7 @@ def test_primary_dies_at_any_call(make_cluster: MakeCluster, call: str) -> None:
 @pytest.mark.parametrize("call", SECONDARY_POINTS)
 def test_secondary_dies_at_any_call(make_cluster: MakeCluster, call: str) -> None:
     """Faults 5 and 7: alone it is a prefix of the writes (O9), and not behind what it confirmed
-    (O4); with its primary it goes on from the log."""
+    (O4); with its primary it goes on from the log. Runbook: secondary dies and comes back."""
     cluster = small_group(make_cluster)
     journal = Journal(SIZE)
     secondary = cluster.secondary

@@ -47,11 +47,14 @@ def lose_the_log(
 def test_the_log_is_lost_and_replaced(make_cluster: MakeCluster, call: str, when: str) -> None:
     """M13, O16: a failed write or sync of the log, and be it one only: neither an error nor wrong
     data; the remote catches up; `log replace` goes back to a disk under load; then all is as ever,
-    over a kill too."""
+    over a kill too. Runbook: the log's disk fails."""
     cluster = small_group(make_cluster).start()
     journal = Journal(SIZE)
     node = cluster.primary
     lose_the_log(cluster, journal, call, when)
+    assert any(one["kind"] == "log-lost" for one in node.events())
+    (shown,) = [one for one in node.ok("status").out.splitlines() if one.startswith("log ")]
+    assert "in memory only" in shown, shown
     check_serves(cluster, journal)
     check_equal(cluster)
     new = node.directory / "new.log"

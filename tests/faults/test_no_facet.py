@@ -48,7 +48,9 @@ def lose_the_facet(cluster: Cluster, journal: Journal) -> None:
 @requires_programs("strace")
 def test_the_last_facet_is_lost_and_comes_back(make_cluster: MakeCluster) -> None:
     """M11: neither an error nor wrong data, over a kill of the primary too; then the facet gets
-    what it lacks from the remote, while a client writes."""
+    what it lacks from the remote, while a client writes.
+
+    Runbook: the last facet is lost, a remote follows."""
     cluster = small_group(make_cluster).start()
     journal = Journal(SIZE)
     node = cluster.primary
@@ -61,7 +63,7 @@ def test_the_last_facet_is_lost_and_comes_back(make_cluster: MakeCluster) -> Non
     bury(node)
     node.start()
     with Load(node.nbd_socket, journal) as load, Background(load):
-        wait_until("the facet is back", lambda: facet(cluster)["state"] == "synchronised")
+        node.ok("facet", "online", facet(cluster)["path"], "--wait", "--timeout", "30")
     check_serves(cluster, journal)
     check_equal(cluster)
 
@@ -140,7 +142,9 @@ def test_a_failed_read_is_served_by_the_remote(make_cluster: MakeCluster, when: 
 
 
 def test_the_only_disk_is_missing_at_start(make_cluster: MakeCluster) -> None:
-    """M15: local disk lost: the node starts and serves; one command puts a new disk in."""
+    """M15: local disk lost: the node starts and serves; one command puts a new disk in.
+
+    Runbook: the last facet is lost, a remote follows."""
     cluster = small_group(make_cluster).start()
     journal = Journal(SIZE)
     node = cluster.primary

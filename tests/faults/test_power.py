@@ -22,6 +22,7 @@ from tests.faults.inject import (
     ALL_POINTS,
     bury,
     check_equal,
+    check_serves,
     needs_root,
     reboot,
     requires_programs,
@@ -31,6 +32,7 @@ from tests.faults.inject import (
 from tests.faults.journal import NEVER, SECTOR, Change, Journal, Load
 from tests.integration import rawnbd
 from tests.integration.cluster import MIB, Cluster, Node, Volume
+from tests.integration.process import wait_until
 from tests.integration.rawnbd import RawClient
 
 pytestmark = [needs_root, requires_programs("qemu-storage-daemon", "losetup", "mkfs.ext4")]
@@ -109,6 +111,32 @@ def _boot_both(cluster: Cluster, journal: Journal, at: int) -> None:
         raise AssertionError("\n".join([f"cut at {at}: {error}", *outputs])) from error
     finally:
         cluster.kill()
+
+
+def test_what_is_seen_of_a_power_loss(make_cluster: MakeCluster) -> None:
+    """M15, X4: the status says why there is a comparison, for as long as there is one.
+
+    Runbook: primary loses power."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE)], log_size=4 * MIB).start()
+    node, journal = cluster.primary, Journal(SIZE)
+    with Load(node.nbd_socket, journal) as load:
+        load.run(40)
+        load.flush()
+    check_equal(cluster)
+    node.kill()
+    reboot(node)
+    cluster.proxy.shape(delay_s=0.15)
+    node.start()
+
+    def seen() -> bool:
+        (entry,) = node.rpc("status")["remotes"]
+        return bool(entry["state"] == "resyncing" and entry["why"] == "the primary lost power")
+
+    wait_until("it is seen", seen)
+    cluster.proxy.heal()
+    check_serves(cluster, journal)
+    check_equal(cluster)
+    assert node.remote()["why"] is None
 
 
 @pytest.mark.parametrize("side", ["primary", "secondary"])

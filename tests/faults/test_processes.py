@@ -35,7 +35,9 @@ def small_group(make_cluster: MakeCluster) -> Cluster:
 
 def test_frozen_secondary(make_cluster: MakeCluster) -> None:
     """Fault 24: SIGSTOP for longer than the time-out, under load: treated as dead; when it goes
-    on, what its old session still holds is refused, and the log is enough."""
+    on, what its old session still holds is refused, and the log is enough.
+
+    Runbook: secondary hangs."""
     cluster = small_group(make_cluster)
     journal = Journal(SIZE)
     with (
@@ -43,7 +45,9 @@ def test_frozen_secondary(make_cluster: MakeCluster) -> None:
         Background(load, pause_s=0.01),
     ):
         cluster.secondary.freeze()
-        cluster.primary.until("is lost", lambda one: one["link"] != "connected")
+        began = time.monotonic()
+        cluster.primary.until("is lost", lambda one: one["state"] == "behind")
+        assert time.monotonic() - began < 4 * cluster.tuning["timeout_seconds"]
         cluster.secondary.thaw()
         cluster.primary.until("is back", lambda one: one["link"] == "connected")
         load.wait(20)

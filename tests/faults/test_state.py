@@ -73,7 +73,7 @@ def refused(cluster: Cluster, rule: str) -> str:
 
 def test_primary_from_a_backup(make_cluster: MakeCluster, tmp_path: Path) -> None:
     """Fault 28, T6: the primary lost history that the secondary has: refused and visible; not a
-    byte of the secondary changes."""
+    byte of the secondary changes. Runbook: an old copy of a node comes back."""
     cluster = small_group(make_cluster)
     journal = Journal(SIZE)
     write(cluster, journal)
@@ -116,7 +116,7 @@ def test_primary_from_a_backup_that_went_on(make_cluster: MakeCluster, tmp_path:
 
 def test_secondary_from_a_backup(make_cluster: MakeCluster, tmp_path: Path) -> None:
     """Fault 28, T5: the secondary lost what it had confirmed and the log has let go: compared by
-    hash, with the reason; then equal."""
+    hash, with the reason; then equal. Runbook: an old copy of a node comes back."""
     cluster = make_cluster(volumes=[Volume(size=SIZE)], log_size=4 * MIB).start()
     journal = Journal(SIZE)
     write(cluster, journal)
@@ -140,7 +140,7 @@ def test_secondary_from_a_backup(make_cluster: MakeCluster, tmp_path: Path) -> N
 
 def test_foreign_secondary(make_cluster: MakeCluster) -> None:
     """Fault 29, T1: an address leads to a node of another group that has the same names: refused,
-    and nothing of it changes."""
+    and nothing of it changes. Runbook: wrong peer, another primary, other group, other size."""
     ours, theirs = small_group(make_cluster), small_group(make_cluster)
     write(ours, Journal(SIZE), seed=1)
     write(theirs, Journal(SIZE), seed=2)
@@ -201,23 +201,30 @@ def test_missing_file(make_cluster: MakeCluster) -> None:
 
 
 def test_secondary_that_lost_its_state(make_cluster: MakeCluster) -> None:
-    """Fault 31, T2, X1: created anew it gets a first synchronisation, by hash: the facet that is
-    still there is not sent again; without the facet, its content is."""
+    """Fault 31, T2, X1: its daemon does not start, and says what is missing; created anew it gets
+    a first synchronisation, by hash: the facet that is still there is not sent again; without the
+    facet, its content is. Runbook: secondary loses its disk."""
     cluster = small_group(make_cluster)
     journal = Journal(SIZE)
     write(cluster, journal, batches=90)
     check_equal(cluster)
-    node = cluster.secondary
-    for lost in ("state", "state and facet"):
+    node, facet = cluster.secondary, cluster.secondary.facets("data")[0]
+    for lost in ("state", "facet", "state and facet"):
         node.stop()
-        shutil.rmtree(state_of(node))
-        if lost != "state":
-            node.facets("data")[0].unlink()
-        assert node.create().code == 0
+        if "state" in lost:
+            shutil.rmtree(state_of(node))
+        if "facet" in lost:
+            facet.unlink()
+        assert str(state_of(node) if "state" in lost else facet) in serve_fails(node)
+        assert cluster.primary.remote()["state"] == "behind"
+        assert node.create().code == (4 if lost == "facet" else 0), "state is never overwritten"
+        made = nbdmirror("create", str(node.config), "--role", "secondary", "--force")
+        assert made.code == 0, made
         sent = cluster.proxy.sent_bytes
         node.start()
         check_equal(cluster)
         assert resyncs(cluster)[-1]["rule"] == "T2"
+        assert resyncs(cluster)[-1]["action"] == "full" and resyncs(cluster)[-1]["why"]
         sent = cluster.proxy.sent_bytes - sent
         assert sent < SESSION_OVERHEAD if lost == "state" else sent > MIB, sent
 

@@ -71,7 +71,9 @@ class Host:
 
 
 def test_any_facet_with_any_remote_fails_under_a_filesystem(tmp_path: Path) -> None:
-    """M12, M15: fio with verify and an exerciser of files see neither an error nor wrong data."""
+    """M12, M15: fio with verify and an exerciser of files see neither an error nor wrong data.
+
+    Runbook: a local facet and a remote fail at once."""
     with (
         tmpfs(tmp_path / "disk", FULL_AT) as disk,
         Cluster(

@@ -59,7 +59,7 @@ def test_offline_and_online_copies_only_the_difference(make_cluster: MakeCluster
 
 def test_a_long_absence_is_kept_in_a_map(make_cluster: MakeCluster) -> None:
     """M8, O12: past the log the facet's own map takes over; remotes are not pushed out by it; the
-    return goes on over a restart."""
+    return goes on over a restart. Runbook: its disk must be replaced."""
     cluster = group(make_cluster, log_size=4 * MIB)
     node = cluster.primary
     path = node.facets("data")[0]
@@ -109,7 +109,9 @@ def test_facets_are_added_and_removed_in_use(make_cluster: MakeCluster) -> None:
 
 
 def test_a_replaced_disk_is_compared_whole(make_cluster: MakeCluster) -> None:
-    """M15: a new disk, with other data on it, in the place of one that is out of service."""
+    """M15: a new disk, with other data on it, in the place of one that is out of service.
+
+    Runbook: its disk must be replaced."""
     cluster = group(make_cluster)
     node = cluster.primary
     path = node.facets("data")[1]
@@ -132,7 +134,9 @@ def test_a_replaced_disk_is_compared_whole(make_cluster: MakeCluster) -> None:
 
 
 def test_a_facet_that_is_missing_at_start(make_cluster: MakeCluster) -> None:
-    """M15: the node starts without it, says so, and takes back what then comes in its place."""
+    """M15: the node starts without it, says so, and takes back what then comes in its place.
+
+    Runbook: a facet is missing when the node starts."""
     cluster = group(make_cluster)
     node = cluster.primary
     path = node.facets("data")[0]
@@ -141,6 +145,7 @@ def test_a_facet_that_is_missing_at_start(make_cluster: MakeCluster) -> None:
     aside = path.with_name("aside")
     path.rename(aside)
     node.start()
+    assert facet(cluster, 0)["state"] == "not-synchronised"
     assert "missing" in facet(cluster, 0)["why"]
     handle = connect(node.uri())
     handle.pwrite(pattern(MIB, 8), MIB)

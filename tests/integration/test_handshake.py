@@ -47,7 +47,9 @@ def _refusal(make_cluster: MakeCluster, ours: Json, theirs: Json) -> tuple[Clust
 
 
 def test_other_size(make_cluster: MakeCluster) -> None:
-    """Volume sizes differ: both are in the message."""
+    """Volume sizes differ: both are in the message.
+
+    Runbook: wrong peer, another primary, other group, other size."""
     _, why = _refusal(
         make_cluster,
         {"volumes": [Volume(size=64 * MIB)]},
@@ -57,7 +59,9 @@ def test_other_size(make_cluster: MakeCluster) -> None:
 
 
 def test_other_group(make_cluster: MakeCluster) -> None:
-    """Group names differ: both are in the message."""
+    """Group names differ: both are in the message.
+
+    Runbook: wrong peer, another primary, other group, other size."""
     _, why = _refusal(make_cluster, {"group": "payroll"}, {"group": "archive"})
     assert "payroll" in why and "archive" in why, why
 
@@ -91,7 +95,7 @@ def test_other_region_size_is_no_obstacle_or_is_told(make_cluster: MakeCluster) 
 @pytest.mark.parametrize("proof", ["none", "secret"])
 def test_two_primaries(make_cluster: MakeCluster, tmp_path: Path, proof: str) -> None:
     """T13, I5: a primary takes no replication: the other hears so at once, with the reason; no
-    data moves, and both serve on."""
+    data moves, and both serve on. Runbook: wrong peer, another primary, other group, other size."""
     first, second = make_cluster(), make_cluster(remotes=())
     if proof == "secret":
         key = tmp_path / "secret"

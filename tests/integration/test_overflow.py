@@ -76,11 +76,13 @@ def test_overflow_and_back_under_load(
 
 
 def test_bytes_after_an_overflow_are_bounded(make_cluster: MakeCluster) -> None:
-    """I4: at most the marked regions and the pending entries travel, by proxy and by status."""
+    """I4: at most the marked regions and the pending entries travel, by proxy and by status.
+
+    Runbook: for so long that the log fills."""
     cluster = make_cluster(log_size=SMALL_LOG).start()
     cluster.proxy.refuse()
     overflow(cluster)
-    entry = cluster.primary.until("is tracked", tracking)
+    entry = cluster.primary.until("is tracked", lambda one: one["state"] == "tracking")
     assert 1 <= entry["dirty"]["regions"] <= 256
     assert entry["dirty"]["bytes"] == entry["dirty"]["regions"] * REGION
     status = cluster.primary.status()
@@ -205,7 +207,9 @@ def _covered(found: list[tuple[int, int]], offset: int, length: int) -> bool:
 
 
 def test_on_full_block_waits_and_goes_on(make_cluster: MakeCluster) -> None:
-    """M7: ``block``: writes wait until the log has room, without an error, and then go on."""
+    """M7: ``block``: writes wait until the log has room, without an error, and then go on.
+
+    Runbook: for so long that the log fills."""
     cluster = make_cluster(log_size=SMALL_LOG, on_full="block").start()
     cluster.proxy.refuse()
     with Writer(cluster.primary.uri(), blocks=4096) as writer:

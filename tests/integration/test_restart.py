@@ -19,7 +19,9 @@ KIB = 1 << 10
 def test_secondary_dies_and_returns_under_load(
     make_cluster: MakeCluster, tmp_path: Path, frontend: str
 ) -> None:
-    """M15, O9: SIGKILL of the secondary, five times, while fio verifies; it catches up itself."""
+    """M15, O9: SIGKILL of the secondary, five times, while fio verifies; it catches up itself.
+
+    Runbook: secondary dies and comes back."""
     cluster = make_cluster(frontend=frontend).start()
     load: dict[str, object] = {
         "rw": "randwrite",
@@ -125,7 +127,7 @@ def test_primary_dies_idle(make_cluster: MakeCluster, frontend: str) -> None:
 
 def test_primary_dies_under_load(make_cluster: MakeCluster) -> None:
     """I3, I4: five SIGKILLs under load: every acknowledged write is there, at most the pending
-    entries are sent again, no resync."""
+    entries are sent again, no resync. Runbook: primary's daemon dies (same boot)."""
     cluster = make_cluster().start()
     for turn in range(5):
         acknowledged = _write_until_killed(cluster, turn)

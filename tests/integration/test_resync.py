@@ -113,7 +113,9 @@ def test_a_client_that_rewrites_all_faster_than_the_link(make_cluster: MakeClust
     """peers 12, 28: passes over the map, then in order: the time to in-sync is bounded.
 
     The volume is rewritten at more than what the link takes; the log holds the difference for as
-    long as the end takes: once the volume at half of the link, and then that backlog."""
+    long as the end takes: once the volume at half of the link, and then that backlog.
+
+    Runbook: clients write faster than the link."""
     cluster = make_cluster(volumes=[Volume(size=4 * MIB)], log_size=512 * MIB)
     cluster.create()
     _put(cluster.primary, os.urandom(4 * MIB))
@@ -122,6 +124,7 @@ def test_a_client_that_rewrites_all_faster_than_the_link(make_cluster: MakeClust
     cluster.primary.start()
     with Writer(cluster.primary.uri(), blocks=1024, rate=3 * MIB) as writer:
         began = time.monotonic()
+        cluster.primary.until("is on its way", lambda one: one["state"] == "resyncing")
         cluster.wait_in_sync(120)
         took = time.monotonic() - began
         rate = writer.writes * 4096 / took
@@ -137,7 +140,9 @@ def test_a_client_that_rewrites_all_faster_than_the_link(make_cluster: MakeClust
 
 
 def test_a_log_that_blocks_brings_any_client_in_sync(make_cluster: MakeCluster) -> None:
-    """``on_full = "block"``: with a small log too, because writes wait for the link."""
+    """``on_full = "block"``: with a small log too, because writes wait for the link.
+
+    Runbook: clients write faster than the link."""
     cluster = make_cluster(volumes=[Volume(size=8 * MIB)], log_size=2 * MIB, on_full="block")
     cluster.create()
     cluster.secondary.start()
@@ -151,7 +156,9 @@ def test_a_log_that_blocks_brings_any_client_in_sync(make_cluster: MakeCluster) 
 
 
 def test_a_log_that_is_too_small_says_so_and_does_not_loop(make_cluster: MakeCluster) -> None:
-    """peers 11, 12, 25: the cause is told, with the numbers; no storm of overflows."""
+    """peers 11, 12, 25: the cause is told, with the numbers; no storm of overflows.
+
+    Runbook: clients write faster than the link."""
     cluster = make_cluster(volumes=[Volume(size=8 * MIB)], log_size=1 * MIB)
     cluster.create()
     cluster.secondary.start()

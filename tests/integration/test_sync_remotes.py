@@ -50,7 +50,9 @@ def test_a_flush_is_durable_there(make_cluster: MakeCluster) -> None:
 
 def test_continue_goes_on_without_the_remote(make_cluster: MakeCluster) -> None:
     """The link is lost and comes back while a client writes: it sees no error, waits no longer
-    than the time-out, and replies wait for the remote again afterwards."""
+    than the time-out, and replies wait for the remote again afterwards.
+
+    Runbook: the link to a synchronous remote is lost."""
     cluster = group(make_cluster)
     node = cluster.primary
     with Writer(node.uri(), blocks=1024) as writer:
@@ -67,6 +69,7 @@ def test_continue_goes_on_without_the_remote(make_cluster: MakeCluster) -> None:
 
 
 def test_hold_makes_writes_wait(make_cluster: MakeCluster) -> None:
+    """Runbook: the link to a synchronous remote is lost."""
     cluster = group(make_cluster, "hold")
     node = cluster.primary
     handle = connect(node.uri())
@@ -90,7 +93,9 @@ def test_hold_makes_writes_wait(make_cluster: MakeCluster) -> None:
 
 
 def test_hold_is_ended_by_a_pause(make_cluster: MakeCluster) -> None:
-    """A person's pause lets writes go on; the remote is waited for again after a resume."""
+    """A person's pause lets writes go on; the remote is waited for again after a resume.
+
+    Runbook: the link to a synchronous remote is lost."""
     cluster = group(make_cluster, "hold")
     node = cluster.primary
     node.ok("pause", "beta")
@@ -102,6 +107,7 @@ def test_hold_is_ended_by_a_pause(make_cluster: MakeCluster) -> None:
 
 
 def test_fail_fails_writes(make_cluster: MakeCluster) -> None:
+    """Runbook: the link to a synchronous remote is lost."""
     cluster = group(make_cluster, "fail")
     node = cluster.primary
     handle = connect(node.uri())

@@ -50,7 +50,9 @@ def test_nothing_differs_under_load(make_cluster: MakeCluster) -> None:
 
 
 def test_rot_is_found_named_and_repaired(make_cluster: MakeCluster) -> None:
-    """Bit rot in a remote's facet: reported without --repair, exit 1; sent with it."""
+    """Bit rot in a remote's facet: reported without --repair, exit 1; sent with it.
+
+    Runbook: a copy rots."""
     cluster = make_cluster().start()
     connect(cluster.primary.uri()).pwrite(pattern(16 * MIB, 1), 0)
     cluster.check_in_sync()
@@ -73,7 +75,7 @@ def test_rot_is_found_named_and_repaired(make_cluster: MakeCluster) -> None:
 
 def test_rot_in_one_of_two_local_facets(make_cluster: MakeCluster) -> None:
     """The remote tells which of two local facets is right; it is repaired from its equal here,
-    whichever of them is read."""
+    whichever of them is read. Runbook: a copy rots."""
     cluster = make_cluster(volumes=[Volume(facets=2)]).start()
     connect(cluster.primary.uri()).pwrite(pattern(16 * MIB, 1), 0)
     cluster.check_in_sync()
@@ -116,7 +118,9 @@ def test_it_goes_on_after_a_lost_link_and_a_restart(make_cluster: MakeCluster) -
 
 
 def test_the_interval_of_the_configuration(make_cluster: MakeCluster) -> None:
-    """A scheduled verify starts by itself, and repairs where that is the policy."""
+    """A scheduled verify starts by itself, and repairs where that is the policy.
+
+    Runbook: a copy rots."""
     keys: dict[str, str | int] = {"verify_interval": "1s", "verify_repair": True}
     cluster = make_cluster(remote_keys=keys).start()
     wait_until(

@@ -29,7 +29,7 @@ NBD = "/run/node.nbd"
 DEVICE = "/dev/nbd0"
 MOUNT = Path("/run/mount")
 HOST = "10.0.2.2"
-READY_S = 180.0
+READY_S = 400.0
 COPY_BYTES = 1 << 20
 
 

@@ -19,8 +19,9 @@ from tests.guest.cuts.disk import KEEP_NONE, CutDisk, Fate
 from tests.guest.guest import HERE, Disk, Guest, GuestError, tail
 from tests.guest.kernel import TREE
 
-BOOT_S = 240.0
-ANSWER_S = 300.0
+# Only for what hangs: a guest without KVM, on a machine that is busy, is up after minutes.
+BOOT_S = 600.0
+ANSWER_S = 900.0
 POWER_OFF_S = 30.0
 SERIAL_LINES = 60
 Json = dict[str, Any]

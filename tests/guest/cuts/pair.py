@@ -31,7 +31,7 @@ REPLICATION_PORT = 10810
 SIZE = 48 * MIB
 REGION = 64 << 10
 DISK = 160 * MIB
-IN_SYNC_S = 240.0
+IN_SYNC_S = 600.0
 STALL_S = 30.0
 """In so long a client's transaction ends, whatever becomes of the secondary (I8)."""
 DAMAGE = ("log-damaged", "active-map-damaged", "facet-failed", "failed", "defect")
