@@ -151,6 +151,8 @@ class Housekeeper:
     async def cycle(self) -> None:
         """Syncs what is dirty, releases what is not needed, and applies the policy if that does
         not leave room."""
+        if self.failed is not None:
+            return  # the node ends
         if self._log.failed is not None or self._log.frozen:
             return  # it is being replaced
         await self._release()
@@ -275,6 +277,7 @@ class Housekeeper:
             return
         behind = self._furthest_behind()
         if behind is None or behind.durable_seq + 1 > ring.tail_seq:
+            self._wait_for_reach()
             return  # it is not a remote that holds the tail
         if not isinstance(behind, Remote):
             self._forcing = asyncio.ensure_future(self._force(behind))
@@ -282,7 +285,7 @@ class Housekeeper:
         needed = self.rescue is not None and self.rescue.needed(behind)
         if self.on_full == "block" or needed:
             if self._waiting:
-                self._stall(behind, needed=needed)
+                self._stall(behind.name, needed=needed)
             return
         if behind.tracking:
             behind.cancel_start()
@@ -290,13 +293,21 @@ class Housekeeper:
         else:
             self._forcing = asyncio.ensure_future(self._force(behind))
 
-    def _stall(self, behind: Remote, *, needed: bool) -> None:
+    def _wait_for_reach(self) -> None:
+        """The log may be full of what a facet out of service lacks: where a remote is all that its
+        volume has, and is out of reach, there is nobody to copy that from."""
+        rescue = self.rescue
+        if self._waiting and rescue is not None and rescue.leans() and not rescue.in_reach():
+            following = next((remote.name for remote in self.remotes if remote.follows), None)
+            self._stall(following, needed=True)
+
+    def _stall(self, remote: str | None, *, needed: bool) -> None:
         """Writes wait for a remote. Where it is all that a volume has, and out of reach, they wait
         no longer than reads do: then nobody holds the volume, and the node ends."""
         now = asyncio.get_running_loop().time()
         if not self._stalled:
             self._stalled, self._stalled_at = True, now
-            self._events.emit("log-full", remote=behind.name, policy="block", needed=needed)
+            self._events.emit("log-full", remote=remote, policy="block", needed=needed)
         assert self.rescue is not None
         if self.rescue.in_reach():
             self._stalled_at = now

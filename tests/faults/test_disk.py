@@ -388,6 +388,7 @@ def test_stalled_disk(make_cluster: MakeCluster, side: str) -> None:
     path = cluster.primary.nbd_socket
     load = Load(path, journal, flush_every=NEVER, fua=0, timeout=STALL_S)
     with load, Background(load, pause_s=0.03):
+        # What must not happen has had the time to.
         time.sleep(1.6 * cluster.tuning["timeout_seconds"])
     kinds = [event["kind"] for event in cluster.primary.events(since)]
     assert "disconnected" not in kinds and "handshake" not in kinds, kinds
@@ -415,6 +416,7 @@ def test_frozen_disk(make_cluster: MakeCluster) -> None:
         with Load(cluster.primary.nbd_socket, journal, timeout=STALL_S) as load:
             disk.process.freeze()
             with Background(load, pause_s=0.01):
+                # Longer than what takes silence for death.
                 time.sleep(3 * cluster.tuning["timeout_seconds"] / 2)
                 assert cluster.primary.remote()["lag"]["records"] > 0
             disk.process.thaw()

@@ -1,4 +1,4 @@
-"""Links that fail without a word, flap, crawl, stall and lie (faults 18-20, 22, 23; I2, I4, I8).
+"""Links that fail without a word, flap, crawl, stall and lie (faults 18-23; I2, I4, I8).
 
 The client of the primary notices nothing; the loss is noticed within the configured time; after
 it the stream goes on from the log, and both nodes end equal.
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from nbdmirror.codec import repl
+from nbdmirror.codec.repl import Type
 from tests.faults.inject import (
     check_equal,
     check_serves,
@@ -92,7 +94,7 @@ def test_flapping_link(wired: WiredCluster) -> None:
             wire.pull()
             time.sleep(0.5)  # the fault's own rhythm
             wire.plug()
-            time.sleep(0.5)
+            time.sleep(0.5)  # and again
     check_serves(wired, journal)
     check_equal(wired)
     shaken = [event for event in wired.primary.events() if event["kind"] == "handshake"]
@@ -184,6 +186,68 @@ def test_corrupted_bytes_under_load(make_cluster: MakeCluster, direction: str) -
     check_serves(cluster, journal)
     check_equal(cluster)
     assert len(resyncs(cluster)) == 1
+
+
+class Meddler:
+    """Passes frames on whole, and does something to one that carries records."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bytes = b""
+        self._kept: bytes | None = None
+        self.done = False
+
+    def __call__(self, data: bytes) -> bytes:
+        self._bytes += data
+        passed = b""
+        while (frame := self._frame()) is not None:
+            passed += frame if self.done or frame[4] != Type.RECORDS else self._meddle(frame)
+        return passed
+
+    def _frame(self) -> bytes | None:
+        end = repl.HEADER_SIZE + int.from_bytes(self._bytes[8:12], "little")
+        if len(self._bytes) < max(end, repl.HEADER_SIZE):
+            return None
+        frame, self._bytes = self._bytes[:end], self._bytes[end:]
+        return frame
+
+    def _meddle(self, frame: bytes) -> bytes:
+        if self._what == "swapped" and self._kept is None:
+            self._kept = frame
+            return b""
+        self.done = True
+        return {"lost": b"", "doubled": 2 * frame, "swapped": frame + (self._kept or b"")}[
+            self._what
+        ]
+
+
+@pytest.mark.parametrize("what", ["lost", "doubled", "swapped"])
+def test_messages_lost_doubled_swapped(make_cluster: MakeCluster, what: str) -> None:
+    """Fault 21, O8: TCP does not do that to its bytes, but somebody in between may, with whole
+    messages whose sums are right: records that do not follow end the session, those that were
+    there already are skipped; the next session sends what is missing, and nothing differs."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE)]).start()
+    journal = Journal(SIZE)
+    check_equal(cluster)
+    with (
+        Load(cluster.primary.nbd_socket, journal, timeout=STALL_S) as load,
+        Background(load, pause_s=0.005),
+    ):
+        for _ in range(3):
+            wait_until("the link is up", lambda: connected(cluster))
+            sessions = cluster.proxy.connections
+            meddler = Meddler(what)
+            # From a boundary between two frames on: that of a new session.
+            cluster.proxy.reset()
+            cluster.proxy.meddle = meddler
+            wait_until("it is done", lambda: meddler.done)  # noqa: B023
+            if what != "doubled":
+                wait_until("a new session", lambda: cluster.proxy.connections > sessions + 1)  # noqa: B023
+            cluster.proxy.meddle = None
+            cluster.proxy.reset()
+    check_serves(cluster, journal)
+    check_equal(cluster)
+    assert len(resyncs(cluster)) == 1, "the log was enough"
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -113,7 +112,7 @@ def test_writes_wait_rather_than_push_out_the_remote(make_cluster: MakeCluster) 
     load = Load(node.nbd_socket, journal, sectors_max=1024)
     with load, Background(load):
         wait_until("writes wait", lambda: node.status()["log"]["waiting_writes"])
-        time.sleep(0.5)
+        wait_until("it was decided", lambda: any(e["kind"] == "log-full" for e in node.events()))
         assert node.remote()["state"] == "behind"
         cluster.proxy.heal()
         load.wait(20)

@@ -56,6 +56,8 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refusing = False
+        self.meddle: Callable[[bytes], bytes] | None = None
+        """Is given every piece towards the target, and returns what is passed on instead."""
         self.tap: Callable[[bytes], object] | None = None
         """Is shown every piece that passes, in either direction: who listens on the way."""
         self.connections = 0
@@ -221,6 +223,8 @@ class Proxy:
                 way.moved.clear()
                 await way.moved.wait()
             data = way.damage(data)
+            if self.meddle is not None and way is self.up:
+                data = self.meddle(data)
             way.passed_bytes += len(data)
             if self.tap is not None:
                 self.tap(data)

@@ -173,7 +173,7 @@ def test_a_log_that_is_too_small_says_so_and_does_not_loop(make_cluster: MakeClu
         seen: list[Json] = []
         for _ in range(20):
             seen.append(cluster.primary.remote()["resync"])
-            time.sleep(0.2)
+            time.sleep(0.2)  # so long there could be a storm
         assert overflowed(cluster) <= 2
     assert passes >= 1 and writer.slowest_s < STALL_S
     cluster.check_in_sync()
@@ -191,7 +191,7 @@ def test_a_link_that_flaps_at_the_threshold(make_cluster: MakeCluster) -> None:
         dirty = [cluster.primary.remote()["dirty"]["bytes"]]
         for _ in range(6):
             cluster.primary.until("is connected", lambda one: one["link"] == "connected")
-            time.sleep(1.0)
+            time.sleep(1.0)  # how long the link is up each time
             dirty.append(cluster.primary.remote()["dirty"]["bytes"])
             cluster.proxy.reset()
         slack = 3 * MIB  # what the writer marks again
@@ -210,7 +210,7 @@ def test_lag_is_a_time_in_the_map_too(make_cluster: MakeCluster) -> None:
     overflow(cluster)
     cluster.primary.until("is tracked", tracking)
     first = cluster.primary.remote()["lag"]["seconds"]
-    time.sleep(1.0)
+    time.sleep(1.0)  # what the lag has to grow by
     second = cluster.primary.remote()["lag"]["seconds"]
     assert first > 0 and 0.9 <= second - first < 5
     cluster.proxy.heal()

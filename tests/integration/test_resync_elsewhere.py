@@ -121,7 +121,7 @@ def test_peers_27_what_is_behind_is_told_by_its_oldest_record(make_cluster: Make
     handle.pwrite(os.urandom(4096), 0)
     began = time.monotonic()
     first = cluster.primary.rpc("status")["remotes"][0]["lag"]["seconds"]
-    time.sleep(1.0)
+    time.sleep(1.0)  # what the lag has to grow by
     handle.pwrite(os.urandom(4096), 4096)
     lag = cluster.primary.rpc("status")["remotes"][0]["lag"]
     assert lag["records"] == 2

@@ -15,7 +15,7 @@ from nbdmirror.engine.volume import Change
 from nbdmirror.errors import NbdmirrorError, TimedOut
 from tests.sim.options import KIB, SMALL, Options, constants
 from tests.sim.oracle import Violation, compare, pattern
-from tests.sim.scenarios import OPTIONS
+from tests.sim.script import OPTIONS
 from tests.sim.swarm import Result
 from tests.sim.world import Gone, World
 

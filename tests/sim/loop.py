@@ -258,7 +258,8 @@ class SimLoop(LoopBase):
         *args: *Ts,
         context: Context | None = None,
     ) -> SimHandle:
-        when_ns = self.now_ns + round(delay * SECOND_NS)
+        # Whoever waits for what rounding has left of a second would wait for ever in one instant.
+        when_ns = self.now_ns + max(round(delay * SECOND_NS), delay > 0)
         return self.call_at_ns(when_ns, callback, *args, context=context)
 
     def call_at(

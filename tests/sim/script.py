@@ -70,14 +70,11 @@ class Script:
         world: World,
         arm: Callable[[], None],
         spoil: Callable[[str], None],
-        mend: Callable[[], None],
     ) -> None:
         self.world = world
         self.arm = arm
         self.spoil = spoil
-        """Has a file of the primary fail from now on, until it is mended."""
-        self.mend = mend
-        """What was spoilt works again."""
+        """Has a file of the primary fail from now on, until its disk is mended."""
         self.last: list[tuple[int, int, int]] = []
         """(volume, offset, length) of the last request's writes: a failed append may have
         brought some of them into the log."""

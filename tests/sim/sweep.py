@@ -135,7 +135,7 @@ class Run:
             for name, host in world.hosts.items()
         }
         fuse = world.fuses["a"]
-        world.script = Script(world, self._arm, fuse.spoil, fuse.broken.clear)
+        world.script = Script(world, self._arm, fuse.spoil)
         self.checks = Checks(world)
         if self.point.scenario == "create":
             self._arm()

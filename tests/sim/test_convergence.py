@@ -19,7 +19,7 @@ from nbdmirror.errors import NbdmirrorError
 from tests.sim import convergence
 from tests.sim.options import KIB, constants
 from tests.sim.oracle import compare, pattern
-from tests.sim.scenarios import OPTIONS
+from tests.sim.script import OPTIONS
 from tests.sim.world import Gone, World
 
 VOLUME = 512 * KIB
