@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from tests.faults.journal import Background, Journal, Load
 from tests.faults.test_disk import SIZE, MakeCluster
 from tests.integration.cluster import Cluster, Volume
 from tests.integration.process import wait_until
+from tests.integration.tools import connect
 
 
 def two_facets(make_cluster: MakeCluster) -> Cluster:
@@ -67,6 +70,34 @@ def test_a_failing_facet_is_not_noticed(
     node.start()
     check_serves(cluster, journal)
     check_equal(cluster)
+
+
+@requires_programs("strace")
+def test_reads_are_shared_out(make_cluster: MakeCluster) -> None:
+    """M5: reads all over the volume go to both facets; those of a sequential stream to one."""
+    cluster = two_facets(make_cluster)
+    node = cluster.primary
+    node.stop()
+    trace = node.directory / "reads"
+    calls = ["-y", "-o", str(trace), "-e", "trace=pread64,preadv,preadv2"]
+    assert start_under(node, ["strace", "-D", "-f", "-qqq", *calls])
+    handle = connect(node.uri())
+    places = random.Random(5)
+
+    def reads(offsets: Iterable[int]) -> list[int]:
+        """How many the facets have served, the one who did most first."""
+        before = trace.read_text().count
+        known = [before(str(path)) for path in node.facets("data")]
+        for offset in offsets:
+            handle.pread(4096, offset)
+        after = trace.read_text().count
+        paths = zip(node.facets("data"), known, strict=True)
+        return sorted((after(str(path)) - count for path, count in paths), reverse=True)
+
+    most, fewest = reads(places.randrange(SIZE // 4096) * 4096 for _ in range(200))
+    assert most + fewest >= 200 and fewest >= 50, (most, fewest)
+    most, fewest = reads(range(0, 200 * 4096, 4096))
+    assert fewest <= 2, (most, fewest)
 
 
 @requires_programs("strace")

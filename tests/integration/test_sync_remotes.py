@@ -124,9 +124,10 @@ def test_fail_fails_writes(make_cluster: MakeCluster) -> None:
 
 
 def test_an_asynchronous_remote_beside_it_is_not_waited_for(make_cluster: MakeCluster) -> None:
-    """M1: one of each kind; a dead asynchronous remote costs the synchronous one's clients
-    nothing, and a synchronous remote is added in use."""
-    cluster = make_cluster(volumes=[Volume(size=16 * MIB)], remotes=("beta", "gamma"))
+    """M1: two local facets and a remote of each kind; a dead asynchronous remote costs the
+    synchronous one's clients nothing, and a synchronous remote is added in use."""
+    volume = Volume(size=16 * MIB, facets=2)
+    cluster = make_cluster(volumes=[volume], remotes=("beta", "gamma"))
     gamma = cluster.secondaries.pop()
     cluster.primary.write_config()
     cluster.start()
