@@ -476,7 +476,10 @@ class Log:
         """After ``scan``: whatever later records lie behind the head prove nothing to a scan to
         come; durable on return. DiskFailed if the disk refuses."""
         try:
-            for position, _ in list(logscan.behind(self._file, RING_AT, self.ring)):
+            found = [at for at, _ in logscan.behind(self._file, RING_AT, self.ring)]
+            if logscan.remains(self._file, RING_AT, self.ring):
+                found.append(self.ring.head)
+            for position in found:
                 offset = RING_AT + position % self.ring.capacity
                 await self._file.write(offset, bytes(codec.HEADER_SIZE))
             await self._file.sync()

@@ -79,12 +79,15 @@ def window(file: Readable, base: int, ring: Ring, at: int) -> memoryview:
 def seq_behind(file: Readable, base: int, ring: Ring, forks: Forks) -> int:
     """See ``Log.seq_behind``. The head itself counts: there the last record of all may be damaged,
     with nothing behind it."""
-    if codec.was_header(
-        file.pread(base + ring.head % ring.capacity, codec.HEADER_SIZE), ring.next_seq
-    ):
-        return ring.next_seq
     found = (record for _, record in behind(file, base, ring))
-    return next((record.seq for record in found if not _ended(record, forks)), 0)
+    seq = next((record.seq for record in found if not _ended(record, forks)), 0)
+    return seq or (ring.next_seq if remains(file, base, ring) else 0)
+
+
+def remains(file: Readable, base: int, ring: Ring) -> bool:
+    """Whether what damage left of the next record's header lies at the head."""
+    data = file.pread(base + ring.head % ring.capacity, codec.HEADER_SIZE)
+    return codec.was_header(data, ring.next_seq)
 
 
 def behind(file: Readable, base: int, ring: Ring) -> Iterator[tuple[int, Record]]:

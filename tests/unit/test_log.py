@@ -317,6 +317,25 @@ def test_what_lies_behind_a_cut_can_be_made_to_prove_nothing() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("place", [1, 17, 40, 60], ids=["magic", "seq", "time", "sum"])
+def test_the_last_record_may_be_damaged(place: int) -> None:
+    """Fault 15: with nothing behind it, what is left of its header says that the log did not end
+    there; where that is to prove nothing, it is gone, and a full ring keeps its tail."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100])
+        disk.flip(PATH, RING_AT + 2 * 192 + place)
+        log, found = reopened(disk, (0, 1))
+        assert [r.seq for r in found] == [1, 2] and log.seq_behind([]) == 3
+        await log.forget_behind()
+        log, found = reopened(disk, (0, 1))
+        assert [r.seq for r in found] == [1, 2] and log.seq_behind([]) == 0
+
+    run(main())
+
+
 def test_a_fill_that_lost_its_record_is_not_passed() -> None:
     """O10: a power loss leaves a fill and not the record behind it; the epoch ends before both.
     What is appended afterwards must be found by the next recovery."""
