@@ -439,9 +439,11 @@ class Session:
         return max(FRAME_BYTES_MIN, self.resync.copier.window_size())
 
     async def _log_rotten(self, error: FormatError) -> None:
-        """A pending record cannot be read back: the regions are copied from the facet instead."""
+        """A pending record cannot be read back: the regions are copied from the facet instead. A
+        volume that has no facet has it nowhere else: it stays in the log, and is tried again."""
         self.context.events.emit("log-damaged", remote=self.remote.name, why=error.message)
-        await self.remote.fill(error.message)
+        if all(volume.in_service() for volume in self.remote.group.volumes):
+            await self.remote.fill(error.message)
 
     def _on_frame(self, frame: Frame) -> None:
         kind = frame.type

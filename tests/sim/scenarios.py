@@ -343,6 +343,8 @@ OTHERS = {
     "spill": replace(OPTIONS, spill=8 * KIB, facets=2),
     "facets": PAIRS,
     "other disks": PAIRS,
+    # With one facet a fault of it leaves the remote alone to say what was written before a kill.
+    "log lost": replace(OPTIONS, facets=2),
 }
 
 
