@@ -65,6 +65,7 @@ class Secondary:
         self.applier = Applier(volumes, log, store, events, follower)
         self.applier.caught_up = self._tell
         self.current: Receiver | None = None
+        self._entered: dict[Receiver, asyncio.Event] = {}
         self.detached = False
         self.eager = False
         """The primary's clients wait for what is durable here."""
@@ -150,17 +151,23 @@ class Secondary:
     # -- sessions ----------------------------------------------------------------------------
 
     async def enter(self, receiver: Receiver) -> None:
-        """Makes a connection the current one; the former ends first."""
+        """Makes a connection the current one; the former ends first, and what it began in a thread
+        (a hole that is being punched) lands before anything that this one writes."""
         former, self.current = self.current, receiver
         if former is not None and former is not receiver:
             former.link.close(PeerError("replaced by a newer connection"))
+        while others := [ended for one, ended in self._entered.items() if one is not receiver]:
+            await others[0].wait()
+        self._entered[receiver] = asyncio.Event()
         # Whatever the former session queued is either in the log by now or gone with it.
         await asyncio.sleep(0)
 
     def leave(self, receiver: Receiver) -> None:
-        """A connection has ended."""
+        """A connection has ended, and nothing of it runs any more."""
         if self.current is receiver:
             self.current = None
+        if receiver in self._entered:
+            self._entered.pop(receiver).set()
 
     def refusal(self, hello: dict[str, Any]) -> tuple[str, str] | None:
         """(rule, reason) why this primary is not for us; ``None`` if it is (T1, T12)."""
