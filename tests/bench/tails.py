@@ -30,11 +30,15 @@ SIZE = 256 * MIB
 RATE = 2000
 """Writes a second."""
 LOG, SMALL_LOG = 256 * MIB, 16 * MIB
+LOOK_SECONDS = 0.05
+"""Between two looks at whether the activity has ended: a look costs the processor too."""
+SNAPSHOT_SECONDS = 0.3
+"""A snapshot is there for so long: first writes to regions are the load it makes."""
 FIGURES = ("p50_us", "p99_us", "p999_us", "max_us")
 
 
 def _nothing(node: Node, directory: Path) -> None:
-    time.sleep(0.05)
+    time.sleep(LOOK_SECONDS)
 
 
 def _status(node: Node, directory: Path) -> None:
@@ -43,20 +47,20 @@ def _status(node: Node, directory: Path) -> None:
 
 def _snapshot(node: Node, directory: Path) -> None:
     entry = node.rpc("snapshot.create")
-    time.sleep(0.3)
+    time.sleep(SNAPSHOT_SECONDS)
     node.rpc("snapshot.delete", snapshot=entry["uuid"])
 
 
 def _resync(node: Node, directory: Path) -> None:
     if node.rpc("status")["remotes"][0]["resync"] is None:
         node.rpc("resync", remote="beta", full=True)
-    time.sleep(0.05)
+    time.sleep(LOOK_SECONDS)
 
 
 def _verify(node: Node, directory: Path) -> None:
     if node.rpc("status")["remotes"][0]["resync"] is None:
         node.rpc("verify", remote="beta")
-    time.sleep(0.05)
+    time.sleep(LOOK_SECONDS)
 
 
 def _sync(node: Node, directory: Path) -> None:

@@ -28,24 +28,24 @@ LOADS = (0.3, 0.9, 1.2)
 """Of the link: what the client writes."""
 
 
-async def _rewrite(world: World, rate: float) -> None:
-    """Writes the volume over and over again, at random, ``rate`` bytes a second."""
+async def rewrite(world: World, rate: float, cell: int) -> None:
+    """Writes the volume over and over again, ``cell`` bytes at random, ``rate`` bytes a second."""
     rng = random.Random(f"{world.seed}:rewrite")
     while True:
         node = world.a.node
         if node is None or node.primary is None:
             await asyncio.sleep(0.1)
             continue
-        offset = rng.randrange(VOLUME // CELL) * CELL
-        payload = pattern(rng.randrange(1 << 30), CELL)
-        change = Change(codec.WRITE, 0, offset, CELL, memoryview(payload))
+        offset = rng.randrange(node.volumes[0].size // cell) * cell
+        payload = pattern(rng.randrange(1 << 30), cell)
+        change = Change(codec.WRITE, 0, offset, cell, memoryview(payload))
         rest = node.primary.group.write(node.volumes[0], [change])
         if rest is not None:
             try:
                 await world.in_life(world.a, rest)
             except (Gone, NbdmirrorError):
                 continue
-        await asyncio.sleep(CELL / rate)
+        await asyncio.sleep(cell / rate)
 
 
 async def _begin(world: World) -> None:
@@ -108,7 +108,7 @@ def run(seed: int, *, options: Options | None = None) -> Result:
 
 async def _in_sync(world: World, load: float) -> None:
     await _begin(world)
-    writer = world.spawn(_rewrite(world, load * LINK))
+    writer = world.spawn(rewrite(world, load * LINK, CELL))
     node = world.a.node
     assert node is not None and node.primary is not None
     # The first pass, the copies at half of the link, the backlog of both.

@@ -6,46 +6,22 @@ In virtual time, so the bound is exact: what ``core.convergence`` foretells must
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import replace
 
 import pytest
 
-from nbdmirror.codec import record as codec
 from nbdmirror.engine import verify
 from nbdmirror.engine.verify import Verify
-from nbdmirror.engine.volume import Change
-from nbdmirror.errors import NbdmirrorError
 from tests.sim import convergence
 from tests.sim.options import KIB, constants
-from tests.sim.oracle import compare, pattern
+from tests.sim.oracle import compare
 from tests.sim.script import OPTIONS
-from tests.sim.world import Gone, World
+from tests.sim.world import World
 
 VOLUME = 512 * KIB
 LINK = 40 * KIB
 """Bytes a second."""
 CELL = 4 * KIB
-
-
-async def _rewrite(world: World, rate: float) -> None:
-    """Writes the volume over and over again, at random, ``rate`` bytes a second."""
-    rng = random.Random(f"{world.seed}:rewrite")
-    while True:
-        node = world.a.node
-        if node is None or node.primary is None:
-            await asyncio.sleep(0.1)
-            continue
-        offset = rng.randrange(VOLUME // CELL) * CELL
-        payload = pattern(rng.randrange(1 << 30), CELL)
-        change = Change(codec.WRITE, 0, offset, CELL, memoryview(payload))
-        rest = node.primary.group.write(node.volumes[0], [change])
-        if rest is not None:
-            try:
-                await world.in_life(world.a, rest)
-            except (Gone, NbdmirrorError):
-                continue
-        await asyncio.sleep(CELL / rate)
 
 
 async def _begin(world: World) -> None:
@@ -89,7 +65,7 @@ def test_in_sync_in_bounded_time(seed: int, load: float) -> None:
 
     async def main() -> float:
         await _begin(world)
-        writer = world.spawn(_rewrite(world, load * LINK))
+        writer = world.spawn(convergence.rewrite(world, load * LINK, CELL))
         node = world.a.node
         assert node is not None and node.primary is not None
         began = world.loop.time()
@@ -122,7 +98,7 @@ def test_a_log_that_blocks_needs_no_size() -> None:
 
     async def main() -> float:
         await _begin(world)
-        world.spawn(_rewrite(world, 3 * LINK))
+        world.spawn(convergence.rewrite(world, 3 * LINK, CELL))
         node = world.a.node
         assert node is not None
         began = world.loop.time()
@@ -153,7 +129,7 @@ def test_a_verify_under_load_makes_no_false_alarm(
         node = world.a.node
         assert node is not None
         await world.in_life(world.a, node.wait("in-sync", None, 300.0))
-        world.spawn(_rewrite(world, 4096 * KIB))
+        world.spawn(convergence.rewrite(world, 4096 * KIB, CELL))
         for _ in range(5):
             await world.in_life(world.a, node.verify("b", False))
             await world.in_life(world.a, node.wait("verified", None, 300.0))
@@ -171,7 +147,7 @@ def test_a_link_that_flaps_makes_progress_and_no_storm() -> None:
 
     async def main() -> list[int]:
         await _begin(world)
-        writer = world.spawn(_rewrite(world, LINK / 8))
+        writer = world.spawn(convergence.rewrite(world, LINK / 8, CELL))
         node = world.a.node
         assert node is not None and node.primary is not None
         remote = node.primary.remote("b")
