@@ -6,7 +6,7 @@ from typing import Any
 
 from nbdmirror.config import Config
 from nbdmirror.engine import activemap, store
-from nbdmirror.engine.facet import FacetState
+from nbdmirror.engine.facet import FacetState, make_facet
 from nbdmirror.engine.log import Log
 from nbdmirror.errors import ConfigError, NbdmirrorError, Refused, StateError
 from nbdmirror.ports import Env
@@ -110,25 +110,10 @@ def _remove(env: Env, config: Config) -> None:
 async def _facets(env: Env, paths: tuple[str, ...], size: int) -> list[dict[str, Any]]:
     made = []
     for path in paths:
-        exists = env.disk.exists(path)
-        directory = path.rpartition("/")[0]
-        if not exists:
-            env.disk.make_directory(directory)
-        file = env.disk.open(path, create=not exists)
-        try:
-            if file.size() < size:
-                if file.block_device:
-                    raise ConfigError(
-                        f"the device {path} has {file.size()} bytes, the volume {size}",
-                        hint="make the volume smaller, or use a larger device",
-                    )
-                file.truncate(size)
-            # Also what exists: an earlier attempt may have made it and failed then (O18).
-            await file.sync()
-        finally:
-            file.close()
-        await env.disk.sync_directory(directory)
-        made.append({"path": path, "created": not exists})
+        if not env.disk.exists(path):
+            env.disk.make_directory(path.rpartition("/")[0])
+        created = await make_facet(env.disk, path, size)
+        made.append({"path": path, "created": created})
     return made
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from nbdmirror.codec.record import MARK, NO_HOLE, ZERO, Record
-from nbdmirror.errors import DiskFailed, StateError
+from nbdmirror.errors import ConfigError, DiskFailed, StateError
 from nbdmirror.ports import Buffer, Disk, File
 
 
@@ -169,7 +169,10 @@ class LocalFacet:
         if self.failed is not None:
             raise self.failed
         upto = min([self.written_seq, *(seq - 1 for seq in self.pending)])
-        file = self.file
+        file = self._file
+        if file is None:
+            # It left while its turn was waited for, after the others'.
+            raise DiskFailed(f"sync of facet {self.path} failed: it was closed")
         try:
             await file.sync()
         except OSError as error:
@@ -184,6 +187,27 @@ class LocalFacet:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+async def make_facet(disk: Disk, path: str, size: int) -> bool:
+    """A facet's file, durable under its name and of ``size`` bytes at least; returns whether it
+    was made. ConfigError if it is a smaller device; OSError."""
+    created = not disk.exists(path)
+    file = disk.open(path, create=created)
+    try:
+        if file.size() < size:
+            if file.block_device:
+                raise ConfigError(
+                    f"the device {path} has {file.size()} bytes, the volume {size}",
+                    hint="make the volume smaller, or use a larger device",
+                )
+            file.truncate(size)
+        # Also what exists: an earlier attempt may have made it and failed then (O18).
+        await file.sync()
+    finally:
+        file.close()
+    await disk.sync_directory(path.rpartition("/")[0] or "/")
+    return created
 
 
 def open_facet(disk: Disk, path: str, size: int) -> File:

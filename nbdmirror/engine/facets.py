@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec.record import MARK
 from nbdmirror.engine.events import EventLog
-from nbdmirror.engine.facet import FacetState, LocalFacet, open_facet
+from nbdmirror.engine.facet import FacetState, LocalFacet, make_facet, open_facet
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import NEW, Member
 from nbdmirror.engine.facetredo import redo
@@ -323,16 +323,8 @@ class Facets:
 
     async def _make_file(self, path: str, size: int) -> None:
         """A file that is not there is made, as large as the volume."""
-        if self._disk.exists(path):
-            return
         try:
-            file = self._disk.open(path, create=True)
-            try:
-                file.truncate(size)
-                await file.sync()
-            finally:
-                file.close()
-            await self._disk.sync_directory(path.rpartition("/")[0] or "/")
+            await make_facet(self._disk, path, size)
         except OSError as error:
             raise StateError(
                 f"cannot make the facet {path}: {error.strerror or error}",

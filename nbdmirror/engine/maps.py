@@ -27,7 +27,7 @@ class DcmFile:
         self.region_size = region_size
         self.map = Dcm(regions)
         self._file: File | None = None
-        self._created = False
+        self._name_unsynced = False
         self._unwritten: dict[int, None] = {}
         """Pages that changed in memory and are not in the file yet: a failed write leaves some."""
         self._unsynced = False
@@ -47,10 +47,10 @@ class DcmFile:
             raise self._failed("opening", error) from error
 
     def _open(self, default: bool, *, read_only: bool) -> None:
-        self._created = not self._disk.exists(self.path)
+        created = not self._disk.exists(self.path)
         if not read_only:
             self._disk.make_directory(self.path.rpartition("/")[0])
-        self._file = self._disk.open(self.path, create=self._created, read_only=read_only)
+        self._file = self._disk.open(self.path, create=created, read_only=read_only)
         size = self.map.page_count * mappage.PAGE_SIZE
         if default:
             self.map.fill()
@@ -66,8 +66,8 @@ class DcmFile:
             return
         if self._file.size() != size:
             self._file.truncate(size)
-        # What was found may be a former process's, in the page cache only.
-        self._unsynced = True
+        # What was found may be a former process's, in the page cache only; so may its name.
+        self._unsynced = self._name_unsynced = True
         if self.damage is not None:
             self.fill()
 
@@ -166,11 +166,11 @@ class DcmFile:
         self._unsynced = False
         try:
             await self._file.sync()
-            if self._created:
+            if self._name_unsynced:
                 directory = self.path.rpartition("/")[0]
                 await self._disk.sync_directory(directory)
                 await self._disk.sync_directory(directory.rpartition("/")[0] or "/")
-                self._created = False
+                self._name_unsynced = False
         except OSError as error:
             self._unsynced = True
             raise self._failed("sync", error) from error

@@ -124,6 +124,21 @@ def test_a_failed_sync_is_final() -> None:
     run(main())
 
 
+def test_the_sync_of_a_facet_that_left_before_its_turn_promises_nothing() -> None:
+    """M8: who syncs several awaits each in turn. (Seed 4001101: a restore, ``offline``.)"""
+
+    async def main() -> None:
+        facet = make(make_disk())
+        facet.written_seq = 4
+        facet.leave()
+        facet.close()
+        with pytest.raises(DiskFailed, match="was closed"):
+            await facet.sync()
+        assert facet.synced_seq == 0 and facet.failed is None
+
+    run(main())
+
+
 def test_a_failed_clear_leaves_nothing_pending_and_holds_the_log() -> None:
     """O5: the record of a clear that failed, perhaps half done, is not released."""
 

@@ -180,6 +180,23 @@ def test_the_name_of_a_new_map_is_durable() -> None:
     run(main())
 
 
+def test_the_name_that_a_killed_process_left_is_durable_with_the_next_sync() -> None:
+    """O18: it may be in the page cache only, as marks may. (Seed 4001627: a restore's map.)"""
+
+    async def main() -> None:
+        for seed in range(10):
+            disk = make_disk(seed)
+            opened(disk, True)
+            again = opened(disk, True)
+            again.clear()
+            await again.sync()
+            disk.power_cut()
+            assert disk.exists(PATH)
+            assert opened(disk).damage is None
+
+    run(main())
+
+
 def test_fill_never_reads_as_fewer_marks_whatever_lands() -> None:
     async def main() -> None:
         for seed in range(30):
