@@ -37,9 +37,14 @@ _NEVER = bytes(SECTOR_SIZE)
 assert _TEXT_SIZE == 480
 
 
+def room(state: dict[str, Any]) -> int:
+    """Bytes that the text may grow by; negative if it has outgrown the slot."""
+    return SLOT_SIZE // SECTOR_SIZE * _TEXT_SIZE - len(_text(state))
+
+
 def encode(counter: int, state: dict[str, Any]) -> bytes:
     """One slot's bytes, in whole sectors; FormatError if the state outgrew the slot."""
-    text = json.dumps(state, separators=(",", ":"), sort_keys=True).encode()
+    text = _text(state)
     if _sectors(len(text)) * SECTOR_SIZE > SLOT_SIZE:
         raise FormatError(f"superblock of {len(text)} bytes is larger than its slot")
     slot = bytearray()
@@ -65,6 +70,10 @@ def decode(slot: bytes) -> tuple[int, dict[str, Any]]:
     state = json.loads(b"".join(pieces)[:length])
     assert isinstance(state, dict)
     return counter, state
+
+
+def _text(state: dict[str, Any]) -> bytes:
+    return json.dumps(state, separators=(",", ":"), sort_keys=True).encode()
 
 
 def _sectors(length: int) -> int:

@@ -192,7 +192,8 @@ class Facets:
             facet.unnoted = False
             return
         self._take_out(member, why)
-        member.saved["last"] = not volume.in_service()
+        # Nobody goes on: no reply follows, so what its last sync left is all that was promised.
+        member.saved["last"] = not self.has_source(volume)
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
         facet.unnoted = False
@@ -273,6 +274,7 @@ class Facets:
             raise UsageError(f"there is no volume {volume_name!r} (volumes: {names})")
         if any(member.facet.path == path for member in self.members):
             raise UsageError(f"{path} is a facet already")
+        self.store.check_room()
         await self._make_file(path, volume.size)
         facet = LocalFacet(None, path, volume.size, FacetState.NOT_SYNCHRONISED)
         saved: dict[str, Any] = {"path": path, "state": facet.state.value}

@@ -69,8 +69,8 @@ class Follower:
         why = None
         if not (upstream and upstream["consistent"]):
             why = "it was taken while this node was being resynchronised"
-        elif len(self._snapshots.usable()) >= self._snapshots.config.count_max:
-            why = f"there are {self._snapshots.config.count_max} snapshots already"
+        else:
+            why = self._snapshots.full()
         entry = self._snapshots.new_entry(mark.volumes, "user", mark.number, mark.protected)
         entry.update(uuid=mark.uuid, epoch=record.epoch, time_ns=record.time_ns)
         entry.update(seq=record.seq, after=record.seq)

@@ -178,6 +178,9 @@ class Housekeeper:
         upto = self._log.next_seq - 1
         await self.sync_facets()
         for volume in self._volumes:
+            for facet in volume.facets:
+                if facet.unnoted:  # somebody else's sync saw it fail: not before that is durable
+                    await self.facet_lost(volume, facet)
             if not volume.in_service() and not self._goes_on(volume):
                 failed = (facet.failed for facet in volume.facets if facet.failed is not None)
                 raise next(failed, None) or DiskFailed(volume.no_facet().message)

@@ -300,6 +300,7 @@ class Primary:
         """A new remote, while the volumes are in use (M17): first synchronisation follows."""
         if any(remote.name == name for remote in self.remotes):
             raise UsageError(f"there is a remote {name!r} already")
+        self._store.check_room()
         facts: dict[str, Any] = {
             **NEW_FACTS,
             "defaults": {},

@@ -209,7 +209,8 @@ def _entries(store: Store) -> Iterator[dict[str, Any]]:
 def _failed(store: Store, volume: Volume) -> list[tuple[int, LocalFacet]]:
     """(last record that it had synced, facet) of those that failed and lack what followed.
 
-    What a log in memory held is gone: then only a volume's last facet has nearly all of it."""
+    What a log in memory held is gone: then only a volume's last facet has all that was promised,
+    and only if no remote went on for it."""
     gone = not store.state["clean"] and bool(store.state.get("log_volatile"))
     entries = {
         entry["path"]: entry

@@ -295,6 +295,8 @@ class VolumeRestore:
         zeros = is_zeros(data)
         lost = []
         for facet in self.volume.writable():
+            if not facet.writable:
+                continue  # it left while another one's hole was punched
             try:
                 if zeros:
                     await facet.punch(offset, len(data))

@@ -372,8 +372,10 @@ class Restorer:
                 except OSError as error:
                     raise read_failed(source, offset, length, error) from error
                 for facet in volume.writable():
+                    if facet is source or not facet.writable:
+                        continue  # it may have left while another one was read
                     try:
-                        if facet is not source and await facet.read(offset, length) != data:
+                        if await facet.read(offset, length) != data:
                             facet.pwrite(offset, data)
                     except OSError as error:
                         facet.fail("write", error)

@@ -254,13 +254,17 @@ class Snapshots:
             "writable": False,
         }
 
-    def check_room(self) -> None:
-        """Refused if there are as many as the configuration allows."""
+    def full(self) -> str | None:
+        """Why there cannot be another one."""
         if len(self.usable()) >= self.config.count_max:
-            raise Refused(
-                f"there are {self.config.count_max} snapshots already",
-                hint="delete one, or raise count_max in [snapshots]",
-            )
+            return f"there are {self.config.count_max} snapshots already"
+        return self.store.full()
+
+    def check_room(self) -> None:
+        """Refused if there is no room for another one."""
+        why = self.full()
+        if why is not None:
+            raise Refused(why, hint="delete one, or raise count_max in [snapshots]")
 
     async def plan(self, entry: Entry, *, followed: bool = False) -> list[tuple[Chain, Member]]:
         """Makes the empty layers and the entry, durably. OSError or DiskFailed.

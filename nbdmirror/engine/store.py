@@ -36,13 +36,14 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.codec import slots
 from nbdmirror.config import Config
 from nbdmirror.engine.groupcommit import GroupCommit
-from nbdmirror.errors import DiskFailed, FormatError, StateError
+from nbdmirror.errors import DiskFailed, FormatError, Refused, StateError
 from nbdmirror.ports import Disk, File
 
 FILE_NAME = "superblock"
@@ -112,15 +113,30 @@ class Store:
     async def _save(self) -> None:
         # The slot that counts now stays untouched until the other one is durable.
         slot = 1 - self._slot
-        data = slots.encode(self._counter + 1, self.state)
         try:
+            data = slots.encode(self._counter + 1, self.state)
             await self._settle()
             self._file.pwrite(slot * slots.SLOT_SIZE, data)
             await self._file.sync()
+        except FormatError as error:
+            raise self._failed(OSError(errno.ENOSPC, error.message)) from error
         except OSError as error:
             raise self._failed(error) from error
         self._counter += 1
         self._slot = slot
+
+    def full(self) -> str | None:
+        """Why nothing may be added to the state that can be refused (a snapshot, a facet, a
+        remote): the last quarter is kept for what cannot be."""
+        if slots.room(self.state) * 4 >= slots.SLOT_SIZE:
+            return None
+        return f"the superblock {self._file.path} of {slots.SLOT_SIZE} bytes is nearly full"
+
+    def check_room(self) -> None:
+        """Refused if it is ``full``."""
+        why = self.full()
+        if why is not None:
+            raise Refused(why, hint="delete snapshots that are not needed any more")
 
     async def settle(self) -> None:
         """Makes durable what was read, before anything is done that relies on it: a former process

@@ -7,7 +7,8 @@ import contextlib
 import random
 
 from nbdmirror.engine.facet import LocalFacet
-from nbdmirror.errors import NbdmirrorError
+from nbdmirror.engine.node import Node
+from nbdmirror.errors import DiskFailed, NbdmirrorError
 from tests.sim.faults import AllLost, Fault, Injector, Kind
 from tests.sim.host import Host
 from tests.sim.options import ADMIN_FAULTS, DISK_FAULTS
@@ -287,13 +288,20 @@ class Faults:
         with contextlib.suppress(Gone, NbdmirrorError):
             await world.in_life(world.a, node.facet("offline", path))
             await asyncio.sleep(rng.choice([0.01, 0.3, 5.0]) * rng.random())
+            self._check_same(node)
             if kind == "facet replace":
                 world.fresh[path] = None
                 await world.in_life(world.a, self._new_disk(world.a, path))
+                self._check_same(node)
                 await world.in_life(world.a, node.facet("replace", path))
                 del world.fresh[path]
             else:
                 await world.in_life(world.a, node.facet("online", path))
+
+    def _check_same(self, node: Node) -> None:
+        """Gone if the primary was started anew: a former process is asked for nothing."""
+        if self._world.a.node is not node:
+            raise Gone
 
     async def _replace_log(self) -> None:
         """The log is moved, or brought back from memory."""
@@ -310,9 +318,10 @@ class Faults:
         host.disk.unlink(path)
         if self._random.random() < 0.5:
             file = host.disk.open(path, create=True)
-            file.pwrite(0, b"\xff" * size)
-            await file.sync()
-            await host.disk.sync_directory(path.rpartition("/")[0])
+            with contextlib.suppress(OSError):  # a fault that was meant for the old disk
+                file.pwrite(0, b"\xff" * size)
+                await file.sync()
+                await host.disk.sync_directory(path.rpartition("/")[0])
 
     async def _admin(self, kind: str) -> None:
         world, rng = self._world, self._random
@@ -325,6 +334,7 @@ class Faults:
                 if kind == "pause":
                     await world.in_life(world.a, node.pause(name))
                     await asyncio.sleep(rng.random())
+                    self._check_same(node)
                     await world.in_life(world.a, node.resume(name))
                 elif kind == "verify":
                     await world.in_life(world.a, node.verify(name, rng.random() < 0.5))
@@ -354,6 +364,13 @@ class Faults:
         node = world.a.node
         if node is None:
             raise Violation(f"the primary does not start: {world.a.failed}")
+        try:
+            await self._bring_back(node)
+        except DiskFailed as error:  # an error from before has only now been noticed
+            raise Gone from error
+
+    async def _bring_back(self, node: Node) -> None:
+        world = self._world
         for remote in world.remotes:
             await world.in_life(world.a, node.resume(remote.name))
         if node.status()["log"]["in_memory"] and self._random.random() < 0.5:

@@ -54,7 +54,7 @@ FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
 """Events of a node that a fault may follow at once."""
 
-SMALL = {"codec.slots.SLOT_SIZE": 32 * KIB}
+SMALL = {"codec.slots.SLOT_SIZE": 64 * KIB}
 """Of what every start reads and every creation writes: less of it, for nothing depends on it."""
 
 

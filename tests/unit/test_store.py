@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from nbdmirror.codec import slots
 from nbdmirror.engine.store import FILE_NAME, Store
-from nbdmirror.errors import DiskFailed, FormatError, StateError
+from nbdmirror.errors import DiskFailed, Refused, StateError
 from tests.unit.world import STATE, fail, make_disk, run
 
 FIRST: dict[str, Any] = {"format": 1, "n": 0}
@@ -101,17 +102,45 @@ def test_what_cannot_be_used_is_named() -> None:
         with pytest.raises(StateError, match="no state of a node") as missing:
             Store.open(disk, STATE)
         assert "create" in str(missing.value.hint)
-        store = await Store.create(disk, STATE, {"format": 2})
+        await Store.create(disk, STATE, {"format": 2})
         with pytest.raises(StateError, match="format 2"):
             Store.open(disk, STATE)
         with pytest.raises(FileExistsError):
             await Store.create(disk, STATE, dict(FIRST))
-        store.state["n"] = "x" * (1 << 18)
-        with pytest.raises(FormatError, match="larger than its slot"):
-            await store.save()
         for offset in (0, 256 * 1024):
             disk.flip(f"{STATE}/{FILE_NAME}", offset + 3)
         with pytest.raises(StateError, match="cannot be used"):
             Store.open(disk, STATE)
+
+    run(main())
+
+
+def test_what_can_be_refused_is_refused_before_the_slot_is_full() -> None:
+    """A snapshot, a facet, a remote: the node must go on to start. (Seed 5006211.)"""
+
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, dict(FIRST))
+        store.state["filler"] = "x" * (slots.SLOT_SIZE * 16 // 24)
+        await store.save()
+        store.check_room()
+        store.state["filler"] = "x" * (slots.SLOT_SIZE * 18 // 24)
+        with pytest.raises(Refused, match="nearly full"):
+            store.check_room()
+        await store.save()
+
+    run(main())
+
+
+def test_a_state_that_outgrew_its_slot_is_final_and_the_old_one_stays() -> None:
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, dict(FIRST))
+        failures: list[DiskFailed] = []
+        store.on_failed = failures.append
+        store.state["filler"] = "x" * slots.SLOT_SIZE
+        with pytest.raises(DiskFailed, match="larger than its slot"):
+            await store.save()
+        assert failures and Store.open(disk, STATE, read_only=True).state == FIRST
 
     run(main())

@@ -145,3 +145,33 @@ def _(assign: Assign) -> None:
         return original(store, volumes, log)
 
     assign(recovery, "_healing", healing)
+
+
+@mutant(
+    "M13 a last facet is trusted though a remote went on for it",
+    aimed(
+        faults={"sync error a": 1.0},
+        fault_gap=0.1,
+        facets=1,
+        remotes=1,
+        mode="sync",
+        on_link_loss="continue",
+        timing=Timing(write=(0.001, 0.05), miss=0.2),
+        clients=2,
+        operations=200,
+        flush=0.2,
+        pause=0.05,
+        spill=0,
+        last_facet=False,
+        snapshot_gap=0.0,
+    ),
+)
+def _(assign: Assign) -> None:
+    original = recovery._healing
+
+    def healing(store: Store, volumes: list[Volume], log: Log) -> Any:
+        for entry in recovery._entries(store):
+            entry["last"] = entry.get("last") or len(volumes[0].facets) == 1
+        return original(store, volumes, log)
+
+    assign(recovery, "_healing", healing)
