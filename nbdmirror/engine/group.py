@@ -348,6 +348,8 @@ class Group:
     async def put_mark(self, mark: Mark, done: Callable[[int], None] = lambda seq: None) -> int:
         """Puts a point into the write order (see ``codec.mark``); durable on return. ``done`` is
         called with its seq in the very step in which it is logged."""
+        # What a snapshot makes wait from that step on would wait for all that is in the log now.
+        await self._sync_log(self.log.next_seq - 1, kept=True)
         size = codec.stored_size(codec.MARK, len(mark.encode()))
         while True:
             if self.log.failed is not None and self.log_back is not None:

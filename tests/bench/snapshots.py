@@ -73,8 +73,9 @@ def _cpu_s(cluster: Cluster) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _rate(cluster: Cluster, directory: Path, seconds: float) -> tuple[float, float]:
-    """4 KiB random writes a second at depth 16, and what one costs both nodes, in us of CPU."""
+def _rate(cluster: Cluster, directory: Path, seconds: float) -> tuple[float, float, float]:
+    """4 KiB random writes a second at depth 16, as the client sees it and until the remote has
+    them too, and what one costs both nodes, in us of CPU."""
     load: dict[str, Any] = {
         "rw": "randwrite",
         "bs": "4k",
@@ -84,14 +85,19 @@ def _rate(cluster: Cluster, directory: Path, seconds: float) -> tuple[float, flo
     }
     began = _cpu_s(cluster)
     result = fio(cluster.primary.uri(), directory, **load)["write"]
+    ended = time.monotonic()
     cluster.wait_in_sync(SYNC_S)
-    return float(result["iops"]), (_cpu_s(cluster) - began) / result["total_ios"] * 1e6
+    drain = time.monotonic() - ended
+    sustained = result["total_ios"] / (result["runtime"] / 1000 + drain)
+    cost = (_cpu_s(cluster) - began) / result["total_ios"] * 1e6
+    return float(result["iops"]), sustained, cost
 
 
 def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write rates by number of snapshots; each group lives on, loads are interleaved."""
     size = options.size * MIB
     rates: dict[int, list[float]] = {0: [], 1: [], 16: []}
+    sustained: dict[int, list[float]] = {0: [], 1: [], 16: []}
     costs: dict[int, list[float]] = {0: [], 1: [], 16: []}
     clusters = {}
     for count in rates:
@@ -107,8 +113,9 @@ def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.rounds):
             # Always in this order: what a load leaves to be written out meets another one's files.
             for count, cluster in clusters.items():
-                rate, cost = _rate(cluster, directory, options.seconds)
+                rate, replicated, cost = _rate(cluster, directory, options.seconds)
                 rates[count].append(rate)
+                sustained[count].append(replicated)
                 costs[count].append(cost)
     finally:
         for cluster in clusters.values():
@@ -119,6 +126,8 @@ def throughput(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         "writes_per_s": {k: [round(rate) for rate in found] for k, found in rates.items()},
         "medians": {k: round(v) for k, v in medians.items()},
         "ratio_to_none": _ratios(rates),
+        "replicated_per_s": {k: round(statistics.median(v)) for k, v in sustained.items()},
+        "replicated_ratio_to_none": _ratios(sustained),
         "cpu_us_per_write": {k: round(statistics.median(v), 1) for k, v in costs.items()},
         "cpu_ratio_to_none": _ratios(costs),
     }
