@@ -77,9 +77,10 @@ class ActiveMapFile:
         async with self._lock:
             cold = [key for key in dict.fromkeys(keys) if key not in self.hot]
             if cold:
-                # In the same sync, as far as they do not crowd each other out: others' keys.
+                # In the same sync, as far as they do not crowd each other out: others' keys. Those
+                # of this request that are in already stay too.
                 more = [k for k in self._wanted if k not in self.hot and k not in cold]
-                cold += more[: max(0, self.map.slots_max // 2 - len(cold))]
+                cold += more[: max(0, self.map.slots_max // 2 - len(keys))]
                 spare = min(ALONG_MAX, self.map.free - len(cold))
                 likely = [k for k in along if k not in self.hot and k not in cold]
                 cold += likely[: max(0, spare)]

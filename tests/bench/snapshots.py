@@ -2,8 +2,10 @@
 which is kept in ``tests/bench/results``.
 
 - ``throughput``: random 4 KiB writes with 0, 1 and 16 snapshots, after a warm-up that has copied
-  every region once, interleaved, and what one costs both nodes of CPU, which says more where others
-  use the machine too; the bar: within 10 % of each other;
+  every region once, interleaved: as the client sees them, until the remote has them too, and what
+  one costs both nodes of CPU. On two cores the client's rate says more of how much of the work
+  waits for the load's end than of its cost; the bar, for the replicated ones: within 10 % of
+  each other;
 - ``cost``: what a write of 4 KiB, 16 of them at once, costs the engine alone of CPU, with as many;
 - ``taking``: the longest of many writes while snapshots are taken, against the longest without, in
   turn, and against one sync of the same disk; the bar: at most one sync more;

@@ -207,6 +207,27 @@ def test_one_sync_serves_all_who_wait() -> None:
     run(main())
 
 
+def test_others_extents_do_not_crowd_out_one_of_many() -> None:
+    """A TRIM of many extents of which most are in; others wait for as many. (Seed 6002428.)"""
+
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk)
+        active.safe_seq = lambda: 0
+        many = list(range(SLOTS // 2 + 2))
+        await active.activate(many[:-1])
+
+        async def make_safe() -> None:
+            raise AssertionError("all that is in is safe")
+
+        active.make_safe = make_safe
+        active._wanted.update(dict.fromkeys(range(8000, 8040)))  # who waits behind it
+        await active.activate(many)
+        assert active.hot.keys() >= {*many}
+
+    run(main())
+
+
 def test_likely_extents_come_along_where_there_is_room() -> None:
     """They cost no sync of their own, and crowd nobody out."""
 
