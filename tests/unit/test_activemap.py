@@ -214,7 +214,7 @@ def test_others_extents_do_not_crowd_out_one_of_many() -> None:
         disk = make_disk()
         active = await make(disk)
         active.safe_seq = lambda: 0
-        many = list(range(SLOTS // 2 + 2))
+        many = list(range(SLOTS // 2 + 3))
         await active.activate(many[:-1])
 
         async def make_safe() -> None:
