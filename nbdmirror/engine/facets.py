@@ -12,7 +12,6 @@ What is durable of a facet: see ``engine.facetmember``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec.record import MARK
@@ -246,6 +245,13 @@ class Facets:
         await self.settle_owed()
         self.events.emit("facet-offline", volume=volume.name, facet=path)
 
+    async def _settle(self, member: Member) -> None:
+        """Before a facet out of service gets another file: that it failed may still be about to be
+        noted, and a new file with its old state would be read. No attempt to return goes on."""
+        if member.facet.unnoted:
+            await self.lost(member.volume, member.facet)
+        await self._end(member)
+
     async def _end(self, member: Member) -> None:
         """Ends an attempt to return, if there is one."""
         task, member.task = member.task, None
@@ -260,7 +266,7 @@ class Facets:
         member = self.member(path)
         if member.facet.in_service or member.facet.writable:
             return
-        await self._end(member)
+        await self._settle(member)
         await self._attach(member)
         member.saved.update(offline=False, why=None)
         await self.store.save()
@@ -315,7 +321,7 @@ class Facets:
             await self.add(member.volume.name, new)
             await self.remove(path)
             return
-        await self._end(member)
+        await self._settle(member)
         await self._make_file(path, member.volume.size)
         await member.distrust()
         await self._attach(member)
@@ -355,11 +361,11 @@ class Facets:
 
     def _serve(self, member: Member, pause: float) -> None:
         if member.task is None or member.task.done():
-            member.task = asyncio.ensure_future(self._guard(self._bring_back(member, pause)))
+            member.task = asyncio.ensure_future(self._guard(member, pause))
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, member: Member, pause: float) -> None:
         try:
-            await work
+            await self._bring_back(member, pause)
         except DiskFailed as error:
             self.group.fail(error)  # of the state directory: a facet's own is handled below
         except Exception as error:

@@ -61,25 +61,31 @@ class Rescue:
         """The bytes that ``facet`` failed to give with ``error``; VolumeFailed if nobody can."""
         if facet is None or error is None:
             data = await self._from_remote(volume, offset, length)
+            if data is None:  # a facet may have come back while a remote was waited for
+                data = await self._from_facets(volume, None, offset, length)
             if data is None:
                 raise volume.no_facet()
             return data
         await self._count(volume, facet, error)
+        data = await self._from_facets(volume, facet, offset, length)
+        if data is None:
+            data = await self._from_remote(volume, offset, length)
+        if data is None:
+            raise read_failed(facet, offset, length, error) from error
+        self._mend_soon(volume, facet, offset, length)
+        return data
+
+    async def _from_facets(
+        self, volume: Volume, failed: LocalFacet | None, offset: int, length: int
+    ) -> Buffer | None:
+        """The range from a facet in service other than the one that ``failed``; errors count."""
         for other in volume.in_service():
-            if other is facet:
-                continue
-            try:
-                data = await other.read(offset, length)
-            except OSError as other_error:
-                await self._count(volume, other, other_error)
-                continue
-            self._mend_soon(volume, facet, offset, length)
-            return data
-        data = await self._from_remote(volume, offset, length)
-        if data is not None:
-            self._mend_soon(volume, facet, offset, length)
-            return data
-        raise read_failed(facet, offset, length, error) from error
+            if other is not failed:
+                try:
+                    return await other.read(offset, length)
+                except OSError as error:
+                    await self._count(volume, other, error)
+        return None
 
     async def _count(self, volume: Volume, facet: LocalFacet, error: OSError) -> None:
         facet.errors += 1

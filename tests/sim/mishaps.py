@@ -64,6 +64,8 @@ class Faults:
             self._log_error()
         elif kind == "log replace":
             await self._replace_log()
+        elif kind == "facet online":
+            self._restarts.append(self._world.spawn(self._facet_in()))
         elif kind in ("facet offline", "facet replace"):
             # It ends before all is mended, or a person would take out what was just brought in.
             out = self._world.spawn(self._facet_out(kind))
@@ -302,6 +304,15 @@ class Faults:
         """Gone if the primary was started anew: a former process is asked for nothing."""
         if self._world.a.node is not node:
             raise Gone
+
+    async def _facet_in(self) -> None:
+        """Somebody sees a facet fail and asks for it again, sooner than the node has noted that."""
+        world, node = self._world, self._world.a.node
+        while node is not None and node is world.a.node and not self._over:
+            for path in [f.path for v in node.volumes for f in v.facets if f.unnoted]:
+                with contextlib.suppress(Gone, NbdmirrorError):
+                    await world.in_life(world.a, node.facet("online", path))
+            await asyncio.sleep(0.002)
 
     async def _replace_log(self) -> None:
         """The log is moved, or brought back from memory."""

@@ -48,8 +48,8 @@ ADMIN_FAULTS = (
     "log replace",
 )
 FAULTS = LINK_FAULTS + NODE_FAULTS + DISK_FAULTS + ADMIN_FAULTS
-"""What is drawn; "sync loss and kill a" and "log error" happen only where an aim asks for them
-(``mutation.AIMS``)."""
+"""What is drawn; "sync loss and kill a", "log error" and "facet online" happen only where an aim
+asks for them (``mutation.AIMS``)."""
 
 MOMENTS = ("overflow", "handshake", "connected", "consistent", "synchronised", "started")
 """Events of a node that a fault may follow at once."""

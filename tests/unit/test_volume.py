@@ -8,10 +8,13 @@ import pytest
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
+from nbdmirror.edge.clock import LinuxClock
+from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.memoryfile import MemoryFile
 from nbdmirror.engine.remoteread import Behind, overlay
+from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.volume import AFFINITY_SHIFT, Volume
 from nbdmirror.errors import VolumeFailed
 from tests.unit.world import make_disk, run
@@ -104,5 +107,34 @@ def test_an_answer_older_than_the_log_is_not_taken() -> None:
         with pytest.raises(Behind):
             await overlay(log, 0, 0, bytes(64), 8)
         await asyncio.sleep(0)
+
+    run(main())
+
+
+def test_a_read_that_waits_for_a_remote_is_served_by_a_facet_that_comes_back() -> None:
+    """M11, I8. (Seed 6004560: it failed though the facet was there again.)"""
+
+    class Following:
+        follows, reads, applied_seq = True, None, 0
+
+        def __init__(self) -> None:
+            self.changed = asyncio.Event()
+
+    async def main() -> None:
+        volume = make(1)
+        (facet,) = volume.facets
+        facet.pwrite(512, b"here" * 128)
+        facet.state = FacetState.NOT_SYNCHRONISED
+        remote = Following()
+        Rescue([volume], [remote], EventLog(LinuxClock(), 100), lost)  # type: ignore[list-item]
+        reading = asyncio.ensure_future(volume.read(512, 512))
+        await asyncio.sleep(0.5)
+        assert not reading.done()
+        facet.state = FacetState.SYNCHRONISED
+        remote.changed.set()
+        assert bytes(await reading) == b"here" * 128
+
+    async def lost(volume: Volume, facet: LocalFacet) -> None:
+        raise AssertionError("no facet failed")
 
     run(main())

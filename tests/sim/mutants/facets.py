@@ -10,6 +10,7 @@ from typing import Any
 from nbdmirror.engine import recovery, remoteread
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import Member
+from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
@@ -23,6 +24,24 @@ from tests.sim.mutation import Assign, aimed, mutant, nothing
 @mutant("M8 what a facet misses past the log is not marked")
 def _(assign: Assign) -> None:
     assign(Member, "mark", lambda self, volume, offset, length: None)
+
+
+@mutant(
+    "M12 a facet gets another file before its failure was noted",
+    aimed(
+        faults={"facet error": 3.0, "facet online": 1.0},
+        fault_gap=0.05,
+        facets=2,
+        timing=Timing(sync=(0.01, 0.2)),
+        clients=4,
+        operations=300,
+        flush=0.2,
+        pause=0.02,
+        last_facet=False,
+    ),
+)
+def _(assign: Assign) -> None:
+    assign(Facets, "_settle", Facets._end)
 
 
 @mutant("M6 a facet is trusted before it has all that it lacks")
