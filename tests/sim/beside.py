@@ -71,6 +71,9 @@ class Beside:
             return False
         if node.snapshots.busy is not None or node.snapshots.lock.locked() or world.fresh:
             return False
+        assert node.facets is not None
+        if any(one.saved["offline"] and one.facet.is_open for one in node.facets.members):
+            return False  # somebody is just taking it out
         self._volume = self.rng.randrange(len(node.volumes))
         volume = node.volumes[self._volume]
         flying = volume.locks.held or any(facet.pending for facet in volume.facets)
