@@ -70,7 +70,9 @@ async def bypass(
     primary: Primary, facets: Facets, volumes: list[int], why: str, *, force: bool
 ) -> AsyncIterator[Bypass]:
     """Takes the remotes out of the log and locks the volumes; Refused names a remote that may not
-    be (V14), before anything is done."""
+    be (V14, M11), before anything is done."""
+    for remote in primary.remotes:
+        primary.check_needed(remote)
     steps = {remote.name: _decide(primary, remote, force=force) for remote in primary.remotes}
     for name, step in steps.items():
         if step is Step.REFUSE:
@@ -85,6 +87,7 @@ async def bypass(
             remote.hold()
         for remote in held:
             await remote.released()
+            primary.check_needed(remote)  # a facet may have been lost meanwhile
             if not remote.tracking and steps.get(remote.name) is Step.FULL:
                 await remote.fill(why)
             elif not remote.tracking:

@@ -40,7 +40,11 @@ async def mark_doubtful(
         for remote in remotes:
             remote.leave_log()
     # Where no local facet is left, one remote is the truth that the others are compared with.
-    leader = next((remote for remote in remotes if remote.follows), None)
+    leaders = {
+        volume.index: next((remote for remote in remotes if remote.follows(volume)), None)
+        for volume in group.volumes
+        if not volume.in_service()
+    }
     for remote in remotes:
         if not recovered.clean:
             for dcm in remote.dcms:
@@ -49,17 +53,16 @@ async def mark_doubtful(
             # Whether an overflow was finished or not: what the log holds is marked again.
             for record in pending:
                 remote.note(record)
-        differing = [one for one in doubtful if one[0].in_service() or remote is not leader]
+        differing = [one for one in doubtful if leaders.get(one[0].index) is not remote]
         for volume, offset, length in differing:
             remote.mark(volume.index, offset, length)
         if lost is not None:
             await remote.fill(lost)
         elif differing:
             # Records past the end are not in the history: the remote may be set back to there.
-            base_seq = min(remote.facts["base_seq"], recovered.end_seq)
-            remote.facts.update(compare=True, consistent=False, base_seq=base_seq)
+            remote.facts["base_seq"] = min(remote.facts["base_seq"], recovered.end_seq)
             why = "the primary lost power" if recovered.power_loss else "the primary's process died"
-            remote.facts["why"] = remote.facts["why"] or why
+            remote.doubt(remote.facts["why"] or why)
         remote.save_defaults()
         await remote.sync_maps()
 

@@ -155,7 +155,7 @@ class Facets:
         return [
             one
             for one in self.members
-            if not one.tracking and (one.volume.in_service() or self.group.in_reach())
+            if not one.tracking and (one.volume.in_service() or self.group.in_reach(one.volume))
         ]
 
     def kept_for(self) -> list[Member]:

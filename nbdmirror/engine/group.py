@@ -70,7 +70,7 @@ class Group:
         """Awaited when the log has failed: returns when there is another (M13)."""
         self.goes_on: Callable[[Volume], bool] = lambda volume: False
         """Whether a volume with no local facet in service is of use: a remote follows (M11)."""
-        self.in_reach: Callable[[], bool] = lambda: False
+        self.in_reach: Callable[[Volume], bool] = lambda volume: False
         """Whether such a remote is connected now."""
         self.on_mark: Callable[[int, Mark], None] = lambda seq, mark: None
         """Called in the step in which a mark is logged, with its seq."""

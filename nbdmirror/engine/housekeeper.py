@@ -214,7 +214,7 @@ class Housekeeper:
         redone = self._log.redone
         floors = [facet.floor(applied) for facet in facets if redone or not facet.writable]
         floors += [remote.floor(applied) for remote in self.remotes]
-        if self.rescue is not None and self.rescue.leans():
+        if self.rescue is not None and self.rescue.leaning():
             # What their facets lack is laid over what is read from them.
             floors += [r.applied_seq for r in self.remotes if not r.tracking]
         return min([applied, *floors])
@@ -299,10 +299,15 @@ class Housekeeper:
     def _wait_for_reach(self) -> None:
         """The log may be full of what a facet out of service lacks: where a remote is all that its
         volume has, and is out of reach, there is nobody to copy that from."""
-        rescue = self.rescue
-        if self._waiting and rescue is not None and rescue.leans() and not rescue.in_reach():
-            following = next((remote.name for remote in self.remotes if remote.follows), None)
+        away = self._out_of_reach()
+        if self._waiting and self.rescue is not None and away:
+            following = next((remote.name for remote in self.rescue.following(away[0])), None)
             self._stall(following, needed=True)
+
+    def _out_of_reach(self) -> list[Volume]:
+        """The volumes that nobody can be asked for now."""
+        rescue = self.rescue
+        return [] if rescue is None else [v for v in rescue.leaning() if not rescue.in_reach(v)]
 
     def _stall(self, remote: str | None, *, needed: bool) -> None:
         """Writes wait for a remote. Where it is all that a volume has, and out of reach, they wait
@@ -311,12 +316,11 @@ class Housekeeper:
         if not self._stalled:
             self._stalled, self._stalled_at = True, now
             self._events.emit("log-full", remote=remote, policy="block", needed=needed)
-        assert self.rescue is not None
-        if self.rescue.in_reach():
+        away = self._out_of_reach()
+        if not away:
             self._stalled_at = now
         elif needed and now - self._stalled_at >= REACH_SECONDS:
-            lost = next(volume for volume in self._volumes if not volume.in_service())
-            self._fail(lost.no_facet())
+            self._fail(away[0].no_facet())
 
     def _furthest_behind(self) -> Holder | None:
         holding: list[Holder] = [r for r in self.remotes if not r.tracking or r.starting]

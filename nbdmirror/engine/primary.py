@@ -246,13 +246,13 @@ class Primary:
                 f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
             )
         if full:
-            self._check_needed(remote)
+            self.check_needed(remote)
             remote.drop.set()  # before the log may be released that the session reads
             await remote.fill("asked for by a person")
         remote.kick.set()
         return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
 
-    def _check_needed(self, remote: Remote) -> None:
+    def check_needed(self, remote: Remote) -> None:
         """Refused if it is what a volume without a local facet is read from (M11)."""
         rescue = self._housekeeper.rescue
         if rescue is not None and rescue.needed(remote):
@@ -320,7 +320,7 @@ class Primary:
     async def remove(self, name: str) -> None:
         """Forgets a remote and its map (M17)."""
         remote = self.remote(name)
-        self._check_needed(remote)
+        self.check_needed(remote)
         task = self._tasks.pop(name)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

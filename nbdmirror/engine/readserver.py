@@ -43,15 +43,11 @@ class ReadServer:
 
     async def _answer(self, token: int, volume: int, offset: int, length: int) -> None:
         secondary = self._secondary
-        upstream = secondary.store.state["upstream"]
         # Known before the read: records that come in beside it may be in the answer or not.
         seq, number, parts = secondary.applied_seq, 0, []
-        if not (upstream and upstream["consistent"]):
-            number = EIO
-        else:
-            try:
-                parts = [await secondary.volumes[volume].facets[0].read(offset, length)]
-            except OSError as error:
-                number = error.errno or EIO
+        try:
+            parts = [await secondary.volumes[volume].facets[0].read(offset, length)]
+        except OSError as error:
+            number = error.errno or EIO
         if self._link.cause is None:
             self._link.send(Type.DATA, [repl.DATA.pack(token, seq, number), *parts])

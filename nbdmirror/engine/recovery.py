@@ -25,6 +25,7 @@ from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.log import Cursor, Log
 from nbdmirror.engine.logscan import Forks
+from nbdmirror.engine.remote import may_follow
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, StateError
@@ -124,7 +125,7 @@ async def redo(
         end_seq=end_seq,
         lost=0 if volatile else max(0, known - end_seq),
         timeline=timeline,
-        healed=tuple(facet.path for facet in healing),
+        healed=tuple(facet.path for facet in healing if facet.failed is None),
     )
 
 
@@ -168,7 +169,7 @@ async def _apply(
                     await facet.apply(record)
                 except OSError as error:
                     failure = facet.fail("redo", error)
-                    if not volume.in_service() and not _followed(store):
+                    if not volume.in_service() and not _followed(store, volume.index):
                         raise failure from error
 
 
@@ -186,7 +187,7 @@ async def _sync(store: Store, volume: Volume, facet: LocalFacet) -> None:
     try:
         await facet.sync()
     except DiskFailed:
-        if not volume.in_service() and not _followed(store):
+        if not volume.in_service() and not _followed(store, volume.index):
             raise
 
 
@@ -335,6 +336,7 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
     another one is in service; else StateError or OSError says why it cannot be."""
     volumes = []
     for index, saved in enumerate(store.state["volumes"]):
+        followed = _followed(store, index)
         facets: list[LocalFacet] = []
         failures: list[Exception] = []
         for entry in saved["facets"]:
@@ -348,7 +350,7 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
                 facet.kept_seq = entry.get("since")
             facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
             facets.append(facet)
-        served = any(facet.in_service for facet in facets) or _followed(store)
+        served = any(facet.in_service for facet in facets) or followed
         if failures and not served:
             raise failures[0]
         volumes.append(
@@ -357,12 +359,18 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
     return volumes
 
 
-def _followed(store: Store) -> bool:
-    """Whether a remote had all that was written, or gets it from the log: it can be read (M11)."""
-    return any(
-        facts["initialised"] and facts["consistent"] and not facts["tracking"]
-        for facts in store.state["remotes"].values()
-    )
+def _followed(store: Store, index: int) -> bool:
+    """Whether a remote had all that was written to a volume, or gets it from the log: it can be
+    read (M11). What the log had in memory only, it does not get: then it may lack what a facet had
+    that was still in service."""
+    state = store.state
+    volume = state["volumes"][index]
+    in_memory = state.get("log_spill") or state.get("log_volatile")
+    if in_memory and not state["clean"]:
+        served = FacetState.SYNCHRONISED.value
+        if any(entry["state"] == served for entry in volume["facets"]):
+            return False
+    return any(may_follow(facts, volume["name"]) for facts in state["remotes"].values())
 
 
 def _absent(entry: dict[str, Any], size: int, why: str) -> LocalFacet:

@@ -11,6 +11,8 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     full          a full comparison is due or not finished
     compare       the marked regions are doubtful: compared by hash before they are sent
     consistent    the remote confirmed that it is consistent, and nothing has happened since
+    holds         volumes (names) without a local facet: it is all that they have, and it goes on
+                  following them although it is not consistent, because others are compared
     met_epoch     the epoch in which it last agreed to a stream
     paused        by a person
     why           the cause of the last resync or refusal, for people
@@ -62,6 +64,7 @@ NEW_FACTS: dict[str, Any] = {
     "full": True,
     "compare": True,
     "consistent": False,
+    "holds": [],
     "met_epoch": 0,
     "paused": False,
     "why": None,
@@ -179,16 +182,15 @@ class Remote:
         """Whether the remote is in DCM logging."""
         return bool(self.facts["tracking"])
 
-    @property
-    def follows(self) -> bool:
-        """Whether it has, or gets from the log in order, all that was ever written (M11)."""
-        facts = self.facts
-        return bool(
-            facts["initialised"]
-            and facts["consistent"]
-            and not self.tracking
-            and self.dirty_regions == 0
-        )
+    def follows(self, volume: Volume) -> bool:
+        """Whether it has, or gets from the log in order, all that was ever written to it (M11)."""
+        return may_follow(self.facts, volume.name) and not self.dcms[volume.index].map.count
+
+    def doubt(self, why: str) -> None:
+        """What is marked is to be compared, and the remote is not consistent until that is done.
+        What it alone has stays what it is. The caller marks, and saves."""
+        held = [v.name for v in self.group.volumes if not v.in_service() and self.follows(v)]
+        self.facts.update(compare=True, consistent=False, holds=held, why=why)
 
     @property
     def dirty_regions(self) -> int:
@@ -265,7 +267,7 @@ class Remote:
             self.facts.update(tracking=True, base_seq=0)
             self.group.trackers.append(self)
         await self.sync_maps()
-        self.facts.update(full=True, compare=True, consistent=False, why=why)
+        self.facts.update(full=True, compare=True, consistent=False, holds=[], why=why)
         self.save_defaults()
         await self._store.save()
 
@@ -277,7 +279,7 @@ class Remote:
         upto = log.next_seq
         self.marked_seq = self.durable_seq
         behind_ns = facts.get("behind_ns") or group.timeline.time_of(self.durable_seq + 1)
-        facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, why=why)
+        facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[], why=why)
         facts["behind_ns"] = behind_ns
         self.group.trackers.append(self)
         self.cancel_start()
@@ -307,7 +309,7 @@ class Remote:
     def leave_log(self) -> None:
         """At start: the caller marks what is pending, and saves."""
         if self.facts["initialised"] and not self.tracking:
-            self.facts.update(tracking=True, base_seq=self.durable_seq, consistent=False)
+            self.facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[])
             self.group.trackers.append(self)
 
     def resume_log(self) -> None:
@@ -429,6 +431,12 @@ class Remote:
             "why": why,
             "next_action": next_action(facts, self.name),
         }
+
+
+def may_follow(facts: Mapping[str, Any], volume: str) -> bool:
+    """Whether a remote follows the volume of that name, unless its map says otherwise."""
+    known = facts["consistent"] or volume in facts.get("holds", ())
+    return bool(facts["initialised"] and known and not facts["tracking"])
 
 
 def verify_status(facts: dict[str, Any], wall_ns: int) -> dict[str, Any] | None:

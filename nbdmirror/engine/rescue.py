@@ -147,20 +147,23 @@ class Rescue:
 
     def goes_on(self, volume: Volume) -> bool:
         """Whether the volume is of use without a local facet: a remote follows the log."""
-        return any(remote.follows for remote in self._remotes)
+        return bool(self.following(volume))
 
-    def in_reach(self) -> bool:
+    def following(self, volume: Volume) -> list[Remote]:
+        """The remotes that hold all of it, with the log."""
+        return [remote for remote in self._remotes if remote.follows(volume)]
+
+    def in_reach(self, volume: Volume) -> bool:
         """Whether such a remote is connected now."""
-        return any(remote.follows and remote.reads is not None for remote in self._remotes)
+        return any(remote.reads is not None for remote in self.following(volume))
 
-    def leans(self) -> bool:
-        """Whether a volume has no local facet in service: then remotes are what is read."""
-        return not all(volume.in_service() for volume in self._volumes)
+    def leaning(self) -> list[Volume]:
+        """The volumes with no local facet in service: remotes are what is read of them."""
+        return [volume for volume in self._volumes if not volume.in_service()]
 
     def needed(self, remote: Remote) -> bool:
         """Whether this remote is the only one that a volume without local facets has."""
-        following = [other for other in self._remotes if other.follows]
-        return self.leans() and following == [remote]
+        return any(self.following(volume) == [remote] for volume in self.leaning())
 
     async def _from_remote(self, volume: Volume, offset: int, length: int) -> Buffer | None:
         """The range from a remote that follows; ``None`` if there is none, or if none can be
@@ -170,7 +173,7 @@ class Rescue:
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_SECONDS
         while self.goes_on(volume) and loop.time() < end:
-            following = [remote for remote in self._remotes if remote.follows]
+            following = self.following(volume)
             following.sort(key=lambda remote: -remote.applied_seq)
             for remote in following:
                 try:

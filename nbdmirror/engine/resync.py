@@ -112,7 +112,9 @@ class Resync:
 
     async def _finish(self) -> None:
         remote = self.remote
-        remote.facts.update(full=False, compare=False, consistent=True, why=None, behind_ns=None)
+        remote.facts.update(
+            full=False, compare=False, consistent=True, holds=[], why=None, behind_ns=None
+        )
         if remote.dirty_regions == 0:
             for dcm in remote.dcms:
                 if dcm.map.default:

@@ -322,7 +322,7 @@ class Verify:
             await remote.fill("a verify found more that differs than it could remember")
         elif marked:
             why = f"a verify found {marked} regions that differ"
-            remote.facts.update(compare=True, consistent=False, why=why)
+            remote.doubt(why)
             await remote.sync_maps()
         if marked or remote.dirty_regions:
             remote.drop.set()  # the next handshake begins the resync

@@ -220,7 +220,7 @@ class Checks:
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
         what = f"a clone of {host.name} (O21)"
         world.album.check(host, image.node, image.snapshots, what)
-        if host.role == "primary" and image.node.rescue.leans():
+        if host.role == "primary" and image.node.rescue.leaning():
             world.fired["clone without a facet"] += 1  # a remote would stand in
         elif host.role == "primary":
             if image.seq < kept:

@@ -115,10 +115,13 @@ def test_a_read_that_waits_for_a_remote_is_served_by_a_facet_that_comes_back() -
     """M11, I8. (Seed 6004560: it failed though the facet was there again.)"""
 
     class Following:
-        follows, reads, applied_seq = True, None, 0
+        reads, applied_seq = None, 0
 
         def __init__(self) -> None:
             self.changed = asyncio.Event()
+
+        def follows(self, volume: Volume) -> bool:
+            return True
 
     async def main() -> None:
         volume = make(1)
