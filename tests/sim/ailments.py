@@ -61,13 +61,6 @@ class Fuse:
         self.nth = nth
         self._strike = strike
         self._failed: tuple[str, str] | None = None
-        self.broken: set[str] = set()
-        """Files that fail whatever is done to them: a disk that the scenario has lost."""
-
-    def spoil(self, path: str) -> None:
-        """A file fails from now on."""
-        self.host.disk.faults = self
-        self.broken.add(path)
 
     def arm(self) -> None:
         """From here on operations count."""
@@ -76,7 +69,7 @@ class Fuse:
     def mend(self) -> None:
         """The disk is healthy."""
         self.armed = False
-        self.broken.clear()
+        self.host.disk.broken.clear()
         self.host.disk.faults = None
 
     @property
@@ -85,8 +78,6 @@ class Fuse:
         return "none" if self._failed is None else " ".join(self._failed)
 
     def __call__(self, operation: str, path: str, nth: int) -> Fault | None:
-        if path in self.broken:
-            return Fault(Kind.ERROR)
         if not self.armed:
             return None
         self.operations.append((operation, path))

@@ -1,96 +1,24 @@
 """The invariants, checked while a run goes on: on crash clones, and on what the nodes say.
 
-A crash clone is a copy of a host's disk whose power is cut; a node recovers on it, alone, in a
-loop of its own, and no time goes by in the run.
+A crash clone is a copy of a host's disk whose power is cut; a node recovers on it
+(``tests.sim.clone``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
 from typing import Any
 
-from nbdmirror.config import Config
 from nbdmirror.engine.node import Node
-from nbdmirror.errors import NbdmirrorError
-from nbdmirror.ports import Env
 from tests.sim import cover
-from tests.sim.clock import SimClock
-from tests.sim.disk import SimDisk
+from tests.sim.clone import Image, recover_alone
 from tests.sim.faults import AllLost
+from tests.sim.holders import held
 from tests.sim.host import Host
-from tests.sim.loop import Incarnation, SimLoop
 from tests.sim.oracle import Violation, compare
-from tests.sim.snapshots import Found, look, read_all
+from tests.sim.snapshots import look
 from tests.sim.world import World
-
-
-class Nobody:
-    """A network where nobody else is."""
-
-    async def connect(self, address: str, protocol: Any) -> Any:
-        raise OSError(f"no route to {address}")
-
-    async def listen(self, address: str, protocol: Any) -> Nobody:
-        return self
-
-    address = "nowhere"
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """What a node makes of a disk after a power loss."""
-
-    initialised: bool
-    consistent: bool
-    epoch: int
-    seq: int
-    volumes: list[bytes]
-    pending: list[cover.Place]
-    node: Node
-    snapshots: list[Found]
-
-
-def recover_alone(disk: SimDisk, config: Config, seed: str) -> Image:
-    """Boots a node on a disk, with nobody around, lets it settle, and reads its volumes."""
-    outer = asyncio.get_running_loop()
-    loop = SimLoop()
-    life = Incarnation(f"clone of {disk.node}")
-    try:
-        main = loop.spawn(life, _boot(loop, disk, config, seed))
-        image: Image = loop.run_until_complete(main)
-    except NbdmirrorError as error:
-        raise Violation(f"a clone of {disk.node} does not start: {error}") from error
-    finally:
-        life.kill()
-        loop.close()
-        asyncio._set_running_loop(outer)
-    return image
-
-
-async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Image:
-    env = Env(disk, Nobody(), SimClock(loop, disk), random.Random(seed))
-    node = Node(env, config)
-    await node.start(nbd=False)
-    if node.secondary is not None:
-        await node.secondary.drain()
-    pending = await cover.records(node)
-    state = node.store.state
-    upstream = state["upstream"]
-    return Image(
-        initialised=state["uuid"] is not None,
-        consistent=bool(upstream and upstream["consistent"]),
-        epoch=state["epoch"],
-        seq=node.log.next_seq - 1,
-        volumes=[bytes(await v.read(0, v.size)) if v.in_service() else b"" for v in node.volumes],
-        pending=pending,
-        node=node,
-        snapshots=await read_all(node),
-    )
 
 
 class Checks:
@@ -166,8 +94,12 @@ class Checks:
         if state != self._looked and not (restoring or flying or world.beside.pending):
             self._looked = state
             line = world.history.lines[-1]
-            compare(world.a.images(), line.image(line.head), "the primary (V5)")
-            world.check_facets(world.a, node)
+            for index, (mine, wanted) in enumerate(
+                zip(world.a.local(), line.image(line.head), strict=True)
+            ):
+                if mine is not None:  # else crash clones ask who holds it
+                    compare([mine], [wanted], f"the primary (V5): volume {index}")
+            world.witness.check_facets(world.a, node)
 
     def _progress(self, remote: dict[str, Any]) -> None:
         """Bytes done never fall within a pass; no more is sent than what is marked (I4)."""
@@ -209,8 +141,8 @@ class Checks:
     def crash_clone(self, host: Host, rng: random.Random | None = None) -> None:
         """What if this host lost its power now? ``rng`` draws what is lost."""
         world = self._world
-        if host.role == "primary" and (world.options.last_facet or world.beside.pending):
-            return  # what it holds may not be all there is, or not what it has been told
+        if host.role == "primary" and world.beside.pending:
+            return  # what it holds is not what it has been told
         if world.rot.wanted:
             return
         world.fired[f"clone of {host.role}"] += 1
@@ -220,18 +152,46 @@ class Checks:
         image = recover_alone(disk, host.config, f"{world.seed}:clone")
         what = f"a clone of {host.name} (O21)"
         world.album.check(host, image.node, image.snapshots, what)
-        if host.role == "primary" and image.node.rescue.leaning():
-            world.fired["clone without a facet"] += 1  # a remote would stand in
-        elif host.role == "primary":
-            if image.seq < kept:
-                raise Violation(f"{what} ends at {image.seq}, but {kept} was in the file (O5)")
-            for volume, data in enumerate(image.volumes):
-                world.content.check(
-                    volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
-                )
-            self._check_cover(image)
-        else:
+        if host.role == "secondary":
             self._check_secondary(host, image)
+            return
+        if image.seq < kept:
+            raise Violation(f"{what} ends at {image.seq}, but {kept} was in the file (O5)")
+        self._check_primary(image, self._remotes_of(image.node))
+
+    def _remotes_of(self, primary: Node) -> dict[str, Image]:
+        """What its remotes come back with from their own deaths, or losses of power, at once."""
+        world, found = self._world, {}
+        for host in world.remotes:
+            if not (host.created and _is_remote(primary, host)):
+                continue
+            disk = host.disk.clone(f"{world.seed}:cover:{world.loop.now_ns}")
+            if self._random.random() < 0.5:
+                disk.power_cut(self._lost())
+            found[host.name] = recover_alone(disk, host.config, f"{world.seed}:cover")
+        return found
+
+    def _check_primary(self, image: Image, remotes: dict[str, Image]) -> None:
+        """What it makes of all that is left is what was durable; and a remote that came back with
+        it would get all that it lacks."""
+        world = self._world
+        volumes = held(image.node, image.volumes, image.pending, remotes).volumes
+        world.fired["clone without a facet"] += any(one is None for one in image.volumes)
+        for volume, data in enumerate(volumes):
+            world.content.check(
+                volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
+            )
+        for name, other in remotes.items():
+            rule = cover.check(
+                image.node,
+                name,
+                other.node,
+                image.pending,
+                volumes,
+                other.images(),
+                world.options.cell,
+            )
+            world.fired[f"cover {rule}"] += 1
 
     @staticmethod
     def _kept(host: Host) -> int:
@@ -242,27 +202,6 @@ class Checks:
         if node.log.frozen or node.store.state.get("log_volatile"):
             return 0
         return node.log.durable_seq if node.log.spilled is None else node.log._kept_seq
-
-    def _check_cover(self, image: Image) -> None:
-        """If the primary came back from this, and a secondary from its own death?"""
-        world = self._world
-        for host in world.remotes:
-            if not (host.created and _is_remote(image.node, host)):
-                continue
-            disk = host.disk.clone(f"{world.seed}:cover:{world.loop.now_ns}")
-            if self._random.random() < 0.5:
-                disk.power_cut(self._lost())
-            other = recover_alone(disk, host.config, f"{world.seed}:cover")
-            rule = cover.check(
-                image.node,
-                host.name,
-                other.node,
-                image.pending,
-                image.volumes,
-                other.volumes,
-                world.options.cell,
-            )
-            world.fired[f"cover {rule}"] += 1
 
     def flushed(self) -> None:
         """With synchronous remotes what a flush promised survives the loss of the primary (I3)."""
@@ -280,7 +219,7 @@ class Checks:
             image = recover_alone(disk, host.config, f"{world.seed}:flushed")
             if image.consistent and gate.consistent:
                 world.fired["flush is at a synchronous remote"] += 1
-                for volume, data in enumerate(image.volumes):
+                for volume, data in enumerate(image.images()):
                     what = f"{host.name} after a flush (I3)"
                     world.content.check(volume, 0, data, since=0, crashed=True, what=what)
 
@@ -293,7 +232,7 @@ class Checks:
         if world.beside.hides(image.seq):
             return
         wanted = world.history.image(image.epoch, image.seq)
-        compare(image.volumes, wanted, f"a clone of {host.name} at record {image.seq} (I1)")
+        compare(image.images(), wanted, f"a clone of {host.name} at record {image.seq} (I1)")
         world.album.check_there(host, image.node, image.epoch, image.seq)
         if image.seq < believed:
             raise Violation(

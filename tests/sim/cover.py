@@ -8,27 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbdmirror.codec.record import MARK
+from nbdmirror.codec.record import Record
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
-from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.node import Node
 from tests.sim.oracle import Violation
-
-Place = tuple[int, int, int, int]
-"""(seq, volume, offset, length) of a record."""
-
-
-async def records(node: Node) -> list[Place]:
-    """Everything in a node's log."""
-    cursor, found = Cursor(node.log.ring.tail_seq), []
-    while cursor.seq < node.log.next_seq:
-        if cursor.seq < node.log.ring.tail_seq:  # released meanwhile: the map has it
-            cursor = Cursor(node.log.ring.tail_seq)
-            continue
-        for record in (await node.log.read(cursor)).parsed():
-            if record.kind != MARK:
-                found.append((record.seq, record.volume, record.offset, record.length))
-    return found
 
 
 def decision(primary: Node, name: str, secondary: Node) -> Decision:
@@ -66,7 +49,7 @@ def check(
     primary: Node,
     name: str,
     secondary: Node,
-    pending: Sequence[Place],
+    pending: Sequence[Record],
     here: Sequence[bytes],
     there: Sequence[bytes],
     cell: int,
@@ -87,9 +70,10 @@ def check(
             continue
         marked, region = remote.dcms[volume].map, remote.dcms[volume].region_size
         sent = bytearray(len(mine) // cell)
-        for seq, index, offset, length in pending:
-            if index == volume and seq >= agreed.seq:
-                sent[offset // cell : (offset + length) // cell] = b"\1" * (length // cell)
+        for record in pending:
+            if record.volume == volume and record.seq >= agreed.seq:
+                first, count = record.offset // cell, record.length // cell
+                sent[first : first + count] = b"\1" * count
         for number in range(len(sent)):
             at = number * cell
             same = mine[at : at + cell] == other[at : at + cell]

@@ -62,6 +62,8 @@ class SimDisk:
         self.lying = lying
         self.boots = 1
         self.faults: Injector | None = None
+        self.broken: set[str] = set()
+        """Files on disks of its that are lost: whatever is done to them fails."""
         self.fired: Counter[str] = Counter()
         self.operations = 0
         self.reads = 0
@@ -95,6 +97,7 @@ class SimDisk:
         other = SimDisk(self.node, seed, timing=self.timing, capacity=self.capacity)
         other.lying = self.lying
         other.boots = self.boots
+        other.broken = set(self.broken)
         other._serial = self._serial
         other._directories = dict(self._directories)
         inodes = self._inodes()
@@ -240,10 +243,8 @@ class SimDisk:
         else:
             self.operations += 1
             nth = self.operations
-        if self.faults is None:
-            return None
         boots = self.boots
-        fault = self.faults(operation, path, nth)
+        fault = self._fault(operation, path, nth)
         INCARNATION.get().check()
         if self.boots != boots:
             raise NodeDead(self.node)
@@ -251,6 +252,11 @@ class SimDisk:
             assert fault.suits(operation), f"{operation} cannot fail by {fault.kind}"
             self.fired[f"{operation} {fault.label()}"] += 1
         return fault
+
+    def _fault(self, operation: str, path: str, nth: int) -> Fault | None:
+        if path in self.broken:
+            return Fault(Kind.ERROR)
+        return None if self.faults is None else self.faults(operation, path, nth)
 
     async def later(
         self, bounds: tuple[float, float], fault: Fault | None, work: Callable[[], T]

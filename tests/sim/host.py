@@ -12,6 +12,7 @@ from nbdmirror.engine.volume import Volume
 from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
 from tests.sim.loop import Incarnation
+from tests.sim.oracle import Violation
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -68,18 +69,20 @@ class Host:
         """The facets of each volume."""
         return [list(volume.facets) for volume in self.config.volumes]
 
-    def images(self, disk: SimDisk | None = None) -> list[bytes]:
-        """What the first facet of each volume that is in service holds now."""
+    def local(self) -> list[bytes | None]:
+        """What the first facet of each volume that is in service holds now; None: there is none."""
         volumes: Sequence[Volume] = self.node.volumes if self.node is not None else ()
-        images = []
+        found: list[bytes | None] = []
         for index, volume in enumerate(self.config.volumes):
-            path = self.sources[index]
-            if volumes and volumes[index].in_service():
-                path = volumes[index].source().path
-            elif volumes and self.role == "primary" and disk is None:
-                # No local facet: the log and a remote hold it, which reads and the end will show.
-                line = self.world.history.lines[-1]
-                images.append(bytes(line.image(line.head)[index]))
-                continue
-            images.append((disk or self.disk).content(path)[: volume.size])
-        return images
+            path: str | None = self.sources[index]
+            if volumes:
+                path = next((facet.path for facet in volumes[index].in_service()), None)
+            found.append(None if path is None else self.disk.content(path)[: volume.size])
+        return found
+
+    def images(self) -> list[bytes]:
+        """The same, where each volume has one."""
+        found = [image for image in self.local() if image is not None]
+        if len(found) < len(self.config.volumes):
+            raise Violation(f"{self.name} has a volume with no facet in service")
+        return found

@@ -58,6 +58,8 @@ class Faults:
             await self._odd_end(kind)
         elif kind == "facet error":
             self._facet_error()
+        elif kind == "facet lost":
+            self._facet_lost()
         elif kind == "sync loss and kill a":
             self._lose_and_kill()
         elif kind == "log error":
@@ -238,6 +240,20 @@ class Faults:
 
         world.a.disk.faults = inject
 
+    def _facet_lost(self) -> None:
+        """The disk of one of the primary's facets is gone for some time."""
+        world, rng = self._world, self._random
+        node = world.a.node
+        if node is None:
+            return
+        volume = rng.choice(node.volumes)
+        if len(volume.in_service()) < 2 and not world.options.last_facet:
+            return
+        path, broken = rng.choice(volume.facets).path, world.a.disk.broken
+        broken.add(path)
+        seconds = rng.choice([0.05, 1.0, 12.0, 60.0])
+        world.loop.call_later(seconds, broken.discard, path, context=world.net.context)
+
     def _log_error(self) -> None:
         """The primary's log goes on in memory (M13)."""
         node = self._world.a.node
@@ -363,6 +379,7 @@ class Faults:
         world.net.heal_all()
         for host in world.hosts.values():
             host.disk.faults = None
+            host.disk.broken.clear()
             for other in world.hosts:
                 if other != host.name:
                     world.net.link(host.name, other).bandwidth = None

@@ -36,6 +36,7 @@ DISK_FAULTS = (
     "write error b",
     "facet error",
     "facet error",
+    "facet lost",
 )
 ADMIN_FAULTS = (
     "pause",
@@ -160,10 +161,8 @@ def draw(seed: int) -> Options:
         mode=rng.choice(["async", "async", "async", "sync"]),
         on_link_loss=rng.choice(["continue", "hold", "fail"]),
     )
-    if not options.moments and rng.random() < 0.5:
-        # After a power loss the model asks the primary's own disk what there is.
-        faults = {k: v for k, v in options.faults.items() if "power" not in k and "die" not in k}
-        options = replace(options, last_facet=True, faults=faults)
+    if rng.random() < 0.4:
+        options = replace(options, last_facet=True)
     options = storm(options, rng) if rng.random() < 0.08 else options
     options = _spill(options, random.Random(f"{seed}:spill"))
     return _snapshots(options, random.Random(f"{seed}:snapshots"))

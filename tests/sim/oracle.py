@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 ID_BYTES = 8
+RESTARTED = "after the restart"
 
 
 class Violation(Exception):
@@ -62,6 +63,8 @@ class Content:
         self._flying: dict[Write, None] = {}
         self._reading: dict[int, None] = {}
         self._volatile: list[Write] = []
+        self._unknown: dict[int, int] = {}
+        """By volume of which nobody can say yet what a crash has left: the time of that crash."""
 
     def value(self) -> int:
         """A value that was never written."""
@@ -77,7 +80,7 @@ class Content:
         self._newest[volume][offset : offset + length] = pattern(value, length)
         for index in range(offset // self.cell, (offset + length) // self.cell):
             history = cells[index]
-            if len(history) > 4:
+            if len(history) > 4 and volume not in self._unknown:
                 # What a read that is under way may still find stays.
                 oldest = min(self._reading, default=self.now)
                 settled = (w.issued for w in history if w.durable and w.ended < oldest)  # type: ignore[operator]
@@ -172,31 +175,61 @@ class Content:
                     f" those ended before {floor} are overwritten"
                 )
 
-    def recovered(self, images: Sequence[bytes], *, power: bool) -> None:
-        """Checks the volumes after a restart; what they hold is what the future starts from."""
+    def recovered(self, images: Sequence[bytes | None], *, power: bool) -> None:
+        """Checks the volumes after a restart; what they hold is what the future starts from. None:
+        that is not known yet of a volume (``settle``)."""
         for volume, image in enumerate(images):
-            self.check(volume, 0, image, since=self.now, crashed=power, what="after the restart")
+            if image is not None:
+                self.check(volume, 0, image, since=self.now, crashed=power, what=RESTARTED)
         self.now += 2
-        settled: dict[int, Write] = {}
-        self._newest = [bytearray(image) for image in images]
-        cell = self.cell
-        for cells, image in zip(self._cells, images, strict=True):
-            for index, history in enumerate(cells):
-                if len(history) == 1:
-                    continue
-                value = int.from_bytes(image[index * cell : index * cell + ID_BYTES], "little")
-                write = settled.get(value)
-                if write is None:
-                    write = settled[value] = Write(value, self.now - 1)
-                    write.ended, write.acked, write.durable = self.now, True, power
-                if power:
-                    history[:] = [write]
-                else:
-                    history.append(write)
         if power:
-            self._volatile.clear()
-        else:
+            self.forget_volatile()
+        for volume, image in enumerate(images):
+            if image is not None:
+                self._settle(volume, image, durable=power)
+            else:
+                self._unknown.setdefault(volume, self.now)
+
+    def _settle(self, volume: int, image: bytes, *, durable: bool) -> None:
+        settled: dict[int, Write] = {}
+        self._newest[volume][:] = image
+        for history, value in zip(self._cells[volume], self._values(image), strict=True):
+            if len(history) == 1:
+                continue
+            write = settled.get(value)
+            if write is None:
+                write = settled[value] = self._settled(value, self.now, durable=durable)
+            if durable:
+                history[:] = [write]
+            else:
+                history.append(write)
+        if not durable:
             self._volatile.extend(settled.values())
+
+    def _settled(self, value: int, ended: int, *, durable: bool) -> Write:
+        write = Write(value, ended - 1)
+        write.ended, write.acked, write.durable = ended, True, durable
+        return write
+
+    def _values(self, image: bytes) -> Iterator[int]:
+        for at in range(0, len(image), self.cell):
+            yield int.from_bytes(image[at : at + ID_BYTES], "little")
+
+    def settle(self, volume: int, image: bytes) -> None:
+        """It has come to light what the crash had left of a volume: what was written since comes
+        on top."""
+        then, cells = self._unknown.pop(volume), self._cells[volume]
+        later = [[w for w in history if w.issued > then] for history in cells]
+        for history in cells:
+            history[:] = [w for w in history if w.issued <= then]
+        self._newest[volume][:] = self._newest_of(volume)
+        self.check(volume, 0, image, since=then, crashed=True, what=RESTARTED)
+        for history, value, rest in zip(cells, self._values(image), later, strict=True):
+            history[:] = [self._settled(value, then, durable=True), *rest]
+        self._newest[volume][:] = self._newest_of(volume)
+
+    def _newest_of(self, volume: int) -> bytes:
+        return b"".join(pattern(history[-1].value, self.cell) for history in self._cells[volume])
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +269,11 @@ class Line:
             self._images[entry.volume][entry.offset : entry.offset + entry.length] = data
         self._at = seq
         return self._images
+
+    def rebase(self, volume: int, image: bytes) -> None:
+        """A volume was something else where it begins."""
+        self.base[volume] = image
+        self._at = -1
 
 
 class History:
@@ -285,6 +323,13 @@ class History:
         """The marks after ``seq`` are lost: what they said was changed beside the log is not."""
         while self.lines[-1].base_seq > seq and len(self.lines) > 1:
             self.lines.pop()
+
+    def settle(self, volume: int, image: bytes, number: int) -> None:
+        """It has come to light what a volume held where line ``number`` begins."""
+        for line, former in zip(self.lines[number:], [None, *self.lines[number:-1]], strict=True):
+            if former is not None:
+                image = bytes(former.image(line.base_seq)[volume])
+            line.rebase(volume, image)
 
     def image(self, epoch: int, seq: int) -> list[bytearray]:
         """The group after ``seq`` as a node knows it that has followed up to ``epoch``."""

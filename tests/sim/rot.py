@@ -72,7 +72,7 @@ class Rot:
         line = world.history.lines[-1]
         for host in world.hosts.values():
             compare(host.images(), line.image(line.head), f"{host.name} after a repair (X6)")
-        world.check_facets(world.a, node)
+        world.witness.check_facets(world.a, node)
         # The image from before the repair holds what had rotted.
         while any(host.node and host.node.snapshots.usable() for host in world.remotes):
             await asyncio.sleep(0.1)

@@ -332,6 +332,42 @@ async def log_lost(s: Script) -> None:
     await s.in_sync()
 
 
+async def no_facet(s: Script) -> None:
+    """The only facet of a volume is lost: the volume goes on through the remote, over a kill and a
+    clean stop, and the facet comes back while a client writes (M5, M11)."""
+    world = s.world
+    await _load(s)
+    await s.in_sync()
+    s.spoil("/facets/v0.0")
+    await s.write(0, 40, count=2)
+    await s.until(lambda node: not node.volumes[0].in_service())
+    s.arm()
+    await _load(s)
+    await s.read(0, 0, 8 * BLOCK)
+    s.link(up=False)
+    world.spawn(_link_back(s))
+    for turn in range(13):  # until the log is full
+        await s.write(0, 4 * turn, count=BLOCK, pause=0.01)
+    await s.write(0, 44, fua=True)
+    await s.read(0, 40, BLOCK)
+    s.kill(world.a)
+    await _load(s)
+    await s.read(0, 0, 8 * BLOCK)
+    await s.stop(world.a)
+    await _load(s)
+    s.mend("/facets/v0.0")
+    await s.facet("online", "/facets/v0.0")
+    await s.write(0, 2, 90, count=3)
+    await s.facets_back()
+    await s.read(0, 0, 8 * BLOCK)
+    await s.in_sync()
+
+
+async def _link_back(s: Script) -> None:
+    await asyncio.sleep(0.4)
+    s.link(up=True)
+
+
 async def create(s: Script) -> None:
     """From nothing to the first synchronisation (O18): operations count from ``create`` on."""
     await _load(s)
@@ -345,6 +381,7 @@ OTHERS = {
     "other disks": PAIRS,
     # With one facet a fault of it leaves the remote alone to say what was written before a kill.
     "log lost": replace(OPTIONS, facets=2),
+    "no facet": replace(OPTIONS, last_facet=True),
 }
 
 
@@ -372,4 +409,5 @@ SCENARIOS: dict[str, Scenario] = {
     "facets": facets,
     "other disks": other_disks,
     "log lost": log_lost,
+    "no facet": no_facet,
 }

@@ -65,16 +65,9 @@ OPTIONS = Options(
 class Script:
     """What a scenario can do; every answer is told to the oracle."""
 
-    def __init__(
-        self,
-        world: World,
-        arm: Callable[[], None],
-        spoil: Callable[[str], None],
-    ) -> None:
+    def __init__(self, world: World, arm: Callable[[], None]) -> None:
         self.world = world
         self.arm = arm
-        self.spoil = spoil
-        """Has a file of the primary fail from now on, until its disk is mended."""
         self.last: list[tuple[int, int, int]] = []
         """(volume, offset, length) of the last request's writes: a failed append may have
         brought some of them into the log."""
@@ -278,6 +271,14 @@ class Script:
             node = await self.primary()
             self.world.album.release(uuid)
             await self._command(node.people.delete(uuid, False))
+
+    def spoil(self, path: str) -> None:
+        """A disk of the primary is lost: whatever is done to that file fails."""
+        self.world.a.disk.broken.add(path)
+
+    def mend(self, path: str) -> None:
+        """It works again."""
+        self.world.a.disk.broken.discard(path)
 
     def link(self, *, up: bool, name: str = "b") -> None:
         """All links are there, or the one to ``name`` is cut."""

@@ -311,8 +311,8 @@ class People:
         """On a secondary, while the primary has paused it (V14)."""
         world, rng = self._world, self._random
         primary = world.a.node
-        if primary is None:
-            return
+        if primary is None or not all(volume.in_service() for volume in primary.volumes):
+            return  # it may be all that there is
         await world.in_life(world.a, primary.pause(host.name))
         try:
             await asyncio.sleep(0.2 * rng.random())

@@ -207,7 +207,7 @@ async def _facets_in_sync(world: World) -> None:
         node = world.a.node
     if node is None:
         raise Gone
-    world.check_facets(world.a, node)
+    world.witness.check_facets(world.a, node)
 
 
 async def _stop_and_compare(world: World, checks: Checks) -> None:

@@ -34,6 +34,7 @@ from tests.sim.pool import ordered
 from tests.sim.scenarios import SCENARIOS, options_of
 from tests.sim.script import OPTIONS, Script
 from tests.sim.snapshots import look
+from tests.sim.witness import Witness
 from tests.sim.world import Gone, World
 
 NODES = ("a", "b")
@@ -75,20 +76,24 @@ class Outcome:
     succeeded: int = 0
 
 
-class SweepWorld(World):
-    """A world that knows of disks that lost what they had."""
+class SweepWitness(Witness):
+    """Knows of logs that lost what they had, though the host kept its power."""
 
-    fuses: dict[str, Fuse]
-    script: Script
+    def __init__(self, world: SweepWorld) -> None:
+        super().__init__(world)
+        self._sweep = world
 
-    def _primary_recovered(self, host: Host, images: list[bytes], *, power: bool) -> None:
+    def recovered(self, host: Host, node: Node, restored: dict[int, bytes], *, power: bool) -> None:
         """After a failed sync of the log only what was durable counts, as after a power loss; and
         an append that failed in the middle may have brought records into the log."""
-        assert host.node is not None
-        fuse, script = self.fuses[host.name], self.script
+        fuse, script, history = (
+            self._sweep.fuses[host.name],
+            self._sweep.script,
+            self._sweep.history,
+        )
         lost_log, fuse.lost_log = fuse.lost_log and not power, False
-        half = self.history.head - script.head
-        missing = host.node.log.next_seq - 1 - self.history.head
+        half = history.head - script.head
+        missing = node.log.next_seq - 1 - history.head
         if half >= 0 and 0 < missing <= len(script.last) - half:
             entries = [
                 Entry(volume, offset, length, payload or None)
@@ -96,19 +101,21 @@ class SweepWorld(World):
                     script.last, script.payloads, strict=True
                 )
             ]
-            self.history.append(self.history.head + 1, entries[half : half + missing])
+            history.append(history.head + 1, entries[half : half + missing])
         if lost_log:
-            self._log_recovered(host, host.node)
-        else:
-            super()._primary_recovered(host, images, power=power)
+            self._sweep.content.forget_volatile()
+            host.forked = True
+        super().recovered(host, node, restored, power=power)
 
-    def _log_recovered(self, host: Host, node: Node) -> None:
-        assert node.primary is not None
-        images = host.images()
-        self.content.forget_volatile()
-        self.content.recovered(images, power=False)
-        self.history.fork(node.primary.group.epoch, node.log.next_seq - 1, images)
-        self._observe(node)
+
+class SweepWorld(World):
+    """A world in which each host has a fuse, and one script is played."""
+
+    fuses: dict[str, Fuse]
+    script: Script
+
+    def make_witness(self) -> Witness:
+        return SweepWitness(self)
 
 
 class Run:
@@ -134,8 +141,7 @@ class Run:
             name: Fuse(host, ailment, self.point.nth if name == self.point.node else 0, self.strike)
             for name, host in world.hosts.items()
         }
-        fuse = world.fuses["a"]
-        world.script = Script(world, self._arm, fuse.spoil)
+        world.script = Script(world, self._arm)
         self.checks = Checks(world)
         if self.point.scenario == "create":
             self._arm()

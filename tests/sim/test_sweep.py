@@ -20,8 +20,8 @@ from tests.sim.sweep import NODES, Point
 ALL = os.environ.get("SWEEP") == "all"
 SAMPLE = 83
 """One point of so many, if not all: a prime, so that every kind of fault has its turn."""
-SAMPLES = {"spill": 197}
-"""Of scenarios with several times the operations of the others."""
+SAMPLES = {"spill": 197, "no facet": 197}
+"""Of scenarios with several times the operations of the others, or whose points take longer."""
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

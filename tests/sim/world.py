@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from nbdmirror.codec import mark as marks
 from nbdmirror.codec import record as codec
-from nbdmirror.codec.mark import Mark
 from nbdmirror.config import (
     AdminConfig,
     Config,
@@ -28,11 +25,8 @@ from nbdmirror.config import (
     SnapshotConfig,
     VolumeConfig,
 )
-from nbdmirror.engine.batch import Batch, Records
 from nbdmirror.engine.create import create
-from nbdmirror.engine.group import Group
 from nbdmirror.engine.node import Node
-from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import NbdmirrorError
 from nbdmirror.ports import Env
 from tests.sim.beside import Beside
@@ -40,9 +34,10 @@ from tests.sim.host import Host
 from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
-from tests.sim.oracle import Content, Defect, Entry, History, Moot, Violation, compare
+from tests.sim.oracle import Content, History, Moot
 from tests.sim.rot import Rot
-from tests.sim.snapshots import NOTHING, Album
+from tests.sim.snapshots import Album
+from tests.sim.witness import Witness
 
 T = TypeVar("T")
 
@@ -71,6 +66,7 @@ class World:
         self.content = Content(options.sizes, options.cell)
         self.history = History([bytes(size) for size in options.sizes])
         self.album = Album(self)
+        self.witness = self.make_witness()
         self.beside = Beside(self)
         self.rot = Rot(self)
         self.hosts: dict[str, Host] = {}
@@ -85,6 +81,10 @@ class World:
         self.broken: asyncio.Event
         self.on_flushed: Callable[[], None] = lambda: None
         """Called when a client's FLUSH has succeeded."""
+
+    def make_witness(self) -> Witness:
+        """Who holds what the nodes do against the oracle."""
+        return Witness(self)
 
     @property
     def a(self) -> Host:
@@ -255,7 +255,7 @@ class World:
         if self.options.mode_changes and host.role == "primary":
             self._edit(host)
         node = Node(self.env(host), host.config)
-        node.events.listen(lambda event: self._on_event(host, event))
+        node.events.listen(lambda event: self.witness.on_event(host, event))
         try:
             await self.in_life(host, node.start(nbd=False))
             restored = await self.in_life(host, overlaid(node))
@@ -270,10 +270,7 @@ class World:
         host.node = node
         power, host.lost_power = host.lost_power, False
         if host.role == "primary":
-            images = host.images()
-            for index, data in restored.items():
-                images[index] = data
-            self._primary_recovered(host, images, power=power)
+            self.witness.recovered(host, node, restored, power=power)
             if not await self._said_again(host, node):
                 return False
             self.serving.set()
@@ -303,129 +300,6 @@ class World:
         mode = "spill" if spill else "disk"
         log = replace(host.config.log, mode=mode, spill_threshold=spill)
         host.config = replace(host.config, log=log)
-
-    def _on_event(self, host: Host, event: dict[str, Any]) -> None:
-        fields = {k: v for k, v in event.items() if k not in ("cursor", "time", "kind")}
-        self.fired[f"event {event['kind']}"] += 1
-        if event["kind"] == "defect":
-            self.fail(Defect(f"a defect on {host.name}: {event['why']}"))
-        if event["kind"] in ("snapshot-lost", "snapshot-lacking"):
-            self._judge(lambda: self.album.lacks(host, event))
-        if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
-            self.album.release(event["uuid"])
-        if event["kind"] == "consistent":
-            self.album.consistent(host)
-        if event["kind"] == "restored" and host.role == "primary":
-            self.album.restored(event["uuid"], event["volumes"], event["seq"])
-        host.torn = host.torn or event["kind"] == "superblock-damaged"
-        if event["kind"] == "facet-failed" and host.node is not None:
-            failed = next(v for v in host.node.volumes if v.name == event["volume"])
-            host.unsynced_lost = host.unsynced_lost or not failed.in_service()
-        if event["kind"] == "started":
-            host.forked = event["power_loss"] or event["memory_lost"]
-            lost, host.unsynced_lost = host.unsynced_lost, False
-            if event["memory_lost"]:
-                self.fired["mark a log in memory is lost"] += 1
-                if event["facets_healed"] or lost:  # as after a power loss
-                    self.content.forget_volatile()
-        if event["kind"] == "verify-differs" and not self.beside.pending:
-            self._judge(lambda: self.rot.told(event["volume"], event["offset"]))
-        if event["kind"] == "handshake":
-            self.fired[f"rule {event['rule']}"] += 1
-            self._on_handshake(host, event)
-        self.trace(host.name, f"{event['kind']} {json.dumps(fields, sort_keys=True)}")
-        for listener in self.on_moment:
-            listener(host, event["kind"])
-
-    def _judge(self, told: Callable[[], None]) -> None:
-        try:
-            told()
-        except Violation as error:
-            self.fail(error)
-
-    def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
-        """Rules that mean that something was lost, in a world where nothing is (T6, I4)."""
-        if event["rule"] == "T5" and self.hosts[event["remote"]].torn:
-            return  # a save that was torn may have been of what it had confirmed
-        if self.hosts[event["remote"]].restored and "was restored on" in event["why"]:
-            return
-        if event["rule"] in ("T5", "T6", "T9", "T12"):
-            self.fail(
-                Violation(f"{host.name} met {event['remote']}: {event['rule']} {event['why']}")
-            )
-
-    def _primary_recovered(self, host: Host, images: list[bytes], *, power: bool) -> None:
-        node = host.node
-        assert node is not None and node.primary is not None
-        end = node.log.next_seq - 1
-        if self.beside.pending:
-            self.history.back_to(end)
-        self.history.found(end)
-        self.album.recovered(node)
-        self.content.recovered(images, power=power)
-        if power or host.forked:
-            self.history.fork(node.primary.group.epoch, end, images)
-        elif end != self.history.head:
-            raise Violation(f"a killed primary came back with {end} of {self.history.head} records")
-        elif not self.beside.pending:
-            compare(images, self.history.lines[-1].image(end), "the primary after redo")
-        self.beside.died(end)
-        self.check_facets(host, node)
-        self._observe(node)
-
-    def check_facets(self, host: Host, node: Node) -> None:
-        """Every facet in service holds the same."""
-        for volume in node.volumes:
-            if volume.overlay is not None or self.beside.pending:
-                continue  # a restore is being copied, or one facet was changed by itself
-            facets = [host.disk.content(f.path)[: volume.size] for f in volume.in_service()]
-            for other in facets[1:]:
-                compare([other], facets[:1], f"facets of {volume.name} on {host.name}")
-
-    def _observe(self, node: Node) -> None:
-        """Every record that the primary logs goes into the history too."""
-        assert node.primary is not None
-        group, history = node.primary.group, self.history
-        append = group._append
-
-        def observed(volume: Volume, batch: Batch) -> Records:
-            seq = group.log.next_seq
-            history.attempted = entries = [
-                Entry(
-                    volume.index,
-                    change.offset,
-                    change.length,
-                    None if change.payload is None else bytes(change.payload),
-                )
-                for change in batch.changes()
-            ]
-            records = append(volume, batch)
-            try:
-                history.append(seq, entries)
-            except Violation as error:
-                self.fail(error)
-            return records
-
-        setattr(group, "_append", observed)  # noqa: B010 (mypy forbids the plain assignment)
-        self._observe_marks(group)
-
-    def _observe_marks(self, group: Group) -> None:
-        log_mark = group.mark
-
-        def observed(mark: Mark) -> int:
-            self.history.attempted = [NOTHING]
-            # An append that fails may have brought it into the log nevertheless.
-            self.album.marked(group.epoch, self.history.head, mark)
-            seq = log_mark(mark)
-            try:
-                self.history.append(seq, [NOTHING])
-                if mark.do == marks.CHANGED:
-                    self.beside.logged(seq)
-            except Violation as error:
-                self.fail(error)
-            return seq
-
-        setattr(group, "mark", observed)  # noqa: B010
 
     async def _watch(self, host: Host, node: Node) -> None:
         """What the daemon does when its node has failed for good: it ends."""

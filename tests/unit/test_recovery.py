@@ -14,8 +14,8 @@ from nbdmirror.engine.create import create
 from nbdmirror.engine.log import RING_AT
 from nbdmirror.engine.node import Node
 from nbdmirror.ports import Env
-from tests.sim.checks import Nobody
 from tests.sim.clock import SimClock
+from tests.sim.clone import Nobody
 from tests.sim.disk import SimDisk
 from tests.sim.faults import Fault, Injector, Kind
 from tests.sim.loop import Incarnation, SimLoop

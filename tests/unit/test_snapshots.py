@@ -25,8 +25,8 @@ from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import Refused, UsageError
 from nbdmirror.ports import Env
-from tests.sim.checks import Nobody
 from tests.sim.clock import SimClock
+from tests.sim.clone import Nobody
 from tests.sim.disk import SimDisk
 from tests.sim.faults import Fault, Kind
 from tests.unit.world import make_disk, run

@@ -190,6 +190,22 @@ LEANING = bounded(
     restore__COPY_BYTES=4 * KIB,
 )
 """Restores, and local facets that are lost while they are copied."""
+LOST = aimed(
+    faults={"facet lost": 3.0, "power a": 2.0, "kill a": 1.0, "cut": 1.0},
+    fault_gap=0.3,
+    timing=Timing(sync=(0.001, 0.03)),
+    sizes=(96 * KIB, 32 * KIB),
+    facets=1,
+    remotes=1,
+    mode="async",
+    clients=2,
+    operations=100,
+    pause=0.1,
+    restores_alone=0.0,
+    moments=0.0,
+    last_facet=True,
+)
+"""Volumes without a local facet, and power that fails meanwhile."""
 RESTARTS = aimed(
     faults={"kill a": 1.0, "die starting": 3.0},
     fault_gap=0.05,

@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
-from nbdmirror.engine import recovery, remoteread
+from nbdmirror.engine import doubt, node, recovery, remoteread
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
-from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.remote import Remote, may_follow
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
+from tests.sim.mutants.aims import LOST
 from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.options import KIB
 
 
 @mutant("M8 what a facet misses past the log is not marked")
@@ -101,6 +104,41 @@ def _(assign: Assign) -> None:
         return data
 
     assign(remoteread, "overlay", overlay)
+
+
+@mutant("M11 a remote is not trusted with what it alone holds while others are compared", LOST)
+def _(assign: Assign) -> None:
+    original = Remote.doubt
+
+    def doubt(self: Remote, why: str) -> None:
+        original(self, why)
+        self.facts["holds"] = []
+
+    assign(Remote, "doubt", doubt)
+
+
+@mutant("M11 all remotes are compared with a facet that there is not", LOST)
+def _(assign: Assign) -> None:
+    original = doubt.mark_doubtful
+
+    async def mark_doubtful(store: Store, remotes: list[Remote], *args: Any) -> None:
+        for remote in remotes:
+            remote.facts.update(consistent=False, holds=[])
+        await original(store, remotes, *args)
+
+    assign(node, "mark_doubtful", mark_doubtful)
+
+
+@mutant(
+    "M11 a remote stands in for what a log in memory held",
+    lambda options: replace(LOST(options), spill=8 * KIB, flush=0.3, fua=0.3),
+)
+def _(assign: Assign) -> None:
+    def followed(store: Store, index: int) -> bool:
+        name = store.state["volumes"][index]["name"]
+        return any(may_follow(facts, name) for facts in store.state["remotes"].values())
+
+    assign(recovery, "_followed", followed)
 
 
 @mutant("I3 a flush does not wait for a synchronous remote's disk")
