@@ -241,8 +241,11 @@ class Verify:
         if doubt is None:
             doubt = self._doubt_of[key] = Doubt(look.volume, region)
         doubt.looks += 1
-        if look.count > 1 or region in look.touched:
-            doubt.seen = 0  # looked at by itself, and untouched, before it counts
+        steady = all(facet.in_service for facet in look.facets)
+        if look.count > 1 or region in look.touched or not steady:
+            # Looked at by itself, and untouched, before it counts; and what a facet holds whose
+            # sync has failed meanwhile is not for a verify to tell.
+            doubt.seen = 0
         elif not differs:
             # The remote agrees with this facet: those that do not are rotten.
             del self._doubt_of[key]

@@ -72,9 +72,12 @@ class Beside:
         if node.snapshots.busy is not None or node.snapshots.lock.locked() or world.fresh:
             return False
         assert node.facets is not None
-        if any(one.saved["offline"] and one.facet.is_open for one in node.facets.members):
-            return False  # somebody is just taking it out
         self._volume = self.rng.randrange(len(node.volumes))
+        for one in node.facets.members:
+            if one.saved["offline"] and one.facet.is_open:
+                return False  # somebody is just taking it out
+            if not (one.saved["offline"] or one.facet.in_service):
+                return False  # it comes back by itself, and counts as much as the one written to
         volume = node.volumes[self._volume]
         flying = volume.locks.held or any(facet.pending for facet in volume.facets)
         return bool(volume.in_service()) and not flying and node.log.failed is None
