@@ -226,9 +226,10 @@ class Facets:
         """Takes a facet out of service until ``online`` (M8); Refused if it is the last."""
         member = self.member(path)
         facet, volume = member.facet, member.volume
-        if volume.in_service() == [facet]:
+        # Out of service already it may be what a restart heals, if nobody else has the volume.
+        if volume.in_service() == [facet] or not self.has_source(volume):
             raise Refused(
-                f"{path} is the last facet of volume {volume.name} in service",
+                f"{path} is the last facet of volume {volume.name}",
                 hint="bring another into service first: nbdmirror facet online, or facet add",
             )
         member.saved["offline"] = True
