@@ -214,6 +214,8 @@ class Checks:
             gate = remote.gate
             if gate is None or gate.excused or not (gate.engaged and gate.streaming):
                 continue
+            if not host.created:  # a new disk, and the primary has not noticed yet
+                continue
             disk = host.disk.clone(f"{world.seed}:flushed:{world.loop.now_ns}")
             disk.power_cut(self._lost())
             image = recover_alone(disk, host.config, f"{world.seed}:flushed")

@@ -77,8 +77,8 @@ class Witness:
         lost, host.unsynced_lost = host.unsynced_lost, False
         if event["memory_lost"]:
             self._world.fired["mark a log in memory is lost"] += 1
-            if event["facets_healed"] or lost:  # as after a power loss
-                self._world.content.forget_volatile()
+        if host.forked and (event["facets_healed"] or lost):
+            self._world.content.forget_volatile()  # a log in memory is gone: as after a power loss
 
     def _on_handshake(self, host: Host, event: dict[str, Any]) -> None:
         """What was decided is what a remote has, durably: here a volume that it holds is settled.
