@@ -81,7 +81,7 @@ def _world(seed: int) -> World:
     return World(seed, options, trace=None)
 
 
-def _run_in(world: World, main: object) -> object:
+def run_in(world: World, main: object) -> object:
     with constants(world.options.constants):
         try:
             return world.loop.run_until_complete(main)
@@ -97,7 +97,7 @@ def run(seed: int, *, options: Options | None = None) -> Result:
     world = _world(seed)
     problem = None
     try:
-        _run_in(world, _in_sync(world, LOADS[seed % len(LOADS)]))
+        run_in(world, _in_sync(world, LOADS[seed % len(LOADS)]))
     except Violation as error:
         problem = str(error)
     loop = world.loop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from nbdmirror.codec import record as codec
@@ -13,6 +14,8 @@ from nbdmirror.engine.log import Log
 from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
+from nbdmirror.errors import PeerError
+from tests.sim import former
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import RESYNCS
 from tests.sim.mutation import Assign, aimed, mutant, nothing
@@ -162,6 +165,19 @@ def _(assign: Assign) -> None:
 )
 def _(assign: Assign) -> None:
     assign(Log, "forget_behind", nothing)
+
+
+@mutant(
+    "F1 what a former link began in a thread lands after what the next one writes", run=former.run
+)
+def _(assign: Assign) -> None:
+    async def enter(self: Secondary, receiver: Receiver) -> None:
+        last, self.current = self.current, receiver
+        if last is not None and last is not receiver:
+            last.link.close(PeerError("replaced by a newer connection"))
+        await asyncio.sleep(0)
+
+    assign(Secondary, "enter", enter)
 
 
 @mutant("V7 the log is emptied before it was applied")
