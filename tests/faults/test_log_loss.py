@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from tests.faults.inject import (
     bury,
     check_equal,
     check_serves,
+    needs_root,
     reboot,
     requires_programs,
     start_under,
     strace,
+    tmpfs,
 )
 from tests.faults.journal import Background, Journal, Load
 from tests.faults.test_disk import SIZE, MakeCluster, files, small_group
@@ -27,12 +30,16 @@ def log_of(cluster: Cluster) -> dict[str, Any]:
 
 
 def lose_the_log(
-    cluster: Cluster, journal: Journal, call: str = "pwritev2", when: str = "30+"
+    cluster: Cluster,
+    journal: Journal,
+    call: str = "pwritev2",
+    when: str = "30+",
+    path: Path | None = None,
 ) -> None:
     """The log's disk fails for good under a load that notices nothing."""
     node = cluster.primary
     node.stop()
-    assert start_under(node, strace(call, "error=EIO", when, path=files(node)["log"]))
+    assert start_under(node, strace(call, "error=EIO", when, path=path or files(node)["log"]))
     with Load(node.nbd_socket, journal, flush_every=2) as load, Background(load):
         wait_until("the log is in memory", lambda: log_of(cluster)["in_memory"])
         load.wait(20)
@@ -69,10 +76,49 @@ def test_the_log_is_lost_and_replaced(make_cluster: MakeCluster, call: str, when
         load.run(20)
     bury(node)
     node.start()
-    started = [one for one in node.events() if one["kind"] == "started"]
-    assert started[0]["records"] > 0, "nothing came from the new log"
+    assert _redone(cluster) > 0, "nothing came from the new log"
     check_serves(cluster, journal)
     check_equal(cluster)
+
+
+@needs_root
+@requires_programs("strace")
+def test_a_log_on_a_disk_of_its_own(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """M13: `log.path` names another disk than that of state and facets: a death is redone from
+    there; that disk fails under load, and the log goes on beside the facets; clients see nothing.
+    """
+    with tmpfs(tmp_path / "fast", 20 << 20) as disk:
+        path = disk / "db.log"
+        cluster = small_group(make_cluster)
+        node = cluster.primary
+        node.keys["log"] = [f'path = "{path}"']
+        node.write_config()
+        cluster.start()
+        assert path.exists() and not files(node)["log"].exists()
+        journal = Journal(SIZE)
+        with Load(node.nbd_socket, journal, flush_every=2) as load:
+            load.run(20)
+        bury(node)
+        node.start()
+        assert _redone(cluster) > 0, "nothing came from the log on its own disk"
+        check_serves(cluster, journal)
+        lose_the_log(cluster, journal, path=path)
+        with Load(node.nbd_socket, journal, flush_every=2) as load, Background(load):
+            node.ok("log", "replace", str(files(node)["log"]))
+            load.wait(20)
+        assert not load.failures
+        bury(node)
+    node.start()  # without that disk
+    assert _redone(cluster) > 0, "nothing came from the log beside the facets"
+    check_serves(cluster, journal)
+    check_equal(cluster)
+
+
+def _redone(cluster: Cluster) -> int:
+    """How many records the primary's last start found in its log."""
+    (started,) = [one for one in cluster.primary.events() if one["kind"] == "started"]
+    records: int = started["records"]
+    return records
 
 
 @requires_programs("strace")

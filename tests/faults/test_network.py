@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.faults.inject import (
     resyncs,
 )
 from tests.faults.journal import Background, Journal, Load
-from tests.faults.wire import Wire, WiredCluster
+from tests.faults.wire import NAMESPACES, Wire, WiredCluster, run
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.process import wait_until
 from tests.integration.test_replication import STALL_S
@@ -51,6 +52,25 @@ def wired(tmp_path: Path) -> Iterator[WiredCluster]:
 def connected(cluster: Cluster) -> bool:
     """Whether the link is up, as the primary knows it."""
     return bool(cluster.primary.remote()["link"] == "connected")
+
+
+@needs_root
+@requires_programs("ip")
+def test_what_a_killed_run_left_is_removed() -> None:
+    """Namespaces of a process that is gone, and no others."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = {pid: f"nbdm{pid}-0-u" for pid in (gone.pid, os.getppid())}
+    for name in names.values():
+        run("ip", "netns", "add", name)
+    try:
+        with Wire() as wire:
+            there = {path.name for path in NAMESPACES.iterdir()}
+            assert names[gone.pid] not in there
+            assert {names[os.getppid()], *wire.ends.values()} <= there
+    finally:
+        for name in names.values():
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
 @needs_root

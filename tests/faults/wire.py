@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any, Self
@@ -19,12 +20,27 @@ from tests.faults.inject import start_under
 from tests.integration.cluster import FAST, Cluster, Node
 
 _numbers = itertools.count()
+NAMESPACES = Path("/run/netns")
+NAME = re.compile(r"nbdm([0-9]+)-[0-9]+-[ud]")
+"""Of a test run's process, so that what one left that was killed is known for it."""
 
 
 def run(*argv: str) -> None:
     """Runs a command that must succeed."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr}"
+
+
+def _delete(name: str) -> None:
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def remove_stale() -> None:
+    """Removes the namespaces of test runs that were killed before they could."""
+    for path in NAMESPACES.glob("nbdm*"):
+        found = NAME.fullmatch(path.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            _delete(path.name)
 
 
 class Wire:
@@ -36,6 +52,7 @@ class Wire:
         self.addresses = {"up": "10.231.77.1", "down": "10.231.77.2"}
 
     def __enter__(self) -> Self:
+        remove_stale()
         try:
             for end in self.ends.values():
                 run("ip", "netns", "add", end)
@@ -66,7 +83,7 @@ class Wire:
 
     def __exit__(self, *_exc: object) -> None:
         for end in self.ends.values():
-            subprocess.run(["ip", "netns", "delete", end], capture_output=True, check=False)
+            _delete(end)
 
     def ip(self, end: str, *argv: str) -> None:
         """Runs ``ip`` at one end."""
