@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from nbdmirror.engine.rescue import REACH_SECONDS
 from tests.faults.inject import (
     bury,
     check_equal,
+    check_message,
     check_serves,
     requires_programs,
     start_under,
     strace,
+    wait_death,
 )
 from tests.faults.journal import Background, Journal, Load
 from tests.faults.test_disk import SIZE, MakeCluster, small_group
 from tests.integration.cluster import Cluster
 from tests.integration.process import wait_until
+from tests.integration.tools import connect, nbd_error
+
+MORE_S = 20.0
+"""A loaded machine is late by so much."""
 
 
 def facet(cluster: Cluster) -> dict[str, Any]:
@@ -118,6 +126,49 @@ def test_writes_wait_rather_than_push_out_the_remote(make_cluster: MakeCluster) 
         load.wait(20)
     assert not load.failures
     check_serves(cluster, journal)
+
+
+@requires_programs("strace")
+@pytest.mark.parametrize("what", ["reads", "writes"])
+def test_a_remote_that_hangs_is_not_waited_for_for_ever(
+    make_cluster: MakeCluster, what: str
+) -> None:
+    """M11, M15, I8: the remote that stands in hangs: reads wait for it, and then get EIO; writes
+    do once the log is full, and then the node ends, with exit code 1; nothing is answered that
+    nobody holds; then both are back, and all that was promised is there.
+
+    Runbook: the last facet is lost, a remote follows; secondary hangs."""
+    cluster = small_group(make_cluster, log_size=4 << 20).start()
+    journal = Journal(SIZE)
+    lose_the_facet(cluster, journal)
+    node, remote = cluster.primary, cluster.secondary
+    reader = connect(node.uri())
+    remote.freeze()
+    node.until("lost its link", lambda one: one["link"] != "connected")
+    began = time.monotonic()
+    if what == "reads":
+        with pytest.raises(nbd_error()):
+            reader.pread(4096, 0)
+    else:
+        load = Load(node.nbd_socket, journal, sectors_max=1024)
+        with load, Background(load, may_break=True):
+            wait_until("writes wait", lambda: node.status()["log"]["waiting_writes"])
+            wait_until("they wait no longer", lambda: not node.alive, REACH_SECONDS + MORE_S)
+        assert load.successes_after_failure == 0
+    waited = time.monotonic() - began
+    assert REACH_SECONDS <= waited < REACH_SECONDS + MORE_S, waited
+    remote.thaw()
+    if what == "writes":
+        assert wait_death(node) == 1, node.daemon.output()
+        check_message(node, "no facet of volume data is in service")
+    else:
+        check_serves(cluster, journal)  # again, by itself
+        bury(node)
+    node.start()
+    check_serves(cluster, journal)
+    node.ok("facet", "online", facet(cluster)["path"], "--wait", "--timeout", "30")
+    check_serves(cluster, journal)
+    check_equal(cluster)
 
 
 @requires_programs("strace")
