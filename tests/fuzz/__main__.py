@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+RUNS = re.compile(r"number_of_executed_units: +([0-9]+)")
+EDGES = re.compile(r"cov: ([0-9]+)")
 BUILD = Path(__file__).parents[2] / "build" / "fuzz"
 
 
@@ -42,6 +46,18 @@ def _fuzz(name: str, seconds: int) -> None:
     atheris.Fuzz()
 
 
+def _processor_seconds() -> float:
+    """What all children that have ended took: on a busy machine the time alone says little."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str:
+    """What libFuzzer said last; it says nothing if it never got so far."""
+    found = pattern.findall(text)
+    return found[-1] if found else "?"
+
+
 def main() -> int:
     """Runs the campaign; 1 if anything was found."""
     options = _options()
@@ -60,15 +76,18 @@ def main() -> int:
         return 0
     failed = []
     for name in names:
-        began = time.monotonic()
+        began, before = time.monotonic(), _processor_seconds()
         argv = [sys.executable, "-m", "tests.fuzz", name, "--child"]
         done = subprocess.run(
             [*argv, f"--seconds={options.seconds}"], capture_output=True, text=True, check=False
         )
-        stats = [line for line in done.stderr.splitlines() if "number_of_executed_units" in line]
-        runs = stats[0].rpartition(" ")[2] if stats else "?"
         word = "ok" if done.returncode == 0 else "FOUND"
-        print(f"{name}: {word}, {runs} runs in {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"{name}: {word}, {_last(RUNS, done.stderr)} runs in {time.monotonic() - began:.0f} s "
+            f"({_processor_seconds() - before:.0f} s of processor), "
+            f"{_last(EDGES, done.stderr)} edges covered",
+            flush=True,
+        )
         if done.returncode:
             failed.append(name)
             print(done.stderr[-3000:], flush=True)
