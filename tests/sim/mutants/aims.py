@@ -206,6 +206,13 @@ LOST = aimed(
     last_facet=True,
 )
 """Volumes without a local facet, and power that fails meanwhile."""
+
+
+def lost_spilled(options: Options) -> Options:
+    """The same of a log in memory, with much that is flushed."""
+    return replace(LOST(options), spill=8 * KIB, flush=0.3, fua=0.3)
+
+
 RESTARTS = aimed(
     faults={"kill a": 1.0, "die starting": 3.0},
     fault_gap=0.05,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from nbdmirror.engine import doubt, node, recovery, remoteread
@@ -19,9 +18,8 @@ from nbdmirror.engine.remote import Remote, may_follow
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
-from tests.sim.mutants.aims import LOST
+from tests.sim.mutants.aims import LOST, lost_spilled
 from tests.sim.mutation import Assign, aimed, mutant, nothing
-from tests.sim.options import KIB
 
 
 @mutant("M8 what a facet misses past the log is not marked")
@@ -129,10 +127,7 @@ def _(assign: Assign) -> None:
     assign(node, "mark_doubtful", mark_doubtful)
 
 
-@mutant(
-    "M11 a remote stands in for what a log in memory held",
-    lambda options: replace(LOST(options), spill=8 * KIB, flush=0.3, fua=0.3),
-)
+@mutant("M11 a remote stands in for what a log in memory held", lost_spilled)
 def _(assign: Assign) -> None:
     def followed(store: Store, index: int) -> bool:
         name = store.state["volumes"][index]["name"]

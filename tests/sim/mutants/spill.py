@@ -13,6 +13,7 @@ from nbdmirror.engine.spill import Spill
 from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.engine.store import Store
 from tests.sim.faults import Timing
+from tests.sim.mutants.aims import lost_spilled
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -155,9 +156,9 @@ def _(assign: Assign) -> None:
     assign(Facets, "settle_owed", nothing)
 
 
-@mutant("M11 a volume without a local facet leaves its entries in memory")
+@mutant("M11 a volume without a local facet leaves its entries in memory", lost_spilled)
 def _(assign: Assign) -> None:
-    assign(Spill, "look", lambda self: None)
+    assign(Spill, "_leans", lambda self: False)
 
 
 @mutant("M11 the log is said to be on disk before the other facets are synced")
