@@ -237,9 +237,9 @@ def cache(client: Client, count: int, offset: int, flags: int) -> None:
 @answered
 def extents(client: Client, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     """BLOCK_STATUS of ``base:allocation``: pieces within the range that was asked for."""
-    pieces = client.call(client.volume.allocation, offset, count)
     limit = 1 if flags & REQ_ONE else BLOCK_STATUS_EXTENTS_MAX
-    return [(start, length, HOLE if hole else 0) for start, length, hole in pieces[:limit]]
+    pieces = client.call(client.volume.pieces, offset, count, limit)
+    return [(start, length, HOLE if hole else 0) for start, length, hole in pieces]
 
 
 def _writer(volume: Volume) -> Writer:

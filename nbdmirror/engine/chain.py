@@ -257,7 +257,7 @@ class Chain:
             elif (at := layers.holder(maps, index, region)) is not None:
                 found = [(low, high - low, self.members[at].layer.is_zeros(region))]
             else:
-                found = self.volume.allocation_below(low, high - low)
+                found = list(self.volume.allocation_below(low, high - low))
             for start, count, hole in found:
                 if pieces and pieces[-1][2] == hole:
                     pieces[-1] = (pieces[-1][0], pieces[-1][1] + count, hole)

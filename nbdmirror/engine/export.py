@@ -414,7 +414,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._session.reply_read(request, data)
             return
         pieces: list[nbdreply.Piece] = []
-        for offset, length, hole in volume.allocation(request.offset, request.length):
+        for offset, length, hole in list(volume.allocation(request.offset, request.length)):
             data_or_hole = None if hole else await volume.read(offset, length)
             pieces.append((offset, length, data_or_hole))
         self._session.reply_read_extents(request, pieces)
@@ -441,7 +441,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         result = {}
         for context in self._session.contexts:
             if context == ALLOCATION_CONTEXT:
-                pieces = volume.allocation(request.offset, request.length)
+                where = request.offset, request.length
+                pieces = volume.pieces(*where, BLOCK_STATUS_EXTENTS_MAX)
                 flag = nbd.STATE_HOLE | nbd.STATE_ZERO
             else:
                 name = context.removeprefix(DIRTY_CONTEXT)

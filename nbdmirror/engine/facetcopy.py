@@ -60,7 +60,7 @@ class FacetCopy:
         region = volume.region_size
         offset = first * region
         span = min(count * region, max(HOLE_BYTES, region), volume.size - offset)
-        hole = volume.allocation_below(offset, span)[0]
+        hole = next(volume.allocation_below(offset, span))
         if hole[2]:
             # Whole regions only: a region that is partly data is copied.
             count = hole[1] // region if hole[1] < span else -(-span // region)

@@ -185,10 +185,10 @@ class Resync:
         region = volume.region_size
         offset = first * region
         span = min(count * region, max(HOLE_BYTES, region), volume.size - offset)
-        pieces = volume.allocation(offset, span)
-        if pieces[0][2]:
+        ((_, length, empty),) = volume.pieces(offset, span, 1)
+        if empty:
             # Whole regions only: a region that is partly data is copied.
-            hole = pieces[0][1] // region if pieces[0][1] < span else -(-span // region)
+            hole = length // region if length < span else -(-span // region)
             if hole:
                 await copier.hole(volume, first, hole)
                 return hole

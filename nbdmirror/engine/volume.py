@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -13,7 +14,7 @@ from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from nbdmirror.engine.facet import LocalFacet
 
@@ -197,28 +198,32 @@ class Volume:
                 failure = error
         return digests(await self.rescue(self, offset, length, facet, failure), step)
 
-    def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+    def allocation(self, offset: int, length: int) -> Iterable[tuple[int, int, bool]]:
         """(offset, length, hole) pieces that cover the range, from the first trusted facet; all of
-        it is data where none is."""
+        it is data where none is. Found one by one, as they are asked for: there may be many. To be
+        used up, or left, within one step."""
         if self.overlay is not None:
             return [(offset, length, False)]
         return self.allocation_below(offset, length)
 
-    def allocation_below(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+    def allocation_below(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """As ``allocation``, of the facets as they are."""
-        pieces: list[tuple[int, int, bool]] = []
         at, end = offset, offset + length
         source = next((facet for facet in self.facets if facet.in_service), None)
         if source is None:
-            return [(offset, length, False)]
+            yield offset, length, False
+            return
         for start, size in source.file.data_ranges(offset, length):
             if start > at:
-                pieces.append((at, start - at, True))
-            pieces.append((start, size, False))
+                yield at, start - at, True
+            yield start, size, False
             at = start + size
         if at < end:
-            pieces.append((at, end - at, True))
-        return pieces
+            yield at, end - at, True
+
+    def pieces(self, offset: int, length: int, limit: int) -> list[tuple[int, int, bool]]:
+        """The first ``limit`` pieces of ``allocation``."""
+        return list(itertools.islice(self.allocation(offset, length), limit))
 
     @asynccontextmanager
     async def locked(

@@ -60,7 +60,7 @@ def test_without_a_facet_in_service_nothing_is_read(count: int) -> None:
         for facet in volume.facets:
             facet.state = FacetState.BEING_SYNCHRONISED
         assert volume.choose(0) is None and volume.try_read(0, 512) is None
-        assert volume.allocation(0, 512) == [(0, 512, False)]
+        assert volume.pieces(0, 512, 9) == [(0, 512, False)]
         with pytest.raises(VolumeFailed, match="no facet of volume data"):
             await volume.read(0, 512)
 
