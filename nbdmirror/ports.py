@@ -112,7 +112,10 @@ class Disk(Protocol):
         """Renames atomically; durable after ``sync_directory``."""
 
     def unlink(self, path: str) -> None:
-        """Removes a name; durable after ``sync_directory``."""
+        """Removes a name; durable after ``sync_directory``. Of a large file it takes long."""
+
+    async def remove(self, path: str) -> None:
+        """As ``unlink``, off the event loop: the space that a large file took is given back."""
 
     async def sync_directory(self, path: str) -> None:
         """Makes creations, renames and removals in this directory durable."""

@@ -459,6 +459,10 @@ class LinuxDisk:
         """Removes a name; durable after ``sync_directory``."""
         os.unlink(path)
 
+    async def remove(self, path: str) -> None:
+        """``unlink`` in a thread: freeing a file of many extents takes tens of milliseconds."""
+        await asyncio.wrap_future(self.io_threads.submit(os.unlink, path))
+
     async def sync_directory(self, path: str) -> None:
         """fsync of the directory, in a thread."""
         await asyncio.wrap_future(self.sync_threads.submit(_sync_directory, path))

@@ -362,7 +362,7 @@ class Snapshots:
             elif entry in self.entries:
                 self.entries.remove(entry)
             await self.store.save()
-            self._unlink(entry)
+            await self._unlink(entry)
             self.tell("snapshot-deleted", entry)
 
     async def _merge(self, chain: Chain, uuid: str) -> None:
@@ -383,13 +383,14 @@ class Snapshots:
         if member.own is not None:
             self.spawn(member.own.discard)
 
-    def _unlink(self, entry: Entry) -> None:
+    async def _unlink(self, entry: Entry) -> None:
         if entry["uuid"] in self.kept_for_restore:
             return  # stays until the restore is through; the next start removes it
         for index in entry["volumes"]:
             for path in (self.path(entry["uuid"], index), self.path(entry["uuid"], index) + ".own"):
                 if self._disk.exists(path):
-                    self._remove(path)
+                    with contextlib.suppress(OSError):  # a stray: the next start removes it
+                        await self._disk.remove(path)
 
     # -- when space ends ---------------------------------------------------------------------
 
@@ -441,7 +442,7 @@ class Snapshots:
         self.prune()
         await self.store.save()
         for entry in entries:
-            self._unlink(entry)
+            await self._unlink(entry)
             self.events.emit("snapshot-lost", **name_of(entry), why=why)
 
     def prune(self) -> None:

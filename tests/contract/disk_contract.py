@@ -351,6 +351,16 @@ class DirectoryContract:
             disk.rename(old, new)
         file.close()
 
+    def test_remove_is_an_unlink_beside_the_loop(self, world: DiskWorld) -> None:
+        path = f"{world.directory}/large"
+        file = new_file(world, b"some", "large")
+        world.run(world.disk.remove(path))
+        assert world.disk.list(world.directory) == []
+        assert file.pread(0, 4) == b"some", "an open file outlives its name"
+        file.close()
+        with pytest.raises(FileNotFoundError):
+            world.run(world.disk.remove(path))
+
     def test_sync_directory_needs_a_directory(self, world: DiskWorld) -> None:
         with pytest.raises(OSError):
             world.run(world.disk.sync_directory(os.path.join(world.directory, "none")))

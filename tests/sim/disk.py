@@ -208,6 +208,10 @@ class SimDisk:
         self._admit_names("unlink", path)
         self._change_names(_parent(path), {path: None})
 
+    async def remove(self, path: str) -> None:
+        await asyncio.sleep(self.random.choice([0.0, 0.01]))
+        self.unlink(path)
+
     async def sync_directory(self, path: str) -> None:
         INCARNATION.get().check()
         if path not in self._directories:
