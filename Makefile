@@ -64,7 +64,7 @@ sim-if-any: .venv/stamp
 	$(if $(wildcard tests/sim/__main__.py),$(BIN)/python -m tests.sim --seeds $(SEEDS))
 
 guest: setup
-	POWER_CUTS=$(CUTS) $(PYTEST) tests/guest
+	POWER_CUTS=$(CUTS) POSTGRESQL=1 $(PYTEST) tests/guest
 
 # Long, and for an idle machine; each part can be run by itself, and says in its docstring what it is.
 BENCHES := resync snapshots remotes tails recovery tls hostile scale facets

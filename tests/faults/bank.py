@@ -5,7 +5,8 @@ overwritten in the data. The order is kept where the volumes of a group have one
 where they have not, a copy of both does not recover, or recovers to what never was.
 
 Each transfer is a function of its number alone, so a check knows every balance from how many
-transfers there were. ``python -m tests.faults.bank FILE`` makes transfers until it is killed.
+transfers there were. ``python -m tests.faults.bank create|work|check FILE``: ``work`` makes
+transfers until it is killed, and prints after each how many are committed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def moves(number: int) -> list[tuple[int, int, int]]:
 
 
 def work(path: Path) -> None:
-    """Makes transfers for ever, each durable when it ends."""
+    """Makes transfers for ever, each durable when it ends; prints how many there are then."""
     bank = sqlite3.connect(path, isolation_level=None)
     # The journal's file is a volume: it can be neither removed nor cut.
     bank.execute("PRAGMA journal_mode = PERSIST")
@@ -58,6 +59,7 @@ def work(path: Path) -> None:
             bank.execute(change, (amount, target))
         bank.execute("UPDATE transfers SET count = count + 1")
         bank.execute("COMMIT")
+        print(count + 1, flush=True)
 
 
 def check(path: Path) -> int:
@@ -80,4 +82,7 @@ def check(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    if sys.argv[1] == "check":
+        print(check(Path(sys.argv[2])))
+    else:
+        {"create": create, "work": work}[sys.argv[1]](Path(sys.argv[2]))

@@ -123,7 +123,7 @@ def test_a_database_on_two_volumes_recovers_from_the_secondary(
     node = cluster.primary
     counts = [0]
     with mounted(cluster, tmp_path) as path:
-        argv = [sys.executable, "-m", "tests.faults.bank", str(path)]
+        argv = [sys.executable, "-m", "tests.faults.bank", "work", str(path)]
         load = Process("bank", argv, tmp_path / "bank.log")
         try:
             for number in range(CUTS):
