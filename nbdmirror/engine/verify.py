@@ -68,6 +68,8 @@ class Doubt:
     looks: int = 0
     seen: int = 0
     """Differences in a row, with each of its facets."""
+    alone: int = 0
+    """Looks in a row in which the remote agreed with the facet asked, and others did not."""
     turn: int = 0
     """Which facet's hash is sent."""
 
@@ -245,16 +247,20 @@ class Verify:
         if look.count > 1 or region in look.touched or not steady:
             # Looked at by itself, and untouched, before it counts; and what a facet holds whose
             # sync has failed meanwhile is not for a verify to tell.
-            doubt.seen = 0
-        elif not differs:
-            # The remote agrees with this facet: those that do not are rotten.
-            del self._doubt_of[key]
-            rotten = [f for f, odd in zip(look.facets, alone, strict=True) if odd]
-            self._found(look.volume, region, [facet.path for facet in rotten])
-            return True
-        else:
+            doubt.seen = doubt.alone = 0
+        elif differs:
+            doubt.alone = 0
             doubt.seen += 1
             doubt.turn += 1
+        else:
+            # The remote agrees with this facet: those that do not are rotten, if they stay: of one
+            # that is about to fail what was not synced may be gone already.
+            doubt.alone += 1
+            if doubt.alone >= SEEN_MIN:
+                del self._doubt_of[key]
+                rotten = [f for f, odd in zip(look.facets, alone, strict=True) if odd]
+                self._found(look.volume, region, [facet.path for facet in rotten])
+                return True
         if doubt.seen >= SEEN_MIN * len(look.facets):
             del self._doubt_of[key]
             self._found(look.volume, region, [])
