@@ -192,7 +192,8 @@ class Facets:
             return
         self._take_out(member, why)
         # Nobody goes on: no reply follows, so what its last sync left is all that was promised.
-        member.saved["last"] = not self.has_source(volume)
+        volume.ended = not self.has_source(volume)
+        member.saved["last"] = volume.ended
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
         facet.unnoted = False

@@ -184,6 +184,8 @@ class Housekeeper:
             if not volume.in_service() and not self._goes_on(volume):
                 failed = (facet.failed for facet in volume.facets if facet.failed is not None)
                 raise next(failed, None) or DiskFailed(volume.no_facet().message)
+            if not volume.in_service() and self.rescue is not None:
+                await self.rescue.durable(volume, upto)
         return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
 
     async def sync_facets(self, *, everything: bool = False) -> None:

@@ -164,14 +164,17 @@ class DcmFile:
         if not self._unsynced:
             return
         self._unsynced = False
+        file = self._file
         try:
-            await self._file.sync()
+            await file.sync()
             if self._name_unsynced:
                 directory = self.path.rpartition("/")[0]
                 await self._disk.sync_directory(directory)
                 await self._disk.sync_directory(directory.rpartition("/")[0] or "/")
                 self._name_unsynced = False
         except OSError as error:
+            if file is not self._file:
+                return  # closed meanwhile: nobody needs it any more
             self._unsynced = True
             raise self._failed("sync", error) from error
 

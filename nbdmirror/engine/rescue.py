@@ -147,11 +147,24 @@ class Rescue:
 
     def goes_on(self, volume: Volume) -> bool:
         """Whether the volume is of use without a local facet: a remote follows the log."""
-        return bool(self.following(volume))
+        return not volume.ended and bool(self.following(volume))
 
     def following(self, volume: Volume) -> list[Remote]:
         """The remotes that hold all of it, with the log."""
         return [remote for remote in self._remotes if remote.follows(volume)]
+
+    async def durable(self, volume: Volume, seq: int) -> None:
+        """Returns when a remote that holds the volume has everything up to record ``seq``, durably:
+        that is what a flush promises where the log is in memory and no facet is left (I3, M13).
+        DiskFailed if none has it within ``REACH_SECONDS``."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + REACH_SECONDS
+        while self.goes_on(volume) and loop.time() < end:
+            following = self.following(volume)
+            if any(remote.durable_seq >= seq for remote in following):
+                return
+            await self._change(following, min(RETRY_SECONDS, max(0.0, end - loop.time())))
+        raise DiskFailed(volume.no_facet().message)
 
     def in_reach(self, volume: Volume) -> bool:
         """Whether such a remote is connected now."""

@@ -86,6 +86,10 @@ class Volume:
         self.facets = facets
         self.locks: RangeLocks[asyncio.Future[None]] = RangeLocks()
         self.clients = 0
+        self.ended = False
+        """Its last facet failed and nobody stood in for it: the node ends, whoever could stand in
+        a moment later. What its superblock says of the facet, and where the log is, rests on that.
+        """
         self.beside = asyncio.Lock()
         """Held by a copy between facets, and by a restore's copy into them, from its read to its
         write: a restore takes no range lock, because who holds one may wait for it. Taken after a
