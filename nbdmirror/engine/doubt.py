@@ -45,6 +45,10 @@ async def mark_doubtful(
         for volume in group.volumes
         if not volume.in_service()
     }
+    if recovered.in_doubt:
+        for index in leaders:
+            # It may have what the log lost: nothing older is to come over that.
+            store.state["volumes"][index]["redo_seq"] = group.log.next_seq - 1
     for remote in remotes:
         if not recovered.clean:
             for dcm in remote.dcms:

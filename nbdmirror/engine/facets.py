@@ -433,8 +433,9 @@ class Facets:
         kept, volume = member.facet.kept_seq, member.volume
         if member.saved["offline"] or member.dcm is not None or volume.overlay is not None:
             return False
-        alone = not volume.in_service()
-        return alone and kept is not None and kept + 1 >= self.group.log.ring.tail_seq
+        if kept is None or volume.in_service():
+            return False
+        return kept >= max(self.group.log.ring.tail_seq - 1, self.store.redo_seq(volume.index))
 
     async def hurry(self, member: Member) -> None:
         """The log is full: a facet that can come back from it alone does so now, not later."""

@@ -163,6 +163,8 @@ async def _apply(
             if not only_healing:
                 await before(record)
             volume = volumes[record.volume]
+            if record.seq <= store.redo_seq(record.volume):
+                continue
             facets = [f for f in volume.facets if f in healing and f.failed is None]
             for facet in facets if only_healing else volume.writable() + facets:
                 try:
@@ -234,9 +236,11 @@ def _failed(store: Store, volume: Volume) -> list[tuple[int, LocalFacet]]:
 
 def _healing(store: Store, volumes: list[Volume], log: Log) -> list[LocalFacet]:
     """The failed facets for which the log holds everything since their last sync."""
-    begin = max(log.ring.tail_seq - 1, int(store.state.get("redo_seq", 0)))
-    failed = [one for volume in volumes for one in _failed(store, volume)]
-    return [facet for synced, facet in failed if synced >= begin]
+    found = []
+    for volume in volumes:
+        begin = max(log.ring.tail_seq - 1, store.redo_seq(volume.index))
+        found += [facet for synced, facet in _failed(store, volume) if synced >= begin]
+    return found
 
 
 def _last_ones(store: Store, volumes: list[Volume]) -> list[LocalFacet]:
@@ -368,7 +372,7 @@ def _followed(store: Store, index: int) -> bool:
     in_memory = state.get("log_spill") or state.get("log_volatile")
     if in_memory and not state["clean"]:
         served = FacetState.SYNCHRONISED.value
-        if any(entry["state"] == served for entry in volume["facets"]):
+        if any(entry["state"] == served or entry.get("last") for entry in volume["facets"]):
             return False
     return any(may_follow(facts, volume["name"]) for facts in state["remotes"].values())
 

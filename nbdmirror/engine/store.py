@@ -19,7 +19,9 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     tail           {position, seq}: where the log's valid part begins
     durable_seq    the log was durable up to here when this was saved; 0 if that is not known
     end_seq        the log's last record at the last clean stop
-    volumes        [{name, uuid, size, region_size, facets: [{path, state}]}]
+    volumes        [{name, uuid, size, region_size, facets: [{path, state}], redo_seq}]; redo_seq,
+                   if any: no record up to here is redone in this volume: it had no facet after a
+                   power loss, and the remote that stands in may be ahead of the log
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
     log_path       where the log is, if it was moved; log_volatile: true while it is in memory only
     log_spill      true while the log's newest records may be in memory only: see ``engine.spill``
@@ -124,6 +126,11 @@ class Store:
             raise self._failed(error) from error
         self._counter += 1
         self._slot = slot
+
+    def redo_seq(self, volume: int) -> int:
+        """The last record that no redo brings into the volume of that index."""
+        entry = self.state["volumes"][volume]
+        return max(int(self.state.get("redo_seq", 0)), int(entry.get("redo_seq", 0)))
 
     def full(self) -> str | None:
         """Why nothing may be added to the state that can be refused (a snapshot, a facet, a

@@ -115,6 +115,11 @@ def _(assign: Assign) -> None:
     assign(Remote, "doubt", doubt)
 
 
+@mutant("M11 redo brings back what a remote that stood in had newer", LOST)
+def _(assign: Assign) -> None:
+    assign(Store, "redo_seq", lambda self, volume: int(self.state.get("redo_seq", 0)))
+
+
 @mutant("M11 all remotes are compared with a facet that there is not", LOST)
 def _(assign: Assign) -> None:
     original = doubt.mark_doubtful
