@@ -118,6 +118,8 @@ class Witness:
             world.history.back_to(end)
         world.history.found(end)
         world.album.recovered(node)
+        if node.store.state.get("log_volatile"):
+            world.history.back_to(end)  # what was restored stays so; its mark was in memory
         holders = self._held(host, node)
         images = [restored.get(index, image) for index, image in enumerate(holders.volumes)]
         forked = power or host.forked
