@@ -112,7 +112,7 @@ async def _facets(env: Env, paths: tuple[str, ...], size: int) -> list[dict[str,
     for path in paths:
         if not env.disk.exists(path):
             env.disk.make_directory(path.rpartition("/")[0])
-        created = await make_facet(env.disk, path, size)
+        created = await make_facet(env.disk, path, size, grow=True)
         made.append({"path": path, "created": created})
     return made
 

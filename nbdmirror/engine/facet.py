@@ -189,13 +189,14 @@ class LocalFacet:
             self._file = None
 
 
-async def make_facet(disk: Disk, path: str, size: int) -> bool:
+async def make_facet(disk: Disk, path: str, size: int, *, grow: bool) -> bool:
     """A facet's file, durable under its name and of ``size`` bytes at least; returns whether it
-    was made. ConfigError if it is a smaller device; OSError."""
+    was made. One that holds something is made larger only with ``grow``. ConfigError if it is a
+    smaller device; OSError."""
     created = not disk.exists(path)
     file = disk.open(path, create=created)
     try:
-        if file.size() < size:
+        if file.size() < size and (grow or not file.size()):
             if file.block_device:
                 raise ConfigError(
                     f"the device {path} has {file.size()} bytes, the volume {size}",

@@ -334,7 +334,7 @@ class Facets:
     async def _make_file(self, path: str, size: int) -> None:
         """A file that is not there is made, as large as the volume."""
         try:
-            await make_facet(self._disk, path, size)
+            await make_facet(self._disk, path, size, grow=False)
         except OSError as error:
             raise StateError(
                 f"cannot make the facet {path}: {error.strerror or error}",

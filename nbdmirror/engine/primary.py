@@ -277,8 +277,10 @@ class Primary:
         return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
 
     async def pause(self, name: str) -> None:
-        """Ends the connection until ``resume``; changes stay in the log, past it in the DCM."""
+        """Ends the connection until ``resume``; changes stay in the log, past it in the DCM.
+        Refused if a volume is read from it."""
         remote = self.remote(name)
+        self.check_needed(remote)
         remote.facts["paused"] = True
         await self._store.save()
         remote.drop.set()

@@ -63,6 +63,8 @@ def test_the_last_facet_is_lost_and_comes_back(make_cluster: MakeCluster) -> Non
     node = cluster.primary
     lose_the_facet(cluster, journal)
     check_serves(cluster, journal)
+    refused = node.cli("pause", "beta")
+    assert refused.code == 4 and "holds the only copy" in refused.err
     bury(node)
     assert start_under(node, strace("pwrite64", "error=EIO", "1+", path=node.facets("data")[0]))
     assert facet(cluster)["state"] == "not-synchronised"
