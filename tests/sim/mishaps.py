@@ -8,6 +8,7 @@ import random
 
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.node import Node
+from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError
 from tests.sim.faults import AllLost, Fault, Injector, Kind
 from tests.sim.host import Host
@@ -210,14 +211,20 @@ class Faults:
         prefix = rng.choice(["/state", "/facets", "/"])
         host.disk.faults = _once(operation, prefix, Fault(kind))
 
+    def _failing_volume(self) -> Volume | None:
+        """A volume of the primary of which a facet may fail."""
+        node = self._world.a.node
+        if node is None:
+            return None
+        volume = self._random.choice(node.volumes)
+        spared = len(volume.in_service()) < 2 and not self._world.options.last_facet
+        return None if spared else volume
+
     def _facet_error(self) -> None:
         """An operation on one of several facets of the primary fails."""
         world, rng = self._world, self._random
-        node = world.a.node
-        if node is None:
-            return
-        volume = rng.choice(node.volumes)
-        if len(volume.in_service()) < 2 and not world.options.last_facet:
+        volume = self._failing_volume()
+        if volume is None:
             return
         operation, kind = rng.choice(
             [
@@ -243,11 +250,8 @@ class Faults:
     def _facet_lost(self) -> None:
         """The disk of one of the primary's facets is gone for some time."""
         world, rng = self._world, self._random
-        node = world.a.node
-        if node is None:
-            return
-        volume = rng.choice(node.volumes)
-        if len(volume.in_service()) < 2 and not world.options.last_facet:
+        volume = self._failing_volume()
+        if volume is None:
             return
         path, broken = rng.choice(volume.facets).path, world.a.disk.broken
         broken.add(path)

@@ -111,17 +111,20 @@ def test_an_answer_older_than_the_log_is_not_taken() -> None:
     run(main())
 
 
+class Following:
+    """A remote that follows, and is out of reach."""
+
+    reads, applied_seq = None, 0
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+
+    def follows(self, volume: Volume) -> bool:
+        return True
+
+
 def test_a_read_that_waits_for_a_remote_is_served_by_a_facet_that_comes_back() -> None:
     """M11, I8. (Seed 6004560: it failed though the facet was there again.)"""
-
-    class Following:
-        reads, applied_seq = None, 0
-
-        def __init__(self) -> None:
-            self.changed = asyncio.Event()
-
-        def follows(self, volume: Volume) -> bool:
-            return True
 
     async def main() -> None:
         volume = make(1)
@@ -141,3 +144,18 @@ def test_a_read_that_waits_for_a_remote_is_served_by_a_facet_that_comes_back() -
         raise AssertionError("no facet failed")
 
     run(main())
+
+
+def test_a_volume_that_has_ended_does_not_go_on() -> None:
+    """M11: nobody stood in when its last facet failed, and the superblock rests on that, whoever
+    follows a moment later. (Aim ``lost_spilled``, seed 14: an acknowledged write was lost.)"""
+
+    async def lost(volume: Volume, facet: LocalFacet) -> None:
+        raise AssertionError("no facet failed")
+
+    volume = make(1)
+    rescue = Rescue([volume], [Following()], EventLog(LinuxClock(), 100), lost)  # type: ignore[list-item]
+    volume.facets[0].state = FacetState.NOT_SYNCHRONISED
+    assert rescue.goes_on(volume)
+    volume.ended = True
+    assert not rescue.goes_on(volume)

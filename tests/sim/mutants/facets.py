@@ -15,6 +15,7 @@ from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.remote import Remote, may_follow
+from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
@@ -232,3 +233,24 @@ def _(assign: Assign) -> None:
         return original(store, volumes, log)
 
     assign(recovery, "_healing", healing)
+
+
+@mutant(
+    "M13 a flush does not wait for the remote that stands in",
+    aimed(
+        faults={"log error": 1.0, "facet lost": 2.0, "power a": 1.0, "slow link": 1.0},
+        fault_gap=0.2,
+        facets=1,
+        remotes=1,
+        mode="async",
+        clients=4,
+        operations=200,
+        flush=0.3,
+        pause=0.05,
+        spill=0,
+        last_facet=True,
+        snapshot_gap=0.0,
+    ),
+)
+def _(assign: Assign) -> None:
+    assign(Rescue, "durable", nothing)
