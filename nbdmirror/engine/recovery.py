@@ -7,7 +7,9 @@ Start costs the log's tail, never the volume (I7). What happened is read off the
   the facets hold; redo, and count the facets as unsynced from the tail on (O23);
 - power loss: the valid part of the log is redone and synced; the end of the epoch becomes a fork,
   and every active extent goes into every remote's DCM, to be compared;
-- either, of a log that was in memory in part (``engine.spill``): the same, but nothing is redone.
+- either, of a log that was in memory in part (``engine.spill``): the same, but nothing is redone;
+- a sync of the log failed, same boot: what it had not synced may be gone as after a power loss
+  (O16), but a primary's facets hold all of it, so they are only compared.
 
 Every step may itself be cut by a crash and is then done again (O19).
 """
@@ -43,6 +45,8 @@ class Recovered:
     power_loss: bool
     memory_lost: bool
     """The newest entries of the log were in memory only: nothing was redone."""
+    log_lost: bool
+    """The log has lost its newest entries, the facets in service have not: they are as they were."""
     records: int
     end_seq: int
     lost: int
@@ -71,12 +75,14 @@ async def redo(
     again, and what the page cache may have lost is written anew (O16)."""
     state = store.state
     clean = bool(state["clean"])
-    # A failed sync of the log may have cost as much of it as a power loss (O16).
     volatile = bool(state.get("log_volatile"))  # what it held is gone with the process
-    power_loss = not clean and (
-        volatile or state["boot_id"] != boot_id or bool(state.get("log_failed"))
-    )
+    rebooted = volatile or state["boot_id"] != boot_id
     memory_lost = not clean and bool(state.get("log_spill"))
+    # A failed sync of the log may have cost as much of it as a power loss (O16).
+    power_loss = not clean and (rebooted or bool(state.get("log_failed")))
+    # What a secondary has applied was durable in the log before (O2).
+    log_lost = power_loss and not (rebooted or memory_lost) and state["role"] == "primary"
+    only_healing = clean or log_lost
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     healing = _last_ones(store, volumes) if memory_lost else _healing(store, volumes, log)
     for facet in (facet for volume in volumes for facet in volume.facets):
@@ -102,15 +108,15 @@ async def redo(
     if behind:
         healing = []
     elif not memory_lost and (not clean or healing):
-        await _apply(store, log, until, volumes, healing, before, only_healing=clean)
-    if memory_lost:
+        await _apply(store, log, until, volumes, healing, before, only_healing=only_healing)
+    if memory_lost or log_lost:
         await _follow_marks(log, before)
         state["redo_seq"] = end_seq
     for volume in volumes:
         for facet in (one for one in volume.facets if one.failed is None):
             facet.written_seq = max(until, log.ring.tail_seq - 1)
             # Redo may have brought back older versions of blocks: nothing counts as synced (O23).
-            redone = records and not memory_lost and (not clean or facet in healing)
+            redone = records and not memory_lost and (not only_healing or facet in healing)
             facet.synced_seq = log.ring.tail_seq - 1 if redone else facet.written_seq
             if facet in healing or (in_doubt and facet.in_service):
                 await _sync(store, volume, facet)
@@ -121,6 +127,7 @@ async def redo(
         clean=clean,
         power_loss=power_loss,
         memory_lost=memory_lost,
+        log_lost=log_lost,
         records=records,
         end_seq=end_seq,
         lost=0 if volatile else max(0, known - end_seq),
