@@ -66,6 +66,20 @@ async def note_beside(facets: Facets, volume: int, ranges: Iterable[tuple[int, i
 
 
 @asynccontextmanager
+async def changing_beside(
+    facets: Facets, volume: int, ranges: list[tuple[int, int]]
+) -> AsyncIterator[None]:
+    """Within, ranges of a volume are changed beside the log in all facets that take writes. One
+    that leaves meanwhile lacks them, whether it is still out of service at the end or back."""
+    facets.beside[volume] = ranges
+    try:
+        yield
+        await note_beside(facets, volume, ranges)
+    finally:
+        del facets.beside[volume]
+
+
+@asynccontextmanager
 async def bypass(
     primary: Primary, facets: Facets, volumes: list[int], why: str, *, force: bool
 ) -> AsyncIterator[Bypass]:

@@ -57,6 +57,8 @@ class Facets:
         self._directory = directory
         self.spill: Spill | None = None
         """Of a log that is partly in memory: it minds whether each volume has a facet."""
+        self.beside: dict[int, list[tuple[int, int]]] = {}
+        """What is being changed beside the log, by volume (see ``engine.bypass``)."""
         self.members: list[Member] = []
         for volume, saved in zip(group.volumes, store.state["volumes"], strict=True):
             for facet, entry in zip(volume.facets, saved["facets"], strict=True):
@@ -409,6 +411,9 @@ class Facets:
             return
         if not facet.writable:
             await member.to_map()
+            for offset, length in self.beside.get(volume.index, ()):
+                member.mark(volume.index, offset, length)
+            await member.sync_map()
             self._join(member)
         assert member.dcm is not None
         await self.store.save()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.engine.bypass import bypass, note_beside, relieve_log
+from nbdmirror.engine.bypass import bypass, changing_beside, note_beside, relieve_log
 from nbdmirror.engine.chain import Member
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.restore import VolumeRestore, restore_map
@@ -352,7 +352,10 @@ class Restorer:
             async with bypass(primary, self._facets(), [volume.index], why, force=force) as way:
                 mark = Mark(marks.CHANGED, None, (volume.index,))
                 seq = await way.commit(mark, {volume.index: regions})
-                await self._even(volume, regions)
+                size = volume.region_size
+                runs = [(first * size, count * size) for first, count in regions.runs()]
+                async with changing_beside(self._facets(), volume.index, runs):
+                    await self._even(volume, regions)
                 await self._store.save()
             await self._settle(seq)
         self._node.events.emit("changed", volume=volume.name, regions=regions.count, seq=seq)

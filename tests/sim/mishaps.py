@@ -172,7 +172,10 @@ class Faults:
             host.failed = None
             spare = host.role == "secondary" and not world.options.last_facet
             if spare and self._random.random() < world.options.replaces:
-                await world.replace(host)
+                try:
+                    await world.replace(host)
+                except Gone:
+                    return
         await world.start(host)
 
     # -- links -----------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from nbdmirror.engine.node import Node
 from tests.sim.oracle import Violation, compare
 
 if TYPE_CHECKING:
+    from nbdmirror.engine.events import Event
+    from tests.sim.host import Host
     from tests.sim.world import World
 
 REGIONS_MAX = 3
@@ -30,9 +32,15 @@ class Rot:
         """(volume, offset) of regions that rotted."""
         self._found: dict[tuple[str, int], None] = {}
 
-    def told(self, volume: str, offset: int) -> None:
-        """A verify says that a region differs; Violation if none rotted there."""
-        if (volume, offset) not in self.wanted:
+    def told(self, host: Host, event: Event) -> None:
+        """A verify says that a region differs; Violation if none rotted there, and its facets could
+        be read."""
+        volume, offset = event["volume"], event["offset"]
+        paths = event["rotten"] or []
+        node = host.node
+        facets = [f for v in node.volumes for f in v.facets if f.path in paths] if node else []
+        unreadable = bool(facets) and all(facet.errors for facet in facets)
+        if (volume, offset) not in self.wanted and not unreadable:
             raise Violation(f"a verify found what is not there: {volume} at {offset}")
         self._found[volume, offset] = None
 

@@ -58,7 +58,7 @@ class Witness:
         if event["kind"] == "started":
             self._on_started(host, event)
         if event["kind"] == "verify-differs" and not world.beside.pending:
-            self._judge(lambda: world.rot.told(event["volume"], event["offset"]))
+            self._judge(lambda: world.rot.told(host, event))
         if event["kind"] == "handshake":
             world.fired[f"rule {event['rule']}"] += 1
             self._judge(lambda: self._on_handshake(host, event))

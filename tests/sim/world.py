@@ -240,7 +240,7 @@ class World:
     async def create(self, host: Host, *, force: bool = False) -> None:
         """Makes a node's state."""
         self._begin_life(host)
-        host.created = False
+        host.starting, host.created = True, False
         await self.in_life(host, create(self.env(host), host.config, host.role, force=force))
         host.created = True
         self._end_life(host, power=False)

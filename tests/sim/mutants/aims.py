@@ -99,6 +99,18 @@ BESIDE = aimed(
     last_facet=False,
 )
 """Changes beside the write path, one after the other."""
+LEAVING = aimed(
+    beside=0.5,
+    facets=2,
+    faults={"facet lost": 2.0, "facet error": 1.0, "kill a": 0.2},
+    fault_gap=0.2,
+    clients=1,
+    operations=100,
+    pause=0.05,
+    mode="async",
+    last_facet=False,
+)
+"""Changes beside the write path, and facets that leave in the middle of them."""
 NEW_DISKS = aimed(
     faults={"write error b": 2.0, "sync error b": 1.0, "cut": 1.0},
     fault_gap=1.0,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.core.dcm import Dcm
+from nbdmirror.engine import restorer
 from nbdmirror.engine.bypass import Bypass
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
-from tests.sim.mutants.aims import ALONE, BESIDE, LEANING, RESTORES
+from tests.sim.mutants.aims import ALONE, BESIDE, LEANING, LEAVING, RESTORES
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -116,6 +118,11 @@ def _(assign: Assign) -> None:
 @mutant("V13 other facets do not get what was written into one", BESIDE)
 def _(assign: Assign) -> None:
     assign(Restorer, "_even", nothing)
+
+
+@mutant("V13 a facet that leaves meanwhile is not told of the change", LEAVING)
+def _(assign: Assign) -> None:
+    assign(restorer, "changing_beside", lambda facets, volume, ranges: nullcontext())
 
 
 @mutant("V13 snapshots are said to be whole that lack what was overwritten", BESIDE)
