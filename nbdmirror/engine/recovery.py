@@ -46,7 +46,7 @@ class Recovered:
     memory_lost: bool
     """The newest entries of the log were in memory only: nothing was redone."""
     log_lost: bool
-    """The log has lost its newest entries; the facets in service have them, and were not touched."""
+    """The log lost its newest entries; the facets in service have them, and were not touched."""
     records: int
     end_seq: int
     lost: int
