@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -69,7 +70,12 @@ def restore(args: argparse.Namespace) -> int:
 def changed(args: argparse.Namespace) -> int:
     """``changed``: a facet was written to by something else; the other copies follow."""
     ranges = [_range(text) for text in args.ranges]
-    params = {"volume": args.volume, "ranges": ranges, "force": args.force}
+    params = {
+        "volume": args.volume,
+        "ranges": ranges,
+        "facet": None if args.facet is None else os.path.abspath(args.facet),
+        "force": args.force,
+    }
     return _call(args, "changed", params, lambda done: f"{size_text(done['bytes'])} taken in")
 
 

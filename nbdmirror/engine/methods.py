@@ -51,7 +51,11 @@ class SnapshotApi(Protocol):
         """Restores volumes from one; complete on return, the copy runs behind (V12)."""
 
     async def changed(
-        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+        self,
+        volume: str,
+        ranges: builtins.list[tuple[int, int]],
+        facet: str | None,
+        force: bool,
     ) -> Json:
         """Takes in what was written to a facet beside the log (V13)."""
 
@@ -262,7 +266,9 @@ async def _restore(call: Call) -> Json:
 async def _changed(call: Call) -> Json:
     params = call.params
     ranges = [(pair[0], pair[1]) for pair in params["ranges"]]
-    return await call.node.people.changed(params["volume"], ranges, params["force"])
+    return await call.node.people.changed(
+        params["volume"], ranges, params["facet"], params["force"]
+    )
 
 
 def _pairs(value: Any) -> str | None:
@@ -407,6 +413,7 @@ METHODS: dict[str, Method] = {
         {
             "volume": Param(str, required=True),
             "ranges": Param(list, required=True, check=_pairs),
+            "facet": Param(str, check=_absolute),
             "force": Param(bool, default=False),
         },
         changing=True,

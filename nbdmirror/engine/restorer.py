@@ -19,7 +19,7 @@ from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.restore import VolumeRestore, restore_map
 from nbdmirror.engine.snapshots import Entry
 from nbdmirror.engine.volume import Volume, read_failed
-from nbdmirror.errors import NbdmirrorError, Refused, StateError, VolumeFailed
+from nbdmirror.errors import NbdmirrorError, Refused, StateError, UsageError, VolumeFailed
 
 if TYPE_CHECKING:
     from nbdmirror.engine.facet import LocalFacet
@@ -332,12 +332,13 @@ class Restorer:
     # -- what changed behind our back (V13) ----------------------------------------------------
 
     async def changed(
-        self, volume: Volume, ranges: list[tuple[int, int]], *, force: bool
+        self, volume: Volume, ranges: list[tuple[int, int]], facet: str | None, *, force: bool
     ) -> dict[str, Any]:
         """Takes in that a facet's content was changed in (offset, length) ranges, by whoever it
-        was: other facets and remotes follow. Snapshots that do not have the regions' old content
-        are lost by it, with ``force``."""
+        was: other facets and remotes follow. Which one, ``facet`` says, by its path; of several it
+        must. Snapshots that do not have the regions' old content are lost by it, with ``force``."""
         primary = self._need_primary()
+        source = _edited(volume, facet)
         regions = Dcm(volume.regions)
         for offset, length in ranges:
             if not 0 < length <= volume.size - offset or offset < 0:
@@ -355,19 +356,20 @@ class Restorer:
                 size = volume.region_size
                 runs = [(first * size, count * size) for first, count in regions.runs()]
                 async with changing_beside(self._facets(), volume.index, runs):
-                    await self._even(volume, regions)
+                    await self._even(volume, regions, source)
                 await self._store.save()
             await self._settle(seq)
         self._node.events.emit("changed", volume=volume.name, regions=regions.count, seq=seq)
         return {"regions": regions.count, "bytes": regions.count * volume.region_size, "seq": seq}
 
-    async def _even(self, volume: Volume, regions: Dcm) -> None:
-        """Every facet that takes writes holds, durably, what the first in service does: one that
-        is being synchronised too, and what was written by somebody else may be in the page cache
-        only. VolumeFailed if that one cannot be read."""
-        source, size = volume.source(), volume.region_size
+    async def _even(self, volume: Volume, regions: Dcm, source: LocalFacet) -> None:
+        """Every facet that takes writes holds, durably, what ``source`` does: one that is being
+        synchronised too, and what was written by somebody else may be in the page cache only.
+        VolumeFailed if it cannot be read, Refused if it leaves service."""
+        size = volume.region_size
         for first, count in regions.runs():
             for region in range(first, first + count):
+                _check_edited(source)
                 offset = region * size
                 length = min(size, volume.size - offset)
                 try:
@@ -398,3 +400,27 @@ class Restorer:
                 hint="delete them, or give --force, which ends them",
             )
         await self._snapshots.lose(uuids, "the volume was changed beside the log")
+
+
+def _edited(volume: Volume, path: str | None) -> LocalFacet:
+    """The facet that was written to. If several could be meant, one must be named: by another one's
+    content the edit would be undone, and be said to be taken in."""
+    paths = ", ".join(facet.path for facet in volume.facets)
+    if path is None and len(volume.facets) > 1:
+        raise UsageError(
+            f"volume {volume.name} has several facets: {paths}",
+            hint="say which one was written to: --facet PATH",
+        )
+    for facet in volume.facets:
+        if path in (None, facet.path):
+            _check_edited(facet)
+            return facet
+    raise UsageError(f"volume {volume.name} has no facet {path} (facets: {paths})")
+
+
+def _check_edited(facet: LocalFacet) -> None:
+    if not facet.in_service:
+        raise Refused(
+            f"facet {facet.path} is not in service: what was written to it is not the volume's",
+            hint="write it to a facet in service, or bring that one back first: facet online",
+        )

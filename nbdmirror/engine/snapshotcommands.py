@@ -127,10 +127,14 @@ class SnapshotCommands:
         )
 
     async def changed(
-        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+        self,
+        volume: str,
+        ranges: builtins.list[tuple[int, int]],
+        facet: str | None,
+        force: bool,
     ) -> dict[str, Any]:
         """A facet of the volume was changed in these ranges beside the log (V13)."""
-        return await self._restorer().changed(self.volume(volume), ranges, force=force)
+        return await self._restorer().changed(self.volume(volume), ranges, facet, force=force)
 
     def _restorer(self) -> Restorer:
         assert self._node.restorer is not None  # made before anybody can ask

@@ -30,6 +30,7 @@ class Beside:
         self.rng = random.Random(f"{world.seed}:beside")
         self._volume = 0
         self._source = ""
+        """The facet that was written to."""
         self._ranges: list[tuple[int, int]] = []
         self._writes: list[Write] = []
         self.pending = False
@@ -85,7 +86,6 @@ class Beside:
     def _change(self, node: Node) -> None:
         world, rng, index = self._world, self.rng, self._volume
         cell, size = world.options.cell, world.options.sizes[self._volume]
-        path = node.volumes[index].source().path
         self._ranges, self._writes = [], []
         self._hidden.append((world.history.head, None))
         self.pending = True
@@ -95,15 +95,21 @@ class Beside:
             value = world.content.value()
             self._writes.append(world.content.begin(index, offset, length, value))
             self._ranges.append((offset, length))
-            world.a.disk.scribble(path, offset, pattern(value, length))
-        world.trace("people", f"change {path} {self._ranges}")
+        self._scribble(node)
         world.fired["changed beside the write path"] += 1
+
+    def _scribble(self, node: Node) -> None:
+        disk, self._source = self._world.a.disk, node.volumes[self._volume].source().path
+        for write, (offset, length) in zip(self._writes, self._ranges, strict=True):
+            disk.scribble(self._source, offset, pattern(write.value, length))
+        self._world.trace("people", f"change {self._source} {self._ranges}")
 
     async def say(self, node: Node) -> None:
         """Tells the node; raises what ``changed`` raises, or Gone if it dies first."""
         world, volume = self._world, node.volumes[self._volume]
-        self._source = volume.source().path
-        await node.people.changed(volume.name, self._ranges, True)
+        if not any(facet.path == self._source for facet in volume.in_service()):
+            self._scribble(node)  # it has left with what was written to it
+        await node.people.changed(volume.name, self._ranges, self._source, True)
         for write in self._writes:
             world.content.end(write, acked=True, durable=True)
         self._hidden = [(a, self._seq if b is None else b) for a, b in self._hidden]

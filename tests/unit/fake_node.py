@@ -62,9 +62,13 @@ class FakePeople:
         return {"total_bytes": 131072, "undo": SNAPSHOT["uuid"]}
 
     async def changed(
-        self, volume: str, ranges: builtins.list[tuple[int, int]], force: bool
+        self,
+        volume: str,
+        ranges: builtins.list[tuple[int, int]],
+        facet: str | None,
+        force: bool,
     ) -> Json:
-        self._calls.append(("changed", volume, ranges, force))
+        self._calls.append(("changed", volume, ranges, facet, force))
         return {"regions": 1, "bytes": 65536, "seq": 9}
 
 

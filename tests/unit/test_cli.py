@@ -549,10 +549,10 @@ def test_restore_and_changed_reach_the_daemon(path: str, node: FakeNode, capsys:
     assert "the state before is snapshot 01234567" in capsys.readouterr().out
     options = ["--volume", "data", "--while-attached", "--no-keep", "--force"]
     assert main(["-s", path, "restore", "3", *options]) == 0
-    assert main(["-s", path, "changed", "data", "0+512", "65536+4096"]) == 0
+    assert main(["-s", path, "changed", "data", "0+512", "65536+4096", "--facet", "/f/1"]) == 0
     assert node.calls == [
         ("restore", "3", None, False, True, False),
         ("restore", "3", "data", True, False, True),
-        ("changed", "data", [(0, 512), (65536, 4096)], False),
+        ("changed", "data", [(0, 512), (65536, 4096)], "/f/1", False),
     ]
     assert main(["-s", path, "changed", "data", "0-512"]) == 2

@@ -537,15 +537,15 @@ def test_what_was_changed_behind_the_log_stays_and_snapshots_are_not_spoilt_sile
         await world.write(3, 1)
         await world.write(4, 1)
         world.node.volumes[0].facets[0].file.pwrite(3 * REGION, b"\x09" * REGION)
-        await world.node.people.changed("v", [(3 * REGION, REGION)], False)
+        await world.node.people.changed("v", [(3 * REGION, REGION)], None, False)
         await world.restart(cut=True)
         assert (await world.volume_fills())[3:5] == [9, 1]
         await world.take()
         with pytest.raises(Refused, match="1 snapshots of v need"):
-            await world.node.people.changed("v", [(3 * REGION, 1)], False)
-        await world.node.people.changed("v", [(3 * REGION, 1)], True)
+            await world.node.people.changed("v", [(3 * REGION, 1)], None, False)
+        await world.node.people.changed("v", [(3 * REGION, 1)], None, True)
         assert world.states() == ["lost"]
         with pytest.raises(Refused, match="not within"):
-            await world.node.people.changed("v", [(REGIONS * REGION, 1)], False)
+            await world.node.people.changed("v", [(REGIONS * REGION, 1)], None, False)
 
     primary(test)
