@@ -25,13 +25,7 @@ from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import (
-    DiskFailed,
-    NbdmirrorError,
-    Refused,
-    StateError,
-    UsageError,
-)
+from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused, StateError, UsageError
 from nbdmirror.ports import Disk
 
 if TYPE_CHECKING:

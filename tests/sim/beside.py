@@ -35,6 +35,7 @@ class Beside:
         self._writes: list[Write] = []
         self.pending = False
         """It is in a facet, and nobody was told that it was taken in."""
+        self._restarted = False
         self._hidden: list[tuple[int, int | None]] = []
         """Behind which record, up to which mark, a node may have the ranges as they were at one
         time or another: a resync may have come by meanwhile."""
@@ -84,7 +85,7 @@ class Beside:
         return bool(volume.in_service()) and not flying and node.log.failed is None
 
     def _change(self, node: Node) -> None:
-        world, rng, index = self._world, self.rng, self._volume
+        world, rng = self._world, self.rng
         cell, size = world.options.cell, world.options.sizes[self._volume]
         self._ranges, self._writes = [], []
         self._hidden.append((world.history.head, None))
@@ -92,23 +93,29 @@ class Beside:
         for _ in range(rng.randint(1, RANGES_MAX)):
             count = rng.randint(1, min(4 * world.options.write_cells, size // cell))
             offset, length = rng.randrange(size // cell - count + 1) * cell, count * cell
-            value = world.content.value()
-            self._writes.append(world.content.begin(index, offset, length, value))
             self._ranges.append((offset, length))
         self._scribble(node)
         world.fired["changed beside the write path"] += 1
 
     def _scribble(self, node: Node) -> None:
-        disk, self._source = self._world.a.disk, node.volumes[self._volume].source().path
-        for write, (offset, length) in zip(self._writes, self._ranges, strict=True):
-            disk.scribble(self._source, offset, pattern(write.value, length))
-        self._world.trace("people", f"change {self._source} {self._ranges}")
+        world = self._world
+        for write in self._writes:
+            world.content.end(write, acked=False)
+        self._source, self._writes = node.volumes[self._volume].source().path, []
+        for offset, length in self._ranges:
+            write = world.content.begin(self._volume, offset, length, world.content.value())
+            self._writes.append(write)
+            world.a.disk.scribble(self._source, offset, pattern(write.value, length))
+        world.trace("people", f"change {self._source} {self._ranges}")
 
     async def say(self, node: Node) -> None:
         """Tells the node; raises what ``changed`` raises, or Gone if it dies first."""
         world, volume = self._world, node.volumes[self._volume]
-        if not any(facet.path == self._source for facet in volume.in_service()):
-            self._scribble(node)  # it has left with what was written to it
+        # It has left with what was written to it; or another one is what the node came back with.
+        possible = volume.in_service()[: 1 if self._restarted else None]
+        if not any(facet.path == self._source for facet in possible):
+            self._scribble(node)
+        self._restarted = False
         await node.people.changed(volume.name, self._ranges, self._source, True)
         for write in self._writes:
             world.content.end(write, acked=True, durable=True)
@@ -135,7 +142,10 @@ class Beside:
         world.history.restored(seq, {self._volume: bytes(image)})
         self._seq = seq
 
-    def died(self, end_seq: int) -> None:
-        """The primary came back after record ``end_seq``, whatever became of the change."""
+    def died(self, head: int, end_seq: int) -> None:
+        """The primary died after record ``head`` and came back after ``end_seq``, whatever became
+        of the change."""
+        self._restarted = True
         if self.pending:
+            self._hidden = [(a, head + 1 if b is None else b) for a, b in self._hidden]
             self._hidden.append((end_seq, None))

@@ -113,7 +113,7 @@ class Witness:
         future starts from. ``restored``: what clients read of volumes whose restore is not copied
         yet; ``power``: it had lost its power."""
         world = self._world
-        end = node.log.next_seq - 1
+        head, end = world.history.head, node.log.next_seq - 1
         if world.beside.pending:
             world.history.back_to(end)
         world.history.found(end)
@@ -145,7 +145,7 @@ class Witness:
                 compare(
                     images[index : index + 1], wanted[index : index + 1], "the primary after redo"
                 )
-        world.beside.died(end)
+        world.beside.died(head, end)
         self.check_facets(host, node)
         self.observe(node)
 
