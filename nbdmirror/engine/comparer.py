@@ -86,22 +86,22 @@ class Comparer:
             flags = different(ours, hashes.hashes)
         answer: list[Buffer] = [repl.TOKEN.pack(hashes.token), flags]
         end = hashes.offset + hashes.length
-        for first, last in _runs(flags, 1):
+        for first, last in _wanted(flags):
             at = hashes.offset + first * region
             length = min(hashes.offset + last * region, end) - at
             if block_hashes_size(length, region):
                 answer.append(await secondary.hashes(volume, at, length, BLOCK))
         if secondary.store.state.get("cache_doubt"):
-            for first, last in _runs(flags, 0):
-                await self._write_again(hashes, first, last)
+            await self._write_again(hashes)
         if self._link.cause is None:
             self._link.send(Type.WANT, answer)
             self._compared(hashes.token)
 
-    async def _write_again(self, hashes: Hashes, first: int, last: int) -> None:
-        """Equal in the page cache, and perhaps only there: written once more (O16)."""
+    async def _write_again(self, hashes: Hashes) -> None:
+        """What is equal in the page cache is so perhaps only there: all is written once more (O16),
+        for of a region that differs only the blocks that do will come."""
         region, end = hashes.region_size, hashes.offset + hashes.length
-        for index in range(first, last):
+        for index in range(hashes.count):
             if self._link.cause is not None:
                 return  # a stale session never writes after a new one
             at = hashes.offset + index * region
@@ -109,15 +109,15 @@ class Comparer:
             await asyncio.sleep(0)
 
 
-def _runs(flags: bytearray, value: int) -> list[tuple[int, int]]:
-    """(first, last + 1) stretches of the flag."""
+def _wanted(flags: bytearray) -> list[tuple[int, int]]:
+    """(first, last + 1) stretches of regions that are wanted."""
     runs = []
-    at = flags.find(value)
+    at = flags.find(1)
     while at >= 0:
-        end = flags.find(1 - value, at)
+        end = flags.find(0, at)
         end = len(flags) if end < 0 else end
         runs.append((at, end))
-        at = flags.find(value, end)
+        at = flags.find(1, end)
     return runs
 
 

@@ -148,7 +148,8 @@ class Spill:
 
     async def _change(self) -> None:
         try:
-            await self._to_memory()
+            while self._suits() and not self._in_memory:
+                await self._to_memory()
         except DiskFailed as error:
             if self._log.failed is None:  # else who keeps the log goes on (M13), or ends the node
                 self._facets.group.fail(error)
@@ -159,8 +160,8 @@ class Spill:
             self._both = True
             self._log.write_through()
         await self._housekeeper.sync_facets(everything=True)
-        if not self._suits():
-            return
+        if not (self._suits() and self._both):
+            return  # a volume's last facet left meanwhile, and perhaps another one is back
         self._store.state["log_spill"] = True
         await self._store.save()
         if self._suits() and self._store.state["log_spill"]:

@@ -111,6 +111,21 @@ LEAVING = aimed(
     last_facet=False,
 )
 """Changes beside the write path, and facets that leave in the middle of them."""
+CACHED = aimed(
+    faults={"sync loss b": 2.0, "resync": 1.0, "full resync": 1.0},
+    fault_gap=0.05,
+    mode="async",
+    spill=0,
+    region=16 * KIB,
+    clients=4,
+    operations=100,
+    write_cells=2,
+    pause=0.01,
+    timing=Timing(sync=(0.001, 0.1)),
+    replaces=0.0,
+    last_facet=False,
+)
+"""Syncs of the secondary fail during resyncs; it is compared with its primary when it is back."""
 NEW_DISKS = aimed(
     faults={"write error b": 2.0, "sync error b": 1.0, "cut": 1.0},
     fault_gap=1.0,

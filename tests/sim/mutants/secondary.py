@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from nbdmirror.codec import hashing, repl
 from nbdmirror.codec import record as codec
-from nbdmirror.codec import repl
+from nbdmirror.codec.regions import Hashes
 from nbdmirror.codec.repl import Type
+from nbdmirror.engine import comparer
 from nbdmirror.engine.applier import Applier
+from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.receiver import Receiver
@@ -17,7 +20,7 @@ from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
 from tests.sim import former
 from tests.sim.faults import Timing
-from tests.sim.mutants.aims import RESYNCS
+from tests.sim.mutants.aims import CACHED, RESYNCS
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -208,3 +211,29 @@ def _(assign: Assign) -> None:
         return checked(self, view, next_seq)
 
     assign(Receiver, "_checked", at_once)
+
+
+@mutant("O16 what is equal in a secondary's page cache is taken to be on its disk", CACHED)
+def _(assign: Assign) -> None:
+    assign(Comparer, "_write_again", nothing)
+
+
+@mutant("O16 equal blocks of a region that differs are taken to be on the disk", CACHED)
+def _(assign: Assign) -> None:
+    original = Secondary.write_again
+    flags = bytearray()
+
+    def different(ours: bytes, theirs: bytes) -> bytearray:
+        flags[:] = hashing.different(ours, theirs)
+        return bytearray(flags)
+
+    async def write_again(self: Comparer, hashes: Hashes) -> None:
+        region = hashes.region_size
+        for index in range(hashes.count):
+            if hashes.hashes and not flags[index]:
+                at = hashes.offset + index * region
+                size = min(region, hashes.offset + hashes.length - at)
+                original(self._secondary, hashes.volume, at, size)
+
+    assign(comparer, "different", different)
+    assign(Comparer, "_write_again", write_again)
