@@ -250,7 +250,7 @@ def _add_restore(commands: argparse._SubParsersAction[Parser]) -> None:
     changed = _command(commands, "changed", snapshot.changed, talks=True)
     changed.add_argument("volume", metavar="VOLUME")
     changed.add_argument("ranges", nargs="+", metavar="OFFSET+LENGTH")
-    changed.add_argument("--facet", metavar="PATH", help="the one written to, if there are several")
+    changed.add_argument("--facet", metavar="PATH", help="the one written to (default: the first)")
     changed.add_argument("--force", action="store_true", help="though it ends snapshots")
 
 

@@ -76,7 +76,11 @@ def changed(args: argparse.Namespace) -> int:
         "facet": None if args.facet is None else os.path.abspath(args.facet),
         "force": args.force,
     }
-    return _call(args, "changed", params, lambda done: f"{size_text(done['bytes'])} taken in")
+    return _call(args, "changed", params, _changed_text)
+
+
+def _changed_text(done: Json) -> str:
+    return f"{size_text(done['bytes'])} taken in from {done['facet']}"
 
 
 def _range(text: str) -> list[int]:

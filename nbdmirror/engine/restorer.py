@@ -335,8 +335,9 @@ class Restorer:
         self, volume: Volume, ranges: list[tuple[int, int]], facet: str | None, *, force: bool
     ) -> dict[str, Any]:
         """Takes in that a facet's content was changed in (offset, length) ranges, by whoever it
-        was: other facets and remotes follow. Which one, ``facet`` says, by its path; of several it
-        must. Snapshots that do not have the regions' old content are lost by it, with ``force``."""
+        was: other facets and remotes follow. Which one, ``facet`` says, by its path; else it is
+        the first. Snapshots that do not have the regions' old content are lost by it, with
+        ``force``."""
         primary = self._need_primary()
         source = _edited(volume, facet)
         regions = Dcm(volume.regions)
@@ -359,8 +360,9 @@ class Restorer:
                     await self._even(volume, regions, source)
                 await self._store.save()
             await self._settle(seq)
-        self._node.events.emit("changed", volume=volume.name, regions=regions.count, seq=seq)
-        return {"regions": regions.count, "bytes": regions.count * volume.region_size, "seq": seq}
+        done = {"facet": source.path, "regions": regions.count, "seq": seq}
+        self._node.events.emit("changed", volume=volume.name, **done)
+        return {**done, "bytes": regions.count * volume.region_size}
 
     async def _even(self, volume: Volume, regions: Dcm, source: LocalFacet) -> None:
         """Every facet that takes writes holds, durably, what ``source`` does: one that is being
@@ -403,18 +405,13 @@ class Restorer:
 
 
 def _edited(volume: Volume, path: str | None) -> LocalFacet:
-    """The facet that was written to. If several could be meant, one must be named: by another one's
-    content the edit would be undone, and be said to be taken in."""
-    paths = ", ".join(facet.path for facet in volume.facets)
-    if path is None and len(volume.facets) > 1:
-        raise UsageError(
-            f"volume {volume.name} has several facets: {paths}",
-            hint="say which one was written to: --facet PATH",
-        )
+    """The facet that was written to. No other one stands in for it: by that one's content the edit
+    would be undone, and be said to be taken in."""
     for facet in volume.facets:
         if path in (None, facet.path):
             _check_edited(facet)
             return facet
+    paths = ", ".join(facet.path for facet in volume.facets)
     raise UsageError(f"volume {volume.name} has no facet {path} (facets: {paths})")
 
 

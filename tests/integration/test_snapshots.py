@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.integration.cluster import MIB, Cluster, Json, Node
+from tests.integration.cluster import MIB, Cluster, Json, Node, Volume
 from tests.integration.process import wait_until
 from tests.integration.tools import Writer, connect, pattern
 
@@ -161,6 +161,24 @@ def test_what_changed_a_facet_by_itself_is_taken_in(make_cluster: MakeCluster) -
     with cluster.secondary.facets("data")[0].open("rb") as file:
         file.seek(512 * KIB)
         assert file.read(64 * KIB) == pattern(64 * KIB, 2)
+
+
+def test_another_facets_content_does_not_undo_what_was_changed(make_cluster: MakeCluster) -> None:
+    """V13: the facet that was written to is what the others follow, or nothing is."""
+    cluster = make_cluster(volumes=[Volume(facets=2)]).start()
+    primary = cluster.primary
+    connect(primary.uri()).pwrite(pattern(MIB, 1), 0)
+    cluster.wait_in_sync()
+    first, second = primary.facets("data")
+    with second.open("r+b") as file:
+        file.write(pattern(64 * KIB, 2))
+    done = primary.ok("changed", "data", f"0+{64 * KIB}", "--facet", str(second), "--json").json
+    assert done["facet"] == str(second)
+    cluster.check_in_sync()
+    assert first.read_bytes()[: 64 * KIB] == pattern(64 * KIB, 2)
+    primary.ok("facet", "offline", str(first))
+    refused = primary.cli("changed", "data", f"0+{64 * KIB}")
+    assert refused.code != 0 and f"facet {first} is not in service" in refused.err
 
 
 def test_a_secondary_is_restored_only_while_its_link_is_inactive(make_cluster: MakeCluster) -> None:

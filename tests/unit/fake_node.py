@@ -69,7 +69,7 @@ class FakePeople:
         force: bool,
     ) -> Json:
         self._calls.append(("changed", volume, ranges, facet, force))
-        return {"regions": 1, "bytes": 65536, "seq": 9}
+        return {"facet": facet, "regions": 1, "bytes": 65536, "seq": 9}
 
 
 SNAPSHOT: Json = {
