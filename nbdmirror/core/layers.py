@@ -11,6 +11,7 @@ Decisions and memory only; ``engine.layer`` keeps a layer on disk, ``engine.chai
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 
@@ -85,6 +86,12 @@ def holder(chain: Sequence[Layer], index: int, region: int) -> int | None:
         if chain[at].kept.is_marked(region):
             return at
     return None
+
+
+def next_kept(chain: Sequence[Layer], start: int) -> int | None:
+    """The first region from ``start`` on that any of the layers keeps."""
+    found = [first for layer in chain for first, _ in itertools.islice(layer.kept.runs(start), 1)]
+    return min(found, default=None)
 
 
 def changed(chain: Sequence[Layer], index: int, end: int | None = None) -> Dcm:

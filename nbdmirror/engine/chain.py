@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from nbdmirror.codec.hashing import is_zeros
@@ -245,25 +245,25 @@ class Chain:
         stop = None if end is None else self.index(end)
         return layers.changed([m.layer.map for m in self.members], self.index(uuid), stop)
 
-    def holes(self, uuid: str, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        """(offset, length, hole) pieces that cover a range of a snapshot, by region."""
+    def holes(self, uuid: str, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """(offset, length, hole) pieces that cover a range of a snapshot: a region that is kept is
+        a piece, and what lies between such regions is as it is in the volume."""
         index, size = self.index(uuid), self.volume.region_size
-        member, maps = self.members[index], [m.layer.map for m in self.members]
-        pieces: list[tuple[int, int, bool]] = []
-        for region in range(offset // size, (offset + length - 1) // size + 1):
-            low, high = max(offset, region * size), min(offset + length, (region + 1) * size)
-            if member.own is not None and member.own.map.kept.is_marked(region):
-                found = [(low, high - low, member.own.is_zeros(region))]
-            elif (at := layers.holder(maps, index, region)) is not None:
-                found = [(low, high - low, self.members[at].layer.is_zeros(region))]
+        own = self.members[index].own
+        files = [*([own] if own is not None else []), *(m.layer for m in self.members[index:])]
+        maps = [file.map for file in files]
+        at, end = offset, offset + length
+        while at < end:
+            region = at // size
+            holder = layers.holder(maps, 0, region)
+            if holder is not None:
+                high = min(end, (region + 1) * size)
+                yield at, high - at, files[holder].is_zeros(region)
             else:
-                found = list(self.volume.allocation_below(low, high - low))
-            for start, count, hole in found:
-                if pieces and pieces[-1][2] == hole:
-                    pieces[-1] = (pieces[-1][0], pieces[-1][1] + count, hole)
-                else:
-                    pieces.append((start, count, hole))
-        return pieces
+                following = layers.next_kept(maps, region + 1)
+                high = end if following is None else min(end, following * size)
+                yield from self.volume.allocation_below(at, high - at)
+            at = high
 
     # -- members -----------------------------------------------------------------------------
 

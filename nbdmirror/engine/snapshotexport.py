@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Coroutine, Sequence
+import itertools
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
 from nbdmirror.engine.batch import Batch
@@ -64,7 +65,12 @@ class SnapshotVolume(Volume):
 
     def allocation(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
         """(offset, length, hole) pieces that cover the range."""
-        return self._chain.holes(self.uuid, offset, length)
+        return _merged(self._chain.holes(self.uuid, offset, length))
+
+    def pieces(self, offset: int, length: int, limit: int) -> list[tuple[int, int, bool]]:
+        """See ``Volume``; ``limit`` bounds what is looked at, so what comes may be fewer."""
+        found = self._chain.holes(self.uuid, offset, length)
+        return _merged(itertools.islice(found, limit))
 
     # -- as a Writer ---------------------------------------------------------------------------
 
@@ -199,3 +205,14 @@ def pick(snapshots: Snapshots, spec: str) -> Entry | None:
         return None
     alike = [entry for entry in shown if entry["uuid"].startswith(spec)]
     return alike[0] if len(alike) == 1 else None
+
+
+def _merged(pieces: Iterable[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
+    """The same, with neighbours of one kind as one piece."""
+    merged: list[tuple[int, int, bool]] = []
+    for start, length, hole in pieces:
+        if merged and merged[-1][2] == hole:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length, hole)
+        else:
+            merged.append((start, length, hole))
+    return merged

@@ -263,6 +263,39 @@ def test_deleting_merges(victim: int) -> None:
     primary(test)
 
 
+def test_a_snapshot_shows_its_holes_and_looks_at_no_more_than_asked() -> None:
+    """Of what is kept, of its own, and of the volume below; BLOCK_STATUS has bounded work."""
+
+    async def test(world: Primary) -> None:
+        await world.write(1, 1)
+        await world.write(2, 2)
+        await world.write(5, 3)
+        number = await world.take()
+        await world.write(2, 9)
+        await world.write(9, 9)  # what was a hole is kept as one
+        later = await world.take()
+        await world.write(1, 8)
+        await world.group.clear(
+            world.node.volumes[0], Change(codec.TRIM, 0, 5 * REGION, REGION, None)
+        )
+        for name in (number, later):
+            snapshot = world.served(f"v@{name}")
+            data = await snapshot.read(0, REGIONS * REGION)
+            shown = snapshot.allocation(512, REGIONS * REGION - 512)
+            at = 512
+            for start, length, hole in shown:
+                assert start == at and hole != any(data[start : start + length])
+                at += length
+            assert at == REGIONS * REGION
+            assert [hole for _, _, hole in shown[1:]] == [not hole for _, _, hole in shown[:-1]]
+            for limit in range(1, 6):
+                few = snapshot.pieces(512, REGIONS * REGION - 512, limit)
+                assert 0 < len(few) <= limit and few[:-1] == shown[: len(few) - 1]
+                assert few[-1][1] <= shown[len(few) - 1][1]
+
+    primary(test)
+
+
 def test_diff_names_what_changed_between_two_and_until_now() -> None:
     async def test(world: Primary) -> None:
         await world.take()
