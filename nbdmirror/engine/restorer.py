@@ -227,9 +227,14 @@ class Restorer:
         # Whatever is given up for space from here on, the restore can read it.
         chains = [self._snapshots.chains[index] for index in indices]
         members = [chain.members[chain.index(uuid) :] for chain in chains]
-        maps = [restore_map(chain, uuid) for chain in chains]
         needed = [member.uuid for some in members for member in some]
         self._snapshots.kept_for_restore = tuple(dict.fromkeys(needed))
+        for snapshot, *_ in members:
+            if snapshot.own is not None:
+                # Nobody writes into it any more; and what the volume is from here on, a power cut
+                # must not take back.
+                await snapshot.own.sync()
+        maps = [restore_map(chain, uuid) for chain in chains]
         running = []
         for index, some, regions in zip(indices, members, maps, strict=True):
             left = self._map(index)

@@ -102,8 +102,7 @@ class SnapshotVolume(Volume):
     async def _write(self, changes: Sequence[Change], durable: bool) -> None:
         size = self.region_size
         async with self._lock:
-            if self.uuid in self._snapshots.kept_for_restore:
-                raise VolumeFailed(f"{self.name} is being restored from", number=errno.EPERM)
+            self._check_free()
             try:
                 own = await self._own()
                 for _, _, offset, length, payload in changes:
@@ -119,12 +118,19 @@ class SnapshotVolume(Volume):
             except OSError as error:
                 raise self._failed(error) from error
 
+    def _check_free(self) -> None:
+        """VolumeFailed if it is being restored: what that reads must not change. Of newer ones it
+        reads only what they keep."""
+        if self.uuid in self._snapshots.kept_for_restore[:1]:
+            raise VolumeFailed(f"{self.name} is being restored from", number=errno.EPERM)
+
     async def _put(self, own: LayerFile, region: int, start: int, data: bytes) -> None:
         if own.map.kept.is_marked(region):
             own.pwrite(region, start, data)
             return
         length = min(self.region_size, self.size - region * self.region_size)
         whole = bytearray(await self._chain.read_region(self.uuid, region, 0, length))
+        self._check_free()  # that may have begun meanwhile
         whole[start : start + len(data)] = data
         own.put(region, whole)
 

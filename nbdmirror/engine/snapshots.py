@@ -76,7 +76,7 @@ class Snapshots:
         self.busy: str | None = None
         """Why snapshots cannot be taken or deleted now: a restore is being copied."""
         self.kept_for_restore: tuple[str, ...] = ()
-        """Files of these stay though they are lost or deleted: a restore reads them."""
+        """Files of these stay, lost or deleted: a restore of the first of them reads them."""
         self._disk = disk
         self.directory = directory
         self.store = store

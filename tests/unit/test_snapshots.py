@@ -23,12 +23,12 @@ from nbdmirror.engine.group import Group
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.volume import Change
-from nbdmirror.errors import Refused, UsageError
+from nbdmirror.errors import Refused, UsageError, VolumeFailed
 from nbdmirror.ports import Env
 from tests.sim.clock import SimClock
 from tests.sim.clone import Nobody
 from tests.sim.disk import SimDisk
-from tests.sim.faults import Fault, Kind
+from tests.sim.faults import AllLost, Fault, Kind
 from tests.unit.world import make_disk, run
 
 REGION = 4096
@@ -492,6 +492,66 @@ def test_a_restore_is_complete_at_once_and_its_copy_survives_any_cut() -> None:
         assert [data[region * REGION] for region in range(REGIONS)] == wanted
         await world.node.people.restore(done["undo"][:8], None, False, False, False)
         assert await world.volume_fills() == before
+
+    primary(test)
+
+
+def test_what_was_written_into_a_snapshot_is_durable_before_it_is_restored() -> None:
+    """V10, V12: the client that wrote there has never flushed; what the volume is from then on,
+    and may have been sent to a remote, a power cut does not take back."""
+
+    async def test(world: Primary) -> None:
+        await world.write(5, 1)
+        await world.take()
+        await world.node.people.export("1", True)
+        snapshot = world.served("v@1")
+
+        async def write(region: int, fill: int) -> None:
+            data = bytes([fill]) * REGION
+            change = Change(codec.WRITE, 0, region * REGION, REGION, data)
+            rest = snapshot.write(snapshot, [change])
+            assert rest is not None
+            await rest
+
+        await write(5, 6)
+        await snapshot.flush()
+        await write(5, 7)  # in place
+        await write(9, 7)  # a region that only the snapshot has
+        world.disk.stall(20.0)  # the copy cannot have got far
+        await world.node.people.restore("1", None, False, True, False)
+        assert (await world.volume_fills())[4:10] == [0, 7, 0, 0, 0, 7]
+        world.disk.power_cut(AllLost())
+        await world.start()
+        assert (await world.volume_fills())[4:10] == [0, 7, 0, 0, 0, 7]
+
+    primary(test)
+
+
+def test_while_it_is_restored_only_that_snapshot_takes_no_writes() -> None:
+    """V9, V12: who writes into a newer one notices nothing; of that only what it keeps is read."""
+
+    async def test(world: Primary) -> None:
+        await world.write(3, 1)
+        for number in ("1", "2"):
+            await world.take()
+            await world.node.people.export(number, True)
+        await world.write(3, 2)
+        world.disk.stall(20.0)
+        await world.node.people.restore("1", None, False, True, False)
+        change = Change(codec.WRITE, 0, 3 * REGION, REGION, bytes([8]) * REGION)
+        for number in (1, 2):
+            snapshot = world.served(f"v@{number}")
+            rest = snapshot.write(snapshot, [change], durable=True)
+            assert rest is not None
+            if number == 1:
+                with pytest.raises(VolumeFailed, match="being restored"):
+                    await rest
+            else:
+                await rest
+        while world.node.status()["restore"] is not None:
+            await asyncio.sleep(0.1)
+        assert (await world.volume_fills())[3] == 1
+        assert (await world.fills("v@2"))[3] == 8
 
     primary(test)
 
