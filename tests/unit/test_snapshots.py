@@ -539,11 +539,11 @@ def test_while_it_is_restored_only_that_snapshot_takes_no_writes() -> None:
         world.disk.stall(20.0)
         await world.node.people.restore("1", None, False, True, False)
         change = Change(codec.WRITE, 0, 3 * REGION, REGION, bytes([8]) * REGION)
-        for number in (1, 2):
+        for number in ("1", "2"):
             snapshot = world.served(f"v@{number}")
             rest = snapshot.write(snapshot, [change], durable=True)
             assert rest is not None
-            if number == 1:
+            if number == "1":
                 with pytest.raises(VolumeFailed, match="being restored"):
                     await rest
             else:
