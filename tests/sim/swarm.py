@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,10 @@ RUN_SECONDS = 8000.0
 """Of virtual time: no run takes that long."""
 
 
+Play = Callable[[World, Checks, Faults], Awaitable[asyncio.Future[None]]]
+"""The phase of faults, from two nodes that run on: what it returns may still need the healing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a seed; ``problem`` is None if every promise was kept, and ``seen`` true if
@@ -44,16 +48,20 @@ class Result:
 
 
 def run(
-    seed: int, *, options: Options | None = None, trace: Callable[[str], None] | None = None
+    seed: int,
+    *,
+    options: Options | None = None,
+    trace: Callable[[str], None] | None = None,
+    play: Play | None = None,
 ) -> Result:
-    """Runs a seed."""
+    """Runs a seed. ``play``: what happens instead of what is drawn (``tests.sim.directed``)."""
     options = options or draw(seed)
     world = World(seed, options, trace=trace)
     loop = world.loop
     problem, seen = None, False
     with constants(options.constants), counting(world.fired):
         try:
-            loop.run_until_complete(_run(world))
+            loop.run_until_complete(_run(world, play or _chance))
         except Moot:
             world.fired["moot"] += 1
         except Exception as error:
@@ -95,9 +103,9 @@ def _counts(world: World) -> Counter[str]:
     return fired
 
 
-async def _run(world: World) -> None:
+async def _run(world: World, play: Play) -> None:
     world.build()
-    work = asyncio.ensure_future(_phases(world))
+    work = asyncio.ensure_future(_phases(world, play))
     broken = asyncio.ensure_future(world.broken.wait())
     ends: list[asyncio.Future[Any]] = [work, broken]
     await asyncio.wait(ends, timeout=RUN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -112,16 +120,23 @@ async def _run(world: World) -> None:
         raise world.violation
 
 
-async def _phases(world: World) -> None:
+async def _phases(world: World, play: Play) -> None:
     for host in world.hosts.values():
         await world.create(host)
     for host in world.hosts.values():
         if not await world.start(host):
             raise Violation(f"{host.name} does not start: {host.failed}")
     checks = Checks(world)
-    clients = Clients(world)
     world.on_flushed = checks.flushed
     faults = Faults(world)
+    working = await play(world, checks, faults)
+    await _converge(world, checks, faults, working)
+    await _stop_and_compare(world, checks)
+
+
+async def _chance(world: World, checks: Checks, faults: Faults) -> asyncio.Future[None]:
+    """Clients, people and faults as they are drawn; returns the clients' work."""
+    clients = Clients(world)
     people = People(world)
     background = [world.spawn(checks.run()), world.spawn(faults.run())]
     world.spawn(people.run())
@@ -131,8 +146,7 @@ async def _phases(world: World) -> None:
     for task in background:
         task.cancel()
     await asyncio.gather(*background, return_exceptions=True)
-    await _converge(world, checks, faults, working)
-    await _stop_and_compare(world, checks)
+    return working
 
 
 async def _converge(

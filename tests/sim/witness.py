@@ -45,7 +45,7 @@ class Witness:
             world.fail(Defect(f"a defect on {host.name}: {event['why']}"))
         if event["kind"] in ("snapshot-lost", "snapshot-lacking"):
             self._judge(lambda: world.album.lacks(host, event))
-        if event["kind"] in ("snapshot-lost", "snapshot-deleted"):
+        if event["kind"] in ("snapshot-lost", "snapshot-deleted") and host.role == "primary":
             world.album.release(event["uuid"])
         if event["kind"] == "consistent":
             world.album.consistent(host)

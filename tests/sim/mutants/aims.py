@@ -307,21 +307,6 @@ FOLLOWERS = bounded(
     housekeeper__INTERVAL_SECONDS=0.1,
 )
 """Secondaries that die while they follow markers, and that save much."""
-OUTLIVED = aimed(
-    faults={"log error": 1.0, "kill a": 1.0},
-    fault_gap=0.3,
-    clients=2,
-    operations=150,
-    pause=0.1,
-    mode="async",
-    spill=0,
-    snapshot_gap=0.03,
-    snapshots_max=64,
-    snapshot_space=None,
-    restores=0.0,
-    last_facet=False,
-)
-"""Logs that go on in memory, and whose process dies: the snapshots are there, their records not."""
 DELETIONS = aimed(
     faults={"cut": 1.0, "full resync": 1.0},
     fault_gap=1.0,

@@ -23,6 +23,7 @@ from nbdmirror.engine.session import Session
 from nbdmirror.engine.volume import Volume
 from tests.sim import convergence
 from tests.sim.mutants.aims import DEATHS, INTERRUPTED, NEW_DISKS, REWRITTEN
+from tests.sim.mutants.plays import AHEAD
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.options import storm
 
@@ -176,7 +177,7 @@ def _(assign: Assign) -> None:
     assign(Remote, "fill", fill)
 
 
-@mutant("T7 a secondary that is ahead begins at the log's head", DEATHS)
+@mutant("T7 a secondary that is ahead begins at the log's head", run=AHEAD)
 def _(assign: Assign) -> None:
     original = identity.decide
 

@@ -18,9 +18,9 @@ from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
-from tests.sim import former
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import CACHED, RESYNCS
+from tests.sim.mutants.plays import PUNCHED
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -170,9 +170,7 @@ def _(assign: Assign) -> None:
     assign(Log, "forget_behind", nothing)
 
 
-@mutant(
-    "F1 what a former link began in a thread lands after what the next one writes", run=former.run
-)
+@mutant("F1 what a former link began in a thread lands after what the next one writes", run=PUNCHED)
 def _(assign: Assign) -> None:
     async def enter(self: Secondary, receiver: Receiver) -> None:
         last, self.current = self.current, receiver

@@ -19,7 +19,8 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
-from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, MARKERS, OUTLIVED, RESYNCS, waiting
+from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, MARKERS, RESYNCS, waiting
+from tests.sim.mutants.plays import OUTLIVED
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -166,12 +167,12 @@ def _(assign: Assign) -> None:
     assign(Follower, "left_out", lambda self, told, epoch: None)
 
 
-@mutant("V9 a snapshot that outlived its record is not told of", OUTLIVED)
+@mutant("V9 a snapshot that outlived its record is not told of", run=OUTLIVED)
 def _(assign: Assign) -> None:
     assign(leftout, "_ended", lambda entry, forks: False)
 
 
-@mutant("V9 a snapshot that outlived its record goes from the secondary", OUTLIVED)
+@mutant("V9 a snapshot that outlived its record goes from the secondary", run=OUTLIVED)
 def _(assign: Assign) -> None:
     original = Follower.restarted
     assign(Follower, "restarted", lambda self, seq, told: original(self, seq, ()))

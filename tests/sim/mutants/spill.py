@@ -9,26 +9,16 @@ from nbdmirror.engine import doubt, node, recovery
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Log
+from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.spill import Spill
 from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.engine.store import Store
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import lost_spilled
+from tests.sim.mutants.plays import IN_MEMORY_AGAIN, LEFT, ON_DISK, PAST_TWICE
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
-EDITED = aimed(
-    spill=4 * KIB,
-    mode_changes=True,
-    log_size=1028 * KIB,
-    remote_log_size=1028 * KIB,
-    faults={"kill a": 1.0},
-    fault_gap=0.1,
-    pause=0.02,
-    operations=64,
-    last_facet=False,
-)
-"""Deaths close to each other, and a log that is on disk from some start on."""
 CROWDED = aimed(
     spill=8 * KIB,
     log_size=68 * KIB,
@@ -84,7 +74,7 @@ def _(assign: Assign) -> None:
     assign(node, "redo", redo)
 
 
-@mutant("M4 a later start redoes what an earlier one did not", EDITED)
+@mutant("M4 a later start redoes what an earlier one did not", run=PAST_TWICE)
 def _(assign: Assign) -> None:
     original = recovery._apply
 
@@ -93,6 +83,11 @@ def _(assign: Assign) -> None:
         await original(store, *args, **named)
 
     assign(recovery, "_apply", apply)
+
+
+@mutant("M4 what the file holds is sent to remotes though the facets are ahead", run=PAST_TWICE)
+def _(assign: Assign) -> None:
+    assign(Remote, "leave_log", lambda self: None)
 
 
 @mutant("M4 memory is dropped before the tail is durable", CROWDED)
@@ -146,12 +141,12 @@ def _(assign: Assign) -> None:
     assign(doubt, "write_anew", nothing)
 
 
-@mutant("M4 a facet that leaves does not get the extents that it had not synced")
+@mutant("M4 a facet that leaves does not get the extents that it had not synced", run=LEFT)
 def _(assign: Assign) -> None:
     assign(Member, "_mark_active", lambda self, since: None)
 
 
-@mutant("O6 an extent is let go before a facet that left has it in its map")
+@mutant("O6 an extent is let go before a facet that left has it in its map", run=LEFT)
 def _(assign: Assign) -> None:
     assign(Facets, "settle_owed", nothing)
 
@@ -161,7 +156,7 @@ def _(assign: Assign) -> None:
     assign(Spill, "_leans", lambda self: False)
 
 
-@mutant("M11 the log is said to be on disk before the other facets are synced")
+@mutant("M11 the log is said to be on disk before the other facets are synced", run=ON_DISK)
 def _(assign: Assign) -> None:
     async def facet_lost(self: Spill) -> None:
         if self._log.spilled is not None and self._leans():
@@ -173,7 +168,7 @@ def _(assign: Assign) -> None:
     assign(Spill, "facet_lost", facet_lost)
 
 
-@mutant("M4 the log is in memory again before the superblock says so")
+@mutant("M4 the log is in memory again before the superblock says so", run=IN_MEMORY_AGAIN)
 def _(assign: Assign) -> None:
     original = Spill._to_memory
 

@@ -1,0 +1,169 @@
+"""What is played for mutants of which drawn runs see nothing (``tests.sim.directed``)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from nbdmirror.engine.node import Node
+from tests.sim.directed import directed
+from tests.sim.faults import AllLost, Fault, Injector, Kind
+from tests.sim.options import KIB
+from tests.sim.script import BLOCK, Script
+
+PUNCH_SECONDS = 3.0
+HOLES = 4
+"""Regions."""
+FAR = 184
+"""A cell of volume 0 in an extent that does not come along with the first ones."""
+
+
+def _strikes(operation: str, path: str, fault: Fault, struck: Callable[[], None]) -> Injector:
+    """The first such operation on a file has a fault; ``struck`` is called with it."""
+    left = [fault]
+
+    def inject(name: str, where: str, nth: int) -> Fault | None:
+        if not left or name != operation or not where.startswith(path):
+            return None
+        struck()
+        return left.pop()
+
+    return inject
+
+
+async def _punched(s: Script) -> None:
+    """A link is lost while the secondary punches a hole, for seconds and in a thread: what the next
+    session copies there must not be under it in the end (I2, F1)."""
+    (secondary,) = s.world.remotes
+    await s.write(0, *range(0, HOLES * BLOCK, BLOCK), count=BLOCK)
+    await s.in_sync()
+    s.link(up=False)
+    for turn in range(13):  # until the log is full: what is cleared then travels as holes
+        await s.write(1, turn % 4 * BLOCK, count=BLOCK, pause=0.02)
+    await s.clear(0, 0, HOLES * BLOCK, "trim")
+    punching = asyncio.Event()
+    slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
+    secondary.disk.faults = _strikes("punch", "/facets", slow, punching.set)
+    s.link(up=True)
+    await punching.wait()
+    s.world.net.reset("a", "b")
+    await s.write(0, *range(0, HOLES * BLOCK, BLOCK), count=1)
+    await asyncio.sleep(2 * PUNCH_SECONDS)
+    await s.in_sync()
+
+
+async def _outlived(s: Script) -> None:
+    """The log goes on in memory, two snapshots are taken, one of which the remote gets, and the
+    process dies: the snapshots are there, their records are not."""
+    world = s.world
+    s.spoil("/state/log")
+    await s.write(0, 40, fua=True)
+    await s.until(lambda node: bool(node.status()["log"]["in_memory"]))
+    await s.write(0, 0)
+    await s.snapshot()
+    await s.in_sync()
+    s.link(up=False)
+    await s.write(0, 0)
+    await s.snapshot()
+    s.kill(world.a)
+    await world.start(world.a)
+    s.link(up=True)
+    await s.in_sync()
+
+
+async def _ahead(s: Script) -> None:
+    """The remote has more than the primary, which loses power, and writes before the two meet."""
+    world = s.world
+    await s.write(0, 0, fua=True)
+    await s.in_sync()
+    slow = Fault(Kind.STALL, seconds=60.0)
+    world.a.disk.faults = _strikes("sync", "/state/log", slow, lambda: None)
+    await s.write(0, 0)
+    await s.until(_all_is_there)
+    s.link(up=False)
+    world.power_cut(world.a, AllLost())
+    world.a.disk.faults = None
+    await world.start(world.a)
+    await s.write(0, FAR)
+    s.link(up=True)
+    await s.in_sync()
+
+
+def _all_is_there(node: Node) -> bool:
+    assert node.primary is not None
+    return node.primary.remotes[0].durable_seq == node.log.next_seq - 1
+
+
+async def _past_twice(s: Script) -> None:
+    """A log in memory has a record in its file whose block was written again since; the process
+    dies, the log is on disk from then on, and the process dies again."""
+    world, a = s.world, s.world.a
+    s.link(up=False)
+    await s.write(0, 0)
+    for turn in range(4):  # the oldest goes to the file
+        await s.write(0, (turn + 1) * BLOCK, count=BLOCK)
+    await s.write(0, 0)
+    s.kill(a)
+    log = replace(a.config.log, mode="disk", spill_threshold=0)
+    a.config = replace(a.config, log=log)
+    await world.start(a)
+    s.kill(a)
+    await world.start(a)
+    s.link(up=True)
+
+
+async def _left(s: Script) -> None:
+    """One of two facets loses what it was to make durable, the log in memory has nothing of that
+    any more, and the extent leaves the active map before the facet is back; then power fails."""
+    world, a = s.world, s.world.a
+    await s.write(0, 0, count=BLOCK)
+    await s.until(lambda node: node.log.ring.tail_seq == node.log.next_seq)
+    a.disk.faults = _strikes("sync", "/facets/v0.1", Fault(Kind.LOSE), lambda: None)
+    await s.flush()
+    await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
+    for first in range(2 * BLOCK, 192, BLOCK):
+        await s.write(0, first, count=BLOCK)
+        await s.until(_all_is_there)
+    await s.facets_back()
+    world.power_cut(a, AllLost())
+    await world.start(a)
+
+
+async def _in_memory_again(s: Script) -> None:
+    """The only facet of a volume is lost, and comes back: the log is on disk, and in memory again,
+    when the process dies."""
+    world, path = s.world, "/facets/v0.0"
+    s.spoil(path)
+    await s.write(0, 0)
+    await s.until(lambda node: node.status()["log"]["spill"]["on_disk"])
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.until(lambda node: not node.status()["log"]["spill"]["on_disk"])
+    await s.write(0, 0)
+    s.kill(world.a)
+    await world.start(world.a)
+
+
+async def _on_disk(s: Script) -> None:
+    """A volume loses its only facet while another has what no sync has reached and the log has no
+    more; what is flushed then is durable, whatever the power does."""
+    world = s.world
+    await s.write(1, 0)
+    await s.until(lambda node: node.log.ring.durable_tail == node.log.ring.head)
+    s.spoil("/facets/v0.0")
+    await s.write(0, 0)
+    await s.until(lambda node: node.status()["log"]["spill"]["on_disk"])
+    await s.flush()
+    world.power_cut(world.a, AllLost())
+    await world.start(world.a)
+
+
+PUNCHED = directed(_punched)
+OUTLIVED = directed(_outlived)
+AHEAD = directed(_ahead)
+PAST_TWICE = directed(_past_twice, spill=8 * KIB)
+LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)
+IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
+ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
