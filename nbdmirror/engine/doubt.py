@@ -21,7 +21,7 @@ async def mark_doubtful(
     """At start, before anything is served; nothing at all after a clean stop."""
     group = facets.group
     doubtful = doubtful_ranges(active, group.volumes) if recovered.in_doubt else []
-    if recovered.memory_lost or recovered.log_lost:
+    if recovered.ahead:
         await write_anew(group.volumes, doubtful)
     await level(group.volumes, doubtful, recovered.healed)
     lost = None
@@ -30,13 +30,14 @@ async def mark_doubtful(
     elif store.damaged is not None:
         lost = f"the superblock may be out of date: {store.damaged}"
     await facets.recover(recovered.clean, doubtful, lost, spilled=recovered.memory_lost)
-    spilled = recovered.memory_lost and any(volume.in_service() for volume in group.volumes)
+    ahead = recovered.ahead and any(volume.in_service() for volume in group.volumes)
     pending = []
-    if spilled or any(remote.tracking for remote in remotes):
+    if ahead or any(remote.tracking for remote in remotes):
         pending = await _pending(group.log)
-    if spilled and (doubtful or any(record.kind != MARK for record in pending)):
-        # Nothing of before is sent: the facets may hold more than that, or less. Where there is
-        # nothing to mark either, the log goes on.
+    if ahead and (doubtful or any(record.kind != MARK for record in pending)):
+        # Nothing of before is sent: the facets may hold more than that, or less, and behind the
+        # copy of a region it would set that back. Where there is nothing to mark either, the log
+        # goes on.
         for remote in remotes:
             remote.leave_log()
     # Where no local facet is left, one remote is the truth that the others are compared with.

@@ -61,6 +61,11 @@ class Recovered:
         """Whether the facets, and remotes, may hold what the log does not."""
         return self.power_loss or self.memory_lost
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the facets hold more than the log, which was not redone."""
+        return self.memory_lost or self.log_lost
+
 
 Before = Callable[[Record], Awaitable[None]]
 
@@ -80,8 +85,7 @@ async def redo(
     memory_lost = not clean and bool(state.get("log_spill"))
     # A failed sync of the log may have cost as much of it as a power loss (O16).
     power_loss = not clean and (rebooted or bool(state.get("log_failed")))
-    # What a secondary has applied was durable in the log before (O2).
-    log_lost = power_loss and not (rebooted or memory_lost) and state["role"] == "primary"
+    log_lost = power_loss and not (rebooted or memory_lost) and _hold_all(store, volumes)
     only_healing = clean or log_lost
     forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     healing = _last_ones(store, volumes) if memory_lost else _healing(store, volumes, log)
@@ -134,6 +138,13 @@ async def redo(
         timeline=timeline,
         healed=tuple(facet.path for facet in healing if facet.failed is None),
     )
+
+
+def _hold_all(store: Store, volumes: list[Volume]) -> bool:
+    """Whether the facets have, in the page cache, whatever the log ever held: so on a primary. What
+    a secondary has applied was durable in the log before (O2); and where a volume has no facet the
+    log is what it goes on from, for all."""
+    return store.state["role"] == "primary" and all(volume.in_service() for volume in volumes)
 
 
 async def _behind(store: Store, log: Log, forks: Forks, *, in_doubt: bool) -> int:

@@ -10,7 +10,7 @@ from nbdmirror.engine.node import Node
 from tests.sim.directed import directed
 from tests.sim.faults import AllLost, Fault, Injector, Kind
 from tests.sim.options import KIB
-from tests.sim.script import BLOCK, Script
+from tests.sim.script import BLOCK, POLL_S, Script
 
 PUNCH_SECONDS = 3.0
 HOLES = 4
@@ -160,6 +160,22 @@ async def _on_disk(s: Script) -> None:
     await world.start(world.a)
 
 
+async def _log_reverts(s: Script) -> None:
+    """The process dies; at the next start a sync of the log fails, and it has lost what was not
+    durable, as the facets have not."""
+    world, a = s.world, s.world.a
+    await s.write(0, 0, fua=True)
+    for _ in range(BLOCK):
+        await s.write(0, 0, pause=0.0)
+    s.kill(a)
+    a.disk.faults = _strikes("sync", "/state/log", Fault(Kind.LOSE), lambda: None)
+    await world.start(a)
+    a.disk.faults = None
+    while not a.alive:
+        await world.start(a)
+        await asyncio.sleep(POLL_S)
+
+
 PUNCHED = directed(_punched)
 OUTLIVED = directed(_outlived)
 AHEAD = directed(_ahead)
@@ -167,3 +183,4 @@ PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
+LOG_REVERTS = directed(_log_reverts)

@@ -23,6 +23,7 @@ from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import FormatError
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import DEATHS, UNFINISHED
+from tests.sim.mutants.plays import LOG_REVERTS
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 
 
@@ -202,6 +203,21 @@ def _(assign: Assign) -> None:
         return []
 
     assign(doubt, "_pending", pending)
+
+
+@mutant("O16 a log that lost records is redone over the facets", run=LOG_REVERTS)
+def _(assign: Assign) -> None:
+    original = recovery._apply
+
+    async def apply(store: Store, *args: Any, only_healing: bool) -> None:
+        await original(store, *args, only_healing=bool(store.state["clean"]))
+
+    assign(recovery, "_apply", apply)
+
+
+@mutant("O16 what a log still has is sent though it lost what followed", run=LOG_REVERTS)
+def _(assign: Assign) -> None:
+    assign(Remote, "leave_log", lambda self: None)
 
 
 @mutant("O15 a flush is content with a sync that was running")
