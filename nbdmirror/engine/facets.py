@@ -458,6 +458,8 @@ class Facets:
         await redo(facet, self.group.log, member.volume.index)
         member.saved.update(state=facet.state.value, since=None, last=False, why=None)
         await self.store.save()
+        if facet.failed is not None:
+            raise facet.failed
         if self.spill is not None:
             self.spill.look()
         self.events.emit("facet-synchronised", **where, copied_bytes=0)
