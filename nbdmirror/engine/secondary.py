@@ -378,8 +378,11 @@ class Secondary:
     async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
         """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
         facets = self.volumes[volume].facets
-        if data is None and not any(
-            True for f in facets for _ in f.file.data_ranges(offset, length)
+        # What reads as a hole may be one in the page cache only (O16).
+        if (
+            data is None
+            and not self.store.state.get("cache_doubt")
+            and not any(True for f in facets for _ in f.file.data_ranges(offset, length))
         ):
             return
         while (guard := self.volumes[volume].guard) is not None and guard.holds(offset, length):

@@ -32,16 +32,21 @@ def _strikes(operation: str, path: str, fault: Fault, struck: Callable[[], None]
     return inject
 
 
-async def _punched(s: Script) -> None:
-    """A link is lost while the secondary punches a hole, for seconds and in a thread: what the next
-    session copies there must not be under it in the end (I2, F1)."""
-    (secondary,) = s.world.remotes
+async def _cleared(s: Script) -> None:
+    """Regions that the secondary has are cleared while its link is down."""
     await s.write(0, *range(0, HOLES * BLOCK, BLOCK), count=BLOCK)
     await s.in_sync()
     s.link(up=False)
     for turn in range(13):  # until the log is full: what is cleared then travels as holes
         await s.write(1, turn % 4 * BLOCK, count=BLOCK, pause=0.02)
     await s.clear(0, 0, HOLES * BLOCK, "trim")
+
+
+async def _punched(s: Script) -> None:
+    """A link is lost while the secondary punches a hole, for seconds and in a thread: what the next
+    session copies there must not be under it in the end (I2, F1)."""
+    (secondary,) = s.world.remotes
+    await _cleared(s)
     punching = asyncio.Event()
     slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
     secondary.disk.faults = _strikes("punch", "/facets", slow, punching.set)
@@ -160,6 +165,33 @@ async def _on_disk(s: Script) -> None:
     await world.start(world.a)
 
 
+async def _holes_revert(s: Script) -> None:
+    """A resync punches holes at the secondary, and the sync after that loses them: they are there
+    in the page cache only when the next one looks, and then power fails."""
+    world = s.world
+    (b,) = world.remotes
+    await _cleared(s)
+    punched, lost = asyncio.Event(), asyncio.Event()
+    lose = _strikes("sync", "/facets/v0", Fault(Kind.LOSE), lost.set)
+
+    def inject(operation: str, path: str, nth: int) -> Fault | None:
+        if operation == "punch":
+            punched.set()
+        return lose(operation, path, nth) if punched.is_set() else None
+
+    b.disk.faults = inject
+    s.link(up=True)
+    await lost.wait()
+    while b.alive:
+        await asyncio.sleep(0.1)
+    b.disk.faults = None
+    await world.start(b)
+    await s.in_sync()
+    world.power_cut(b, AllLost())
+    await world.start(b)
+    await s.in_sync()
+
+
 async def _log_reverts(s: Script) -> None:
     """The process dies; at the next start a sync of the log fails, and it has lost what was not
     durable, as the facets have not."""
@@ -183,4 +215,5 @@ PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
+HOLES_REVERT = directed(_holes_revert)
 LOG_REVERTS = directed(_log_reverts)

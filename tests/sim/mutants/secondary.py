@@ -18,9 +18,10 @@ from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
+from nbdmirror.ports import Buffer
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import CACHED, RESYNCS
-from tests.sim.mutants.plays import PUNCHED
+from tests.sim.mutants.plays import HOLES_REVERT, PUNCHED
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -235,3 +236,17 @@ def _(assign: Assign) -> None:
 
     assign(comparer, "different", different)
     assign(Comparer, "_write_again", write_again)
+
+
+@mutant("O16 what reads as a hole in the page cache is one on the disk", run=HOLES_REVERT)
+def _(assign: Assign) -> None:
+    original = Secondary.place
+
+    async def place(
+        self: Secondary, volume: int, offset: int, length: int, data: Buffer | None
+    ) -> None:
+        files = [facet.file for facet in self.volumes[volume].facets]
+        if data is not None or any(list(file.data_ranges(offset, length)) for file in files):
+            await original(self, volume, offset, length, data)
+
+    assign(Secondary, "place", place)
