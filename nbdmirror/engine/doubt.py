@@ -21,7 +21,7 @@ async def mark_doubtful(
     """At start, before anything is served; nothing at all after a clean stop."""
     group = facets.group
     doubtful = doubtful_ranges(active, group.volumes) if recovered.in_doubt else []
-    if recovered.ahead:
+    if recovered.ahead or recovered.volatile:
         await write_anew(group.volumes, doubtful)
     await level(group.volumes, doubtful, recovered.healed)
     lost = None

@@ -47,6 +47,8 @@ class Recovered:
     """The newest entries of the log were in memory only: nothing was redone."""
     log_lost: bool
     """The log lost its newest entries; the facets in service have them, and were not touched."""
+    volatile: bool
+    """The log was in memory, and nothing is left of it."""
     records: int
     end_seq: int
     lost: int
@@ -132,6 +134,7 @@ async def redo(
         power_loss=power_loss,
         memory_lost=memory_lost,
         log_lost=log_lost,
+        volatile=volatile,
         records=records,
         end_seq=end_seq,
         lost=0 if volatile else max(0, known - end_seq),

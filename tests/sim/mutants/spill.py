@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nbdmirror.core.active import ActiveMap
@@ -9,6 +10,7 @@ from nbdmirror.engine import doubt, node, recovery
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.log import Log
+from nbdmirror.engine.recovery import Recovered
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.spill import Spill
 from nbdmirror.engine.spillfile import SpillFile
@@ -45,6 +47,18 @@ LOSES = aimed(
     pause=0.02,
 )
 """A sync that loses pages, and the death of the process before that is noted."""
+LOSES_ALL = aimed(
+    spill=0,
+    facets=2,
+    timing=Timing(sync=(0.001, 0.1)),
+    faults={"sync loss and kill a": 4.0, "log error": 2.0, "power a": 1.0},
+    fault_gap=0.1,
+    clients=4,
+    last_facet=False,
+    operations=100,
+    pause=0.05,
+)
+"""... while the log is in memory, for its disk is gone."""
 
 
 @mutant("M4 an extent is let go though the file lacks its records")
@@ -139,6 +153,19 @@ def _(assign: Assign) -> None:
 @mutant("O16 after a process death what is in the page cache is taken to be on disk", LOSES)
 def _(assign: Assign) -> None:
     assign(doubt, "write_anew", nothing)
+
+
+@mutant("O16 what is in the page cache is believed where the log was in memory", LOSES_ALL)
+def _(assign: Assign) -> None:
+    original = doubt.mark_doubtful
+
+    async def mark_doubtful(
+        store: Store, remotes: Any, facets: Any, recovered: Recovered, active: Any
+    ) -> None:
+        recovered = replace(recovered, volatile=False)
+        await original(store, remotes, facets, recovered, active)
+
+    assign(node, "mark_doubtful", mark_doubtful)
 
 
 @mutant("M4 a facet that leaves does not get the extents that it had not synced", run=LEFT)
