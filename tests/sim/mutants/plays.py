@@ -179,13 +179,12 @@ async def _holes_revert(s: Script) -> None:
             punched.set()
         return lose(operation, path, nth) if punched.is_set() else None
 
-    b.disk.faults = inject
+    b.disk.faults, life = inject, b.life
     s.link(up=True)
     await lost.wait()
-    while b.alive:
-        await asyncio.sleep(0.1)
-    b.disk.faults = None
-    await world.start(b)
+    while b.alive and b.life is life:
+        await asyncio.sleep(POLL_S)
+    await s.up(b)
     await s.in_sync()
     world.power_cut(b, AllLost())
     await world.start(b)
