@@ -74,11 +74,7 @@ class Restorer:
         for member in self._snapshots.chains[index].members:
             if member.uuid == uuid:
                 return member
-        member = Member(uuid, self._snapshots.open_file(uuid, index))
-        await member.layer.prove()
-        if self._snapshots.has_file(uuid, index, own=True):
-            member.own = self._snapshots.open_file(uuid, index, own=True)
-        return member
+        return await self._snapshots.open_member(uuid, index)
 
     def _map(self, index: int) -> DcmFile:
         volume = self._snapshots.volumes[index]
@@ -233,7 +229,7 @@ class Restorer:
             if snapshot.own is not None:
                 # Nobody writes into it any more; and what the volume is from here on, a power cut
                 # must not take back.
-                await snapshot.own.sync()
+                await self._snapshots.sync_own(uuid, snapshot.own)
         maps = [restore_map(chain, uuid) for chain in chains]
         running = []
         for index, some, regions in zip(indices, members, maps, strict=True):

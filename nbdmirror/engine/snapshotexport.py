@@ -95,7 +95,7 @@ class SnapshotVolume(Volume):
         own = self._chain.members[self._chain.index(self.uuid)].own
         try:
             if own is not None:
-                await own.sync()
+                await self._snapshots.sync_own(self.uuid, own)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -114,7 +114,7 @@ class SnapshotVolume(Volume):
                             data = bytes(memoryview(payload)[low - offset : high - offset])
                         await self._put(own, region, low - region * size, data)
                 if durable:
-                    await own.sync()
+                    await self._snapshots.sync_own(self.uuid, own)
             except OSError as error:
                 raise self._failed(error) from error
 
@@ -137,9 +137,7 @@ class SnapshotVolume(Volume):
     async def _own(self) -> LayerFile:
         member = self._chain.members[self._chain.index(self.uuid)]
         if member.own is None:
-            own = await self._snapshots.create_file(self.uuid, self.index, own=True)
-            await self._snapshots.sync_directory()
-            member.own = own
+            member.own = await self._snapshots.create_own(self.uuid, self.index)
         return member.own
 
     def _failed(self, error: OSError) -> VolumeFailed:

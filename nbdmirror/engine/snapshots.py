@@ -54,6 +54,8 @@ STOP_SECONDS = 10.0
 LOST_MAX = 32
 """Snapshots that are gone are kept in the list up to so many."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED = "~"
+"""Ends the name of a file that is being made; no volume's name has it."""
 
 
 class Snapshots:
@@ -101,11 +103,24 @@ class Snapshots:
         path = self.path(uuid, volume) + (".own" if own else "")
         return LayerFile.open(self._disk, path, uuid, place.size, place.region_size)
 
-    async def create_file(self, uuid: str, volume: int, *, own: bool = False) -> LayerFile:
+    async def create_file(self, uuid: str, volume: int) -> LayerFile:
         """Makes an empty layer; its name is durable after ``sync_directory``."""
         place = self.volumes[volume]
-        path = self.path(uuid, volume) + (".own" if own else "")
+        path = self.path(uuid, volume)
         return await LayerFile.create(self._disk, path, uuid, place.size, place.region_size)
+
+    async def create_own(self, uuid: str, volume: int) -> LayerFile:
+        """Makes the layer of what is written into a snapshot; durable, with its name. Nothing else
+        says that there is one: under its name it is whole (O18)."""
+        place = self.volumes[volume]
+        path = self.path(uuid, volume) + ".own"
+        self._remove(path + UNFINISHED)  # of who was cancelled before
+        size, region_size = place.size, place.region_size
+        made = await LayerFile.create(self._disk, path + UNFINISHED, uuid, size, region_size)
+        made.close()
+        self._disk.rename(path + UNFINISHED, path)
+        await self.sync_directory()
+        return self.open_file(uuid, volume, own=True)
 
     def has_file(self, uuid: str, volume: int, *, own: bool = False) -> bool:
         """Whether a layer is on disk."""
@@ -136,34 +151,43 @@ class Snapshots:
         self._disk.make_directory(self.directory)
         self._remove_strays()
         for index, chain in enumerate(self.chains):
-            entries = [e for e in self.usable() if index in e["volumes"]]
-            members: list[tuple[Entry, Member]] = []
-            for entry in entries:
+            for entry in [e for e in self.usable() if index in e["volumes"]]:
                 try:
-                    member = Member(entry["uuid"], self.open_file(entry["uuid"], index))
-                    await member.layer.prove()
-                    if self._disk.exists(self.path(entry["uuid"], index) + ".own"):
-                        member.own = self.open_file(entry["uuid"], index, own=True)
-                    members.append((entry, member))
+                    chain.push(await self.open_member(entry["uuid"], index))
                 except (StateError, FormatError, OSError) as error:
-                    # Older ones need its layer too.
-                    self._damaged([e for e, _ in members] + [entry], str(error))
-                    members.clear()
-            for entry, member in members:
-                if entry.get("lost") is None:
-                    chain.push(member)
+                    self._damaged(entry, str(error))
 
-    def _damaged(self, entries: list[Entry], why: str) -> None:
-        for entry in entries:
-            entry["lost"] = why
+    async def open_member(self, uuid: str, volume: int) -> Member:
+        """Opens and proves a snapshot's layers of a volume. StateError, FormatError or OSError."""
+        member = Member(uuid, self.open_file(uuid, volume))
+        try:
+            await member.layer.prove()
+            if self.has_file(uuid, volume, own=True):
+                member.own = self.open_file(uuid, volume, own=True)
+        except BaseException:
+            member.close()
+            raise
+        return member
+
+    def _damaged(self, entry: Entry, why: str) -> None:
+        """It is lost, and so is every older one that may need a layer of it, of any volume."""
+        lost = [entry]
+        for older in reversed(self.entries[: self.entries.index(entry)]):
+            needed = any({*older["volumes"]} & {*one["volumes"]} for one in lost)
+            if needed and older.get("lost") is None:
+                lost.append(older)
+        for one in reversed(lost):
+            one["lost"] = why
             for chain in self.chains:
-                chain.drop(entry["uuid"])
-            self.events.emit("snapshot-lost", **name_of(entry), why=why)
+                member = chain.drop(one["uuid"])
+                if member is not None:
+                    member.close()
+            self.events.emit("snapshot-lost", **name_of(one), why=why)
 
     def _remove_strays(self) -> None:
         known = {entry["uuid"] for entry in self.usable()} | {*self.kept_for_restore}
         for name in self._disk.list(self.directory):
-            if name.partition(".")[0] not in known:
+            if name.partition(".")[0] not in known or name.endswith(UNFINISHED):
                 self._remove(f"{self.directory}/{name}")
 
     def recovered(self, end_seq: int, *, redone: bool) -> None:
@@ -444,6 +468,15 @@ class Snapshots:
         for entry in entries:
             await self._unlink(entry)
             self.events.emit("snapshot-lost", **name_of(entry), why=why)
+
+    async def sync_own(self, uuid: str, own: LayerFile) -> None:
+        """Makes durable what was written into a snapshot. OSError if that failed: then it is lost,
+        because a later start could not tell what of it is on the disk (O16)."""
+        try:
+            await own.sync()
+        except OSError as error:
+            await self.lose([uuid], f"an error of the disk: {error}")
+            raise
 
     def prune(self) -> None:
         for entry in [e for e in self.entries if e.get("lost")][:-LOST_MAX]:

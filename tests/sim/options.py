@@ -111,6 +111,8 @@ class Options:
     """How likely what is done with a snapshot on the primary is to restore from it ..."""
     restores_alone: float = 0.4
     """... and on a secondary."""
+    inscribe: float = 0.08
+    """How likely what is done with a snapshot is to write into it (V9)."""
     beside: float = 0.04
     """How likely what people do is to change a facet by itself, and to say so (V13)."""
     rot: float = 0.1

@@ -92,9 +92,18 @@ class Album:
         world = self._world
         if world.history.lines[-1].base_seq < seq:
             names = [volume.name for volume in world.a.config.volumes]
-            shown = dict(zip(self._volumes[uuid], self._images[uuid], strict=True))
+            shown = self._shown(uuid)
             world.history.restored(seq, {names.index(n): shown[names.index(n)] for n in volumes})
             world.fired["restored"] += 1
+
+    def _shown(self, uuid: str) -> dict[int, bytes]:
+        """What a restore of it brings back, by volume."""
+        images = dict(zip(self._volumes[uuid], self._images[uuid], strict=True))
+        return self._world.inscribed.shown(uuid, images)
+
+    def images(self, entry: dict[str, Any]) -> list[bytes] | None:
+        """What a snapshot was taken of; None of one that a node made for itself."""
+        return self._images.get(entry["uuid"])
 
     def recovered(self, node: Node) -> None:
         """The primary came back: a restore may have been durable before anybody was told."""
@@ -107,7 +116,7 @@ class Album:
         """A restore is asked for: to clients as if every cell were written at once."""
         content = self._world.content
         begun = []
-        shown = dict(zip(self._volumes[uuid], self._images[uuid], strict=True))
+        shown = self._shown(uuid)
         for volume in volumes:
             image, cell = shown[volume], content.cell
             for at in range(0, len(image), cell):
@@ -204,10 +213,13 @@ class Album:
                 if entry["uuid"] in self._gone and node.snapshots.shown(entry):
                     raise Violation(f"{host.name} has {entry['number']}, deleted everywhere")
 
-    def check(self, host: Host, node: Node, found: Sequence[Found], what: str) -> None:
+    def check(
+        self, host: Host, node: Node, found: Sequence[Found], what: str, since: int | None = None
+    ) -> None:
         """Violation unless each is what it has to be, and what was promised is in the list, if
-        only as lost."""
-        beside = self._world.beside
+        only as lost. ``since``: what ``Inscribed.count`` was when they began to be read."""
+        beside, inscribed = self._world.beside, self._world.inscribed
+        since = inscribed.count if since is None else since
         if beside.pending and host.role == "primary":
             return
         for one in found:
@@ -219,7 +231,8 @@ class Album:
                 group = self._world.history.image(entry["epoch"], entry["seq"])
                 wanted = [bytes(group[index]) for index in entry["volumes"]]
             else:
-                wanted = self._images[entry["uuid"]]
+                images = self._images[entry["uuid"]]
+                wanted = inscribed.wanted(host, entry, images, one.images, since)
             compare(one.images, wanted, name)
             self._world.fired[f"snapshot checked on {host.role}"] += 1
         if host.role == "primary":
@@ -272,6 +285,11 @@ class People:
                 if not shown:
                     return
                 entry = rng.choice(shown)
+                if world.inscribed.rng.random() < world.options.inscribe:
+                    images = world.album.images(entry)
+                    if images is not None and entry["kind"] != "resync":
+                        await world.inscribed.once(host, node, entry, images)
+                    return
                 if host is not world.a and rng.random() < world.options.restores_alone:
                     await self._restore_alone(host, node, entry)
                     return
@@ -295,17 +313,27 @@ class People:
         volume = None if index is None else node.volumes[index].name
         places = entry["volumes"] if index is None else [index]
         keep, force = rng.random() < 0.7, rng.random() < 0.5
-        writes = world.album.writes(entry["uuid"], places)
-        world.trace("people", f"restore {entry['number']} {places} {keep} {force}")
-        acked = False
+        inscribed, images = world.inscribed, world.album.images(entry)
+        if inscribed.busy or images is None:
+            return
+        inscribed.busy = True  # nobody writes into it meanwhile
         try:
-            work = node.people.restore(entry["uuid"], volume, True, keep, force)
-            await world.in_life(host, work)
-            acked = True
+            await world.in_life(host, inscribed.take(host, node, entry, images))
+            writes = world.album.writes(entry["uuid"], places)
+            world.trace("people", f"restore {entry['number']} {places} {keep} {force}")
+            acked = False
+            try:
+                work = node.people.restore(entry["uuid"], volume, True, keep, force)
+                await world.in_life(host, work)
+                acked = True
+                inscribed.restored(host, entry, places)
+            finally:
+                for write in writes:
+                    world.content.end(write, acked=acked, durable=True)
+                world.trace("people", f"restored {acked}")
         finally:
-            for write in writes:
-                world.content.end(write, acked=acked, durable=True)
-            world.trace("people", f"restored {acked}")
+            inscribed.busy = False
+            inscribed.count += 1
 
     async def _restore_alone(self, host: Host, node: Node, entry: dict[str, Any]) -> None:
         """On a secondary, while the primary has paused it (V14)."""
@@ -346,6 +374,7 @@ async def look(world: World) -> None:
         if host.role == "secondary":
             world.album.check_image(host, node)
         with contextlib.suppress(Gone):
+            since = world.inscribed.count
             found = await world.in_life(host, read_all(node))
             if host.node is node:
-                world.album.check(host, node, found, host.name)
+                world.album.check(host, node, found, host.name, since)

@@ -31,6 +31,7 @@ from nbdmirror.errors import NbdmirrorError
 from nbdmirror.ports import Env
 from tests.sim.beside import Beside
 from tests.sim.host import Host
+from tests.sim.inscribed import Inscribed
 from tests.sim.loop import WORLD, Incarnation, NodeDead, SimLoop
 from tests.sim.net import SimNet
 from tests.sim.options import Options
@@ -68,6 +69,7 @@ class World:
         self.album = Album(self)
         self.witness = self.make_witness()
         self.beside = Beside(self)
+        self.inscribed = Inscribed(self)
         self.rot = Rot(self)
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None

@@ -356,6 +356,107 @@ def test_a_writable_snapshot_has_its_own_map_and_leaves_the_volume_alone() -> No
     primary(test)
 
 
+@pytest.mark.parametrize(("damaged", "older"), [("w", "v"), ("v", "w")])
+def test_a_damaged_layer_costs_what_needs_any_other_of_that_snapshot(
+    damaged: str, older: str
+) -> None:
+    """I5: an older snapshot of another volume alone needs what the damaged one kept of that."""
+
+    async def test(world: Primary) -> None:
+        index = ("v", "w").index(older)
+        await world.write(0, 1, volume=index)
+        await world.take(older)
+        await world.take(None)
+        await world.write(0, 2, volume=index)
+        await world.take(None)
+        await world.write(0, 3, volume=index)
+        uuid = world.node.people.list()[1]["uuid"]
+        await world.node.stop()
+        world.disk.flip(f"/state/snapshots/{uuid}.{damaged}", 0)
+        await world.start()
+        assert world.states() == ["lost", "lost", "ok"]
+        assert (await world.fills(f"{older}@3"))[0] == 2
+
+    primary(test)
+
+
+def test_a_first_write_into_a_snapshot_that_is_cut_costs_no_snapshot() -> None:
+    """O18, O7, V9: the file for it may be there by then, but names nothing that is not."""
+
+    async def main() -> None:
+        outcomes = set()
+        for nth in range(1, 22):
+            world = Primary(make_disk(nth), SnapshotConfig())
+            await world.start()
+            await world.write(0, 1)
+            await world.take()
+            await world.take()
+            await world.node.people.export("2", True)
+            snapshot, left = world.served("v@2"), [nth]
+
+            def die(operation: str, path: str, _: int, left: list[int] = left) -> Fault | None:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Cut
+                return None
+
+            world.disk.faults = die
+            change = Change(codec.WRITE, 0, 0, REGION, bytes([6]) * REGION)
+            done = False
+            try:
+                rest = snapshot.write(snapshot, [change], durable=True)
+                assert rest is not None
+                await rest
+                done = True
+            except (Cut, asyncio.CancelledError):  # whoever was struck
+                pass
+            world.disk.faults = None
+            dead = world
+            for seed in range(6):
+                world = Primary(dead.disk.clone(f"{nth} {seed}"), SnapshotConfig())
+                world.lives = 5
+                world.disk.power_cut()
+                await world.start()
+                assert world.states() == ["ok", "ok"], nth
+                assert (await world.fills("v@1"))[0] == 1
+                found = (await world.fills("v@2"))[0]
+                assert found == 6 if done else found in (1, 6), nth
+                outcomes.add(found)
+        assert outcomes == {1, 6}
+
+    run(main())
+
+
+def test_a_failed_sync_of_what_was_written_into_a_snapshot_is_final() -> None:
+    """O16: over a restart nobody could tell what of it is on the disk; the volume goes on."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        await world.take()
+        await world.node.people.export("2", True)
+        snapshot = world.served("v@2")
+        change = Change(codec.WRITE, 0, 0, REGION, bytes([6]) * REGION)
+        rest = snapshot.write(snapshot, [change])
+        assert rest is not None
+        await rest
+
+        def fail(operation: str, path: str, nth: int) -> Fault | None:
+            return Fault(Kind.LOSE) if operation == "sync" and path.endswith(".own") else None
+
+        world.disk.faults = fail
+        with pytest.raises(VolumeFailed):
+            await snapshot.flush()
+        world.disk.faults = None
+        for cut in (False, True):
+            assert world.states() == ["ok", "lost"]
+            assert (await world.fills("v@1"))[0] == 1
+            assert (await world.volume_fills())[0] == 1
+            await world.restart(cut=cut)
+
+    primary(test)
+
+
 def test_refresh_makes_it_anew_with_its_number() -> None:
     """V10: nothing is copied, and the uuid, which names a content, is new."""
 

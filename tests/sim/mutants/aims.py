@@ -99,6 +99,26 @@ BESIDE = aimed(
     last_facet=False,
 )
 """Changes beside the write path, one after the other."""
+INSCRIBED = bounded(
+    aimed(
+        inscribe=0.6,
+        beside=0.0,
+        restores=0.6,
+        snapshot_gap=0.05,
+        snapshots_max=64,
+        snapshot_space=None,
+        timing=Timing(sync=(0.001, 0.02), write=(0.001, 0.05)),
+        faults={"power a": 2.0, "kill a": 0.3, "reset": 0.5},
+        fault_gap=0.4,
+        clients=1,
+        operations=100,
+        pause=0.05,
+        mode="async",
+        last_facet=False,
+    ),
+    restore__COPY_BYTES=4 * KIB,
+)
+"""Snapshots that are written into and restored, and power that goes while the copy runs."""
 LEAVING = aimed(
     beside=0.5,
     facets=2,

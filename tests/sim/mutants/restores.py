@@ -16,7 +16,7 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
-from tests.sim.mutants.aims import ALONE, BESIDE, LEANING, LEAVING, RESTORES
+from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -93,6 +93,25 @@ def _(assign: Assign) -> None:
         self._store.state["restore"] = None
 
     assign(Restorer, "open", opened)
+
+
+@mutant("V10 what was written into a snapshot is not in the restore map", INSCRIBED)
+def _(assign: Assign) -> None:
+    assign(restorer, "restore_map", lambda chain, uuid: chain.changed(uuid))
+
+
+@mutant("V10 what was written into a snapshot is restored before it is durable", INSCRIBED)
+def _(assign: Assign) -> None:
+    original = Restorer._prepare_maps
+
+    async def prepare_maps(self: Restorer, *args: Any) -> Any:
+        setattr(self._snapshots, "sync_own", nothing)  # noqa: B010
+        try:
+            return await original(self, *args)
+        finally:
+            delattr(self._snapshots, "sync_own")
+
+    assign(Restorer, "_prepare_maps", prepare_maps)
 
 
 @mutant("V13 regions that are handed over are not marked", BESIDE)

@@ -17,9 +17,10 @@ from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.layer import LayerFile
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
-from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, MARKERS, RESYNCS, waiting
+from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, INSCRIBED, MARKERS, RESYNCS, waiting
 from tests.sim.mutants.plays import OUTLIVED
 from tests.sim.mutation import Assign, mutant, nothing
 
@@ -192,6 +193,11 @@ def _(assign: Assign) -> None:
             original(self, seq, mark)
 
     assign(Remote, "miss", miss)
+
+
+@mutant("V9 a flush of what was written into a snapshot syncs nothing", INSCRIBED)
+def _(assign: Assign) -> None:
+    assign(SnapshotVolume, "flush", nothing)
 
 
 @mutant("X2 region copies keep nothing")
