@@ -265,12 +265,13 @@ class Script:
         for write in writes:
             self.world.content.end(write, acked=bool(done), durable=True)
 
-    async def delete(self, uuid: str) -> None:
-        """Deletes a snapshot, if it is not in use."""
+    async def delete(self, uuid: str, host: Host | None = None) -> None:
+        """Deletes a snapshot on the primary, or on ``host`` alone, if it is not in use."""
         if uuid:
-            node = await self.primary()
+            node = await self.primary() if host is None else host.node
+            assert node is not None
             self.world.album.release(uuid)
-            await self._command(node.people.delete(uuid, False))
+            await self._command(node.people.delete(uuid, False), host)
 
     def spoil(self, path: str) -> None:
         """A disk of the primary is lost: whatever is done to that file fails."""

@@ -33,8 +33,9 @@ def _strikes(operation: str, path: str, fault: Fault, struck: Callable[[], None]
 
 
 async def _cleared(s: Script) -> None:
-    """Regions that the secondary has are cleared while its link is down."""
+    """Regions that the secondary has, in a snapshot too, are cleared while its link is down."""
     await s.write(0, *range(0, HOLES * BLOCK, BLOCK), count=BLOCK)
+    await s.snapshot()
     await s.in_sync()
     s.link(up=False)
     for turn in range(13):  # until the log is full: what is cleared then travels as holes
@@ -75,6 +76,35 @@ async def _outlived(s: Script) -> None:
     await world.start(world.a)
     s.link(up=True)
     await s.in_sync()
+
+
+async def _deleted_there(s: Script) -> None:
+    """A secondary that has followed a snapshot has it no more when its process dies: redo comes by
+    the marker again, and not by what the snapshot had held."""
+    (b,) = s.world.remotes
+    await s.write(0, 0)
+    for _ in range(6):  # more than half of its log: it is released
+        await s.write(1, 0, count=BLOCK)
+    assert b.node is not None
+    while b.node.log.ring.tail_seq < b.node.log.next_seq:
+        await asyncio.sleep(POLL_S)
+    uuid = await s.snapshot()
+    await s.write(0, 0)
+    await s.in_sync()
+    await s.delete(uuid, b)
+    s.kill(b)
+    await s.world.start(b)
+    await s.in_sync()
+
+
+async def _restored(s: Script) -> None:
+    """The process dies when a restore is complete, and not copied yet."""
+    await s.write(0, 0, 30, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, 30, count=BLOCK)
+    await s.restore(uuid)
+    s.kill(s.world.a)
+    await s.world.start(s.world.a)
 
 
 async def _ahead(s: Script) -> None:
@@ -188,6 +218,7 @@ async def _holes_revert(s: Script) -> None:
     await s.in_sync()
     world.power_cut(b, AllLost())
     await world.start(b)
+    await s.write(1, 0)  # the primary sees that the link is gone
     await s.in_sync()
 
 
@@ -209,6 +240,8 @@ async def _log_reverts(s: Script) -> None:
 
 PUNCHED = directed(_punched)
 OUTLIVED = directed(_outlived)
+DELETED_THERE = directed(_deleted_there)
+RESTORED = directed(_restored)
 AHEAD = directed(_ahead)
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)

@@ -17,6 +17,7 @@ from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
+from tests.sim.mutants.plays import RESTORED
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -87,7 +88,7 @@ def _(assign: Assign) -> None:
     assign(VolumeRestore, "holds", lambda self, offset, length: self._chain_holds(offset, length))
 
 
-@mutant("V12 a restore is not remembered")
+@mutant("V12 a restore is not remembered", run=RESTORED)
 def _(assign: Assign) -> None:
     async def opened(self: Restorer) -> None:
         self._store.state["restore"] = None

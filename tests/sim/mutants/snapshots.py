@@ -21,7 +21,7 @@ from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, INSCRIBED, MARKERS, RESYNCS, waiting
-from tests.sim.mutants.plays import OUTLIVED
+from tests.sim.mutants.plays import DELETED_THERE, OUTLIVED, PUNCHED
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -122,7 +122,7 @@ def _(assign: Assign) -> None:
     assign(Follower, "redo", redo)
 
 
-@mutant("V9 redo follows markers again")
+@mutant("V9 redo follows markers again", run=DELETED_THERE)
 def _(assign: Assign) -> None:
     original = Follower.marked
 
@@ -217,7 +217,7 @@ def _(assign: Assign) -> None:
     assign(Secondary, "place", place)
 
 
-@mutant("X2 holes that are copied keep nothing")
+@mutant("X2 holes that are copied keep nothing", run=PUNCHED)
 def _(assign: Assign) -> None:
     original = Secondary.place
 
