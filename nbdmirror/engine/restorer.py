@@ -54,6 +54,8 @@ class Restorer:
         state = self._store.state.get("restore")
         if state is None:
             return
+        # What the log lost with its memory, or with the power, no redo comes by any more.
+        state["seq"] = min(state["seq"], self._node.log.next_seq - 1)
         for key, uuids in state["sources"].items():
             index = int(key)
             left = self._map(index)

@@ -59,13 +59,18 @@ async def _punched(s: Script) -> None:
     await s.in_sync()
 
 
+async def _without_log(s: Script) -> None:
+    """The log goes on in memory, for its disk is lost."""
+    s.spoil("/state/log")
+    await s.write(0, 40, fua=True)
+    await s.until(lambda node: bool(node.status()["log"]["in_memory"]))
+
+
 async def _outlived(s: Script) -> None:
     """The log goes on in memory, two snapshots are taken, one of which the remote gets, and the
     process dies: the snapshots are there, their records are not."""
     world = s.world
-    s.spoil("/state/log")
-    await s.write(0, 40, fua=True)
-    await s.until(lambda node: bool(node.status()["log"]["in_memory"]))
+    await _without_log(s)
     await s.write(0, 0)
     await s.snapshot()
     await s.in_sync()
@@ -105,6 +110,13 @@ async def _restored(s: Script) -> None:
     await s.restore(uuid)
     s.kill(s.world.a)
     await s.world.start(s.world.a)
+    await s.write(0, 0)
+
+
+async def _restored_without_log(s: Script) -> None:
+    """... and the log was in memory: the mark of the restore is gone with it."""
+    await _without_log(s)
+    await _restored(s)
 
 
 async def _ahead(s: Script) -> None:
@@ -242,6 +254,7 @@ PUNCHED = directed(_punched)
 OUTLIVED = directed(_outlived)
 DELETED_THERE = directed(_deleted_there)
 RESTORED = directed(_restored)
+RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 AHEAD = directed(_ahead)
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)

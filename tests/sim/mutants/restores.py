@@ -17,7 +17,7 @@ from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
-from tests.sim.mutants.plays import RESTORED
+from tests.sim.mutants.plays import RESTORED, RESTORED_WITHOUT_LOG
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -38,6 +38,19 @@ def _(assign: Assign) -> None:
 @mutant("M11 what lies below a restore is read from a remote", LEANING)
 def _(assign: Assign) -> None:
     assign(VolumeRestore, "hides", lambda self, offset, length: False)
+
+
+@mutant("V12 a restore waits for a mark that the log has lost", run=RESTORED_WITHOUT_LOG)
+def _(assign: Assign) -> None:
+    original = Restorer.open
+
+    async def opened(self: Restorer) -> None:
+        state = self._store.state.get("restore") or {"seq": 0}
+        seq = state["seq"]
+        await original(self)
+        state["seq"] = seq
+
+    assign(Restorer, "open", opened)
 
 
 @mutant("V14 a secondary that was restored does not say so")
