@@ -20,6 +20,7 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
+from tests.sim.mutants.plays import STOOD_IN_AHEAD
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 
 
@@ -116,7 +117,7 @@ def _(assign: Assign) -> None:
     assign(Remote, "doubt", doubt)
 
 
-@mutant("M11 redo brings back what a remote that stood in had newer", LOST)
+@mutant("M11 redo brings back what a remote that stood in had newer", run=STOOD_IN_AHEAD)
 def _(assign: Assign) -> None:
     assign(Store, "redo_seq", lambda self, volume: int(self.state.get("redo_seq", 0)))
 

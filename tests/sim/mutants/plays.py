@@ -137,6 +137,29 @@ async def _ahead(s: Script) -> None:
     await s.in_sync()
 
 
+async def _stood_in_ahead(s: Script) -> None:
+    """A volume without a facet: the log loses, with the power, what the remote that stands in has;
+    then the facet is back, for which the log holds all but that."""
+    world, path = s.world, "/facets/v0.0"
+    s.spoil(path)
+    await s.write(0, 0)
+    await s.until(lambda node: not node.volumes[0].in_service())
+    await s.write(0, 0, fua=True)
+    slow = Fault(Kind.STALL, seconds=60.0)
+    world.a.disk.faults = _strikes("sync", "/state/log", slow, lambda: None)
+    await s.write(0, 0)
+    await s.until(_all_is_there)
+    world.power_cut(world.a, AllLost())
+    world.a.disk.faults = None
+    await world.start(world.a)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.read(0, 0, 1)
+
+
 def _all_is_there(node: Node) -> bool:
     assert node.primary is not None
     return node.primary.remotes[0].durable_seq == node.log.next_seq - 1
@@ -256,6 +279,7 @@ DELETED_THERE = directed(_deleted_there)
 RESTORED = directed(_restored)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 AHEAD = directed(_ahead)
+STOOD_IN_AHEAD = directed(_stood_in_ahead, last_facet=True)
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
