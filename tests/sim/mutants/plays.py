@@ -83,6 +83,20 @@ async def _outlived(s: Script) -> None:
     await s.in_sync()
 
 
+async def _cleared_late(s: Script) -> None:
+    """A snapshot is taken behind a clearing that is in the log, and not in the facet yet; and the
+    region is written to."""
+    await s.write(0, 0, count=BLOCK)
+    punching = asyncio.Event()
+    slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
+    s.world.a.disk.faults = _strikes("punch", "/facets", slow, punching.set)
+    s.world.spawn(s.clear(0, 0, BLOCK // 2, "trim"))
+    await punching.wait()
+    await s.snapshot()
+    await s.write(0, BLOCK - 1)
+    await asyncio.sleep(PUNCH_SECONDS)
+
+
 async def _deleted_there(s: Script) -> None:
     """A secondary that has followed a snapshot has it no more when its process dies: redo comes by
     the marker again, and not by what the snapshot had held."""
@@ -275,6 +289,7 @@ async def _log_reverts(s: Script) -> None:
 
 PUNCHED = directed(_punched)
 OUTLIVED = directed(_outlived)
+CLEARED_LATE = directed(_cleared_late)
 DELETED_THERE = directed(_deleted_there)
 RESTORED = directed(_restored)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)

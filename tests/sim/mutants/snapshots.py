@@ -21,7 +21,7 @@ from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, INSCRIBED, MARKERS, RESYNCS, waiting
-from tests.sim.mutants.plays import DELETED_THERE, OUTLIVED, PUNCHED
+from tests.sim.mutants.plays import CLEARED_LATE, DELETED_THERE, OUTLIVED, PUNCHED
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -61,7 +61,7 @@ def _(assign: Assign) -> None:
     assign(LayerFile, "prove", prove)
 
 
-@mutant("O21 what is being cleared is not waited for")
+@mutant("O21 what is being cleared is not waited for", run=CLEARED_LATE)
 def _(assign: Assign) -> None:
     assign(Volume, "wait_landed", nothing)
 
