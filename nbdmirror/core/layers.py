@@ -103,6 +103,18 @@ def changed(chain: Sequence[Layer], index: int, end: int | None = None) -> Dcm:
     return union
 
 
+def shared(older: Layer, deleted: Layer) -> Iterator[tuple[int, int]]:
+    """(first, count) regions that both keep: nobody reads those of the later one, if it goes."""
+    for first, count in deleted.kept.runs():
+        both = [older.kept.is_marked(region) for region in range(first, first + count)]
+        at = first
+        for kept, group in itertools.groupby(both):
+            length = len(list(group))
+            if kept:
+                yield at, length
+            at += length
+
+
 def orphans(older: Layer, deleted: Layer, start: int, count_max: int) -> list[int]:
     """Regions from ``start`` on that the snapshot before a deleted one still needs from it."""
     found: list[int] = []

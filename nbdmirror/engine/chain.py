@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nbdmirror.codec.hashing import is_zeros
 from nbdmirror.core import layers
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.engine.layer import LayerFile
+from nbdmirror.engine.layer import FULL, LayerFile
 from nbdmirror.errors import FormatError, VolumeFailed
 from nbdmirror.ports import Buffer
 
@@ -283,32 +283,49 @@ class Chain:
                 return member
         return None
 
-    async def merge(self, uuid: str) -> None:
+    async def merge(self, uuid: str, *, free: bool) -> None:
         """Moves what the snapshot before needs of this one into that one's layer, a few regions at
         a time. In the step in which it returns nothing is left to move: ``drop`` follows at once.
+        Where the disk is full and ``free`` is given, what nobody will read of this one makes room.
         OSError as from ``keep``."""
-        at = 0
+        at, count, freeing = 0, MERGE_REGIONS, False
         while True:
             index = next((i for i, m in enumerate(self.members) if m.uuid == uuid), 0)
             if index == 0:
                 return  # the oldest, or gone
             older, deleted = self.members[index - 1].layer, self.members[index].layer
-            regions = layers.orphans(older.map, deleted.map, at, MERGE_REGIONS)
+            regions = layers.orphans(older.map, deleted.map, at, count)
             if not regions and at == 0:
                 return
             if not regions:
                 at = 0  # once more from the start: it may have kept some meanwhile
                 continue
-            moved: list[tuple[int, Buffer | None]] = []
-            unreadable: list[int] = []
-            for region in regions:
-                try:
-                    zeros = deleted.is_zeros(region)
-                    moved.append((region, None if zeros else await deleted.read(region)))
-                except (FormatError, OSError):
-                    unreadable.append(region)
-            await older.keep(moved, unreadable)
+            try:
+                await self._move(deleted, older, regions)
+            except OSError as error:
+                if error.errno not in FULL or not free or (freeing and count == 1):
+                    raise
+                if freeing:
+                    count //= 2
+                else:
+                    freeing = True
+                    await deleted.release(layers.shared(older.map, deleted.map))
+                continue
+            if freeing:
+                await deleted.release((region, 1) for region in regions)
             at = regions[-1] + 1
+
+    @staticmethod
+    async def _move(deleted: LayerFile, older: LayerFile, regions: Iterable[int]) -> None:
+        moved: list[tuple[int, Buffer | None]] = []
+        unreadable: list[int] = []
+        for region in regions:
+            try:
+                zeros = deleted.is_zeros(region)
+                moved.append((region, None if zeros else await deleted.read(region)))
+            except (FormatError, OSError):
+                unreadable.append(region)
+        await older.keep(moved, unreadable)
 
     async def stop(self) -> None:
         """Ends copying; leaves nothing to prove at the next start."""

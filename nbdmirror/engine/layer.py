@@ -19,8 +19,10 @@ checksums, because it changes in place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from xxhash import xxh3_64_intdigest
 
@@ -31,6 +33,7 @@ from nbdmirror.errors import FormatError, StateError
 from nbdmirror.ports import Buffer, Disk, File
 
 HEAD_SIZE = 4096
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEAD = struct.Struct("<8sQQ16s")
 _MAGIC = b"NMLAYER1"
 
@@ -138,27 +141,45 @@ class LayerFile:
         self, regions: Sequence[tuple[int, Buffer | None]], unreadable: Sequence[int] = ()
     ) -> None:
         """Keeps regions with their content (``None``: zeros), and that of some there is none;
-        durable on return, by one sync. After an OSError none of them counts as kept."""
-        slots = dict.fromkeys(unreadable, UNREADABLE)
+        durable on return, by one sync. After an OSError none of them counts as kept, and none takes
+        space."""
         async with self._lock:
-            for region, data in regions:
-                if data is None:
-                    slots[region] = ZEROS
-                else:
-                    slots[region] = layers.slot_of(xxh3_64_intdigest(data))
-                    self._file.pwrite(self._at(region), data)
-            rows: dict[int, list[int]] = {}
-            for region, slot in slots.items():
-                number, index = divmod(region, mappage.SLOTS)
-                if number not in rows:
-                    rows[number] = self.map.sector(number)
-                rows[number][index] = slot | TENTATIVE
-            for number, row in rows.items():
-                self._write_sector(number, row)
-            await self._file.sync()
-            for region, slot in slots.items():
-                self.map.set(region, slot)
-            self._tentative.update(dict.fromkeys(rows))
+            try:
+                await self._keep(regions, unreadable)
+            except OSError:
+                kept = self.map.kept.is_marked
+                await self.release((region, 1) for region, _ in regions if not kept(region))
+                raise
+
+    async def _keep(
+        self, regions: Sequence[tuple[int, Buffer | None]], unreadable: Sequence[int]
+    ) -> None:
+        slots = dict.fromkeys(unreadable, UNREADABLE)
+        for region, data in regions:
+            if data is None:
+                slots[region] = ZEROS
+            else:
+                slots[region] = layers.slot_of(xxh3_64_intdigest(data))
+                self._file.pwrite(self._at(region), data)
+        rows: dict[int, list[int]] = {}
+        for region, slot in slots.items():
+            number, index = divmod(region, mappage.SLOTS)
+            if number not in rows:
+                rows[number] = self.map.sector(number)
+            rows[number][index] = slot | TENTATIVE
+        for number, row in rows.items():
+            self._write_sector(number, row)
+        await self._file.sync()
+        for region, slot in slots.items():
+            self.map.set(region, slot)
+        self._tentative.update(dict.fromkeys(rows))
+
+    async def release(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Gives back the space of (first, count) regions that nobody reads here any more."""
+        for first, count in runs:
+            with contextlib.suppress(OSError):  # then it goes with the file
+                length = min(count * self.region_size, self._size - first * self.region_size)
+                await self._file.punch(self._at(first), length)
 
     async def settle(self) -> None:
         """Writes the slots without their mark, durably: nothing is left to prove."""

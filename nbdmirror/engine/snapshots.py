@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 from collections.abc import Callable, Coroutine, Sequence
 from random import Random
 from typing import Any
@@ -42,7 +41,7 @@ from nbdmirror.config import SnapshotConfig
 from nbdmirror.engine.chain import Chain, Member
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.group import Group
-from nbdmirror.engine.layer import LayerFile
+from nbdmirror.engine.layer import FULL, LayerFile
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import FormatError, NbdmirrorError, Refused, StateError
@@ -53,7 +52,6 @@ Entry = dict[str, Any]
 STOP_SECONDS = 10.0
 LOST_MAX = 32
 """Snapshots that are gone are kept in the list up to so many."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
 UNFINISHED = "~"
 """Ends the name of a file that is being made; no volume's name has it."""
 
@@ -392,7 +390,7 @@ class Snapshots:
     async def _merge(self, chain: Chain, uuid: str) -> None:
         while True:
             try:
-                await chain.merge(uuid)
+                await chain.merge(uuid, free=uuid not in self.kept_for_restore)
                 break
             except OSError as error:
                 await self._give_up(chain, error)
@@ -454,8 +452,9 @@ class Snapshots:
         for entry in entries:
             for index in entry["volumes"]:
                 chain = self.chains[index]
+                free = entry["uuid"] not in self.kept_for_restore
                 try:
-                    await chain.merge(entry["uuid"])
+                    await chain.merge(entry["uuid"], free=free)
                 except OSError:
                     older = [m.uuid for m in chain.members[: chain.index(entry["uuid"])]]
                     await self.lose(older, why)

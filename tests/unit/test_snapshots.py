@@ -515,6 +515,37 @@ def test_where_the_space_ends_the_oldest_unprotected_goes_and_the_volume_goes_on
     primary(test, SnapshotConfig(space_max=8 * REGION))
 
 
+def test_on_a_full_disk_what_goes_makes_room_for_what_a_protected_one_needs_of_it() -> None:
+    """The policy, where the disk itself is full: the one that goes takes up all that there is until
+    it is gone, and part of it has to move first."""
+
+    async def test(world: Primary) -> None:
+        for region in range(REGIONS):
+            await world.write(region, 1)
+        await world.take(protected=True)
+        for region in range(6):
+            await world.write(region, 2)
+        await world.take()
+        for region in range(2, 9):
+            await world.write(region, 3)
+        await world.take()
+        await world.group.flush()
+        used = sum(inode.cache.allocated() for inode in world.disk._inodes())
+        world.disk.capacity = used + REGION // 2
+        for region in range(4):
+            await world.write(region, 4)
+        assert world.states() == ["ok", "lost", "ok"]
+        assert await world.fills("v@1") == [1] * REGIONS
+        world.disk.capacity = None
+        wanted = [2, 2] + [3] * 7 + [1] * 7
+        for cut in (False, True):
+            assert await world.fills("v@3") == wanted
+            assert await world.fills("v@1") == [1] * REGIONS
+            await world.restart(cut=cut)
+
+    primary(test)
+
+
 def test_an_error_of_the_layers_disk_costs_the_snapshots_never_the_volume() -> None:
     async def test(world: Primary) -> None:
         await world.write(0, 1)
