@@ -151,6 +151,31 @@ async def _ahead(s: Script) -> None:
     await s.in_sync()
 
 
+async def _lost_in_part(s: Script) -> None:
+    """A secondary loses its power, and some of the records that its log had not synced, with later
+    ones there; it recovers, and its process dies before it gets anything new."""
+    world = s.world
+    (b,) = world.remotes
+    slow = Fault(Kind.STALL, seconds=60.0)
+    b.disk.faults = _strikes("sync", "/state/log", slow, lambda: None)
+    for _ in range(BLOCK):
+        await s.write(0, 0)
+    await s.until(_all_is_received)
+    s.link(up=False)
+    world.power_cut(b)
+    b.disk.faults = None
+    await world.start(b)
+    s.kill(b)
+    await world.start(b)
+    s.link(up=True)
+    await s.in_sync()
+
+
+def _all_is_received(node: Node) -> bool:
+    assert node.primary is not None
+    return node.primary.remotes[0].received_seq == node.log.next_seq - 1
+
+
 async def _stood_in_ahead(s: Script) -> None:
     """A volume without a facet: the log loses, with the power, what the remote that stands in has;
     then the facet is back, for which the log holds all but that."""
@@ -293,6 +318,7 @@ CLEARED_LATE = directed(_cleared_late)
 DELETED_THERE = directed(_deleted_there)
 RESTORED = directed(_restored)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
+LOST_IN_PART = directed(_lost_in_part)
 AHEAD = directed(_ahead)
 STOOD_IN_AHEAD = directed(_stood_in_ahead, last_facet=True)
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)

@@ -21,7 +21,7 @@ from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import CACHED, RESYNCS
-from tests.sim.mutants.plays import HOLES_REVERT, PUNCHED
+from tests.sim.mutants.plays import HOLES_REVERT, LOST_IN_PART, PUNCHED
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -147,25 +147,7 @@ def _(assign: Assign) -> None:
 
 @mutant(
     "O10 what a secondary's log lost in part is taken for damage by a later start",
-    aimed(
-        faults={"power b": 1.0, "kill b": 1.0, "slow link": 0.3},
-        fault_gap=1.0,
-        timing=Timing(sync=(0.001, 0.5)),
-        sizes=(256 * KIB,),
-        facets=1,
-        remotes=1,
-        extent=16 * KIB,
-        log_size=1028 * KIB,
-        remote_log_size=1028 * KIB,
-        mode="async",
-        clients=4,
-        operations=500,
-        write_cells=8,
-        pause=0.5,
-        fua=0.0,
-        flush=0.0,
-        snapshot_gap=0.0,
-    ),
+    run=LOST_IN_PART,
 )
 def _(assign: Assign) -> None:
     assign(Log, "forget_behind", nothing)
