@@ -77,7 +77,7 @@ def _(assign: Assign) -> None:
     assign(Spill, "_durable", durable)
 
 
-@mutant("M4 what the file holds is redone into facets that are ahead")
+@mutant("M4 what the file holds is redone into facets that are ahead", run=PAST_TWICE)
 def _(assign: Assign) -> None:
     original = recovery.redo
 
