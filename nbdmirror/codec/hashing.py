@@ -6,11 +6,15 @@ same, and four times as fast over a region as SHA-256 is with instructions for i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blake3 import blake3
 
 from nbdmirror.ports import Buffer
 
 HASH_SIZE = 16
+NOTHING = bytes(HASH_SIZE)
+"""No content is known that has this hash, and none will be."""
 BLOCK = 4096
 """Inside a region that differs, blocks of this size are compared, and only those that differ
 travel."""
@@ -36,6 +40,19 @@ def different(ours: Buffer, theirs: Buffer) -> bytearray:
     return bytearray(
         ours[at : at + size] != theirs[at : at + size] for at in range(0, len(ours), size)
     )
+
+
+def agreed(lists: Sequence[bytes]) -> bytes:
+    """Equally long lists of hashes as one: where they differ, a hash that nothing has."""
+    first, *others = lists
+    if all(other == first for other in others):
+        return first
+    result = bytearray(first)
+    for at in range(0, len(first), HASH_SIZE):
+        here = slice(at, at + HASH_SIZE)
+        if any(other[here] != first[here] for other in others):
+            result[here] = NOTHING
+    return bytes(result)
 
 
 def is_zeros(data: Buffer) -> bool:

@@ -68,7 +68,9 @@ class Target:
     run: str | None = None
     """The id of the primary's run that it followed last."""
     altered: bool = False
-    """Its volumes were changed by something else since: a snapshot was restored there (V14)."""
+    """Its volumes were changed by something else since: a snapshot was restored there (V14), or
+    (``rejoined``) one of its facets holds something else than the others."""
+    rejoined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ def _decide(source: Source, target: Target) -> Decision:
     elif (doubt := _run_doubt(source, target)) is not None:
         return doubt
     if target.altered:
-        return _full("a snapshot was restored on the secondary")
+        what = "a facet is new" if target.rejoined else "a snapshot was restored"
+        return _full(f"{what} on the secondary")
     fork = _fork_end(source, target.epoch)
     end = source.next_seq - 1 if fork is None else fork.end_seq
     if target.durable_seq > end:

@@ -32,6 +32,7 @@ from nbdmirror.engine.recovery import (
     open_volumes,
     redo,
 )
+from nbdmirror.engine.rejoin import rejoin
 from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
@@ -234,6 +235,9 @@ class Node:
             self._follower,
             self.env.clock,
         )
+        if paths := await rejoin(self.env.disk, self.store, self.volumes, self.log):
+            self.store.state["rejoined"] = True
+            self.events.emit("facets-rejoin", facets=paths)
         if not recovered.clean:
             same_boot = self.store.state["boot_id"] == self.env.clock.boot_id()
             self.store.state["cache_doubt"] = same_boot
@@ -273,14 +277,12 @@ class Node:
         self._safe = upto
 
     async def _facet_lost(self, volume: Volume, facet: LocalFacet) -> None:
-        """On a secondary: a facet went out of service; durable before anything relies on it."""
-        for entry in self.store.state["volumes"][volume.index]["facets"]:
-            if entry["path"] == facet.path:
-                # From here on the log holds what the facet may lack, as long as it is kept.
-                entry.update(state=FacetState.NOT_SYNCHRONISED.value, since=facet.kept_seq)
-        why = facet.failed.message if facet.failed else None
-        self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
-        await self.store.save()
+        """On a secondary: its facets are one, so the node ends (``engine.rejoin``)."""
+        assert facet.failed is not None and self.secondary is not None
+        self.events.emit(
+            "facet-failed", volume=volume.name, facet=facet.path, why=facet.failed.message
+        )
+        self.secondary.fail(facet.failed)
 
     def _fail(self, error: NbdmirrorError) -> None:
         if self.failed is None or self.failed.done():

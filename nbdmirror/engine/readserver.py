@@ -46,7 +46,7 @@ class ReadServer:
         # Known before the read: records that come in beside it may be in the answer or not.
         seq, number, parts = secondary.applied_seq, 0, []
         try:
-            parts = [await secondary.volumes[volume].facets[0].read(offset, length)]
+            parts = [await secondary.volumes[volume].source().read(offset, length)]
         except OSError as error:
             number = error.errno or EIO
         if self._link.cause is None:

@@ -192,7 +192,7 @@ async def _apply(
                     await facet.apply(record)
                 except OSError as error:
                     failure = facet.fail("redo", error)
-                    if not volume.in_service() and not _followed(store, volume.index):
+                    if not _goes_on(store, volume):
                         raise failure from error
 
 
@@ -206,12 +206,20 @@ async def _follow_marks(log: Log, before: Before) -> None:
 
 
 async def _sync(store: Store, volume: Volume, facet: LocalFacet) -> None:
-    """Raises DiskFailed if the volume has no other facet, and no remote to stand in."""
+    """Raises DiskFailed if nobody goes on for it."""
     try:
         await facet.sync()
     except DiskFailed:
-        if not volume.in_service() and not _followed(store, volume.index):
+        if not _goes_on(store, volume):
             raise
+
+
+def _goes_on(store: Store, volume: Volume) -> bool:
+    """Without a facet that has just failed: the others, or a remote, stand in for it. A secondary's
+    are one (``engine.rejoin``): the next start may find the disk mended."""
+    if store.state["role"] == "secondary":
+        return False
+    return bool(volume.in_service()) or _followed(store, volume.index)
 
 
 def _note_failed(store: Store, volumes: list[Volume]) -> None:
@@ -375,6 +383,7 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
                 facet.kept_seq = entry.get("since")
             facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
             facets.append(facet)
+        _distrust(saved, facets)
         served = any(facet.in_service for facet in facets) or followed
         if failures and not served:
             raise failures[0]
@@ -382,6 +391,21 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
             Volume(index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets)
         )
     return volumes
+
+
+def _distrust(saved: dict[str, Any], facets: list[LocalFacet]) -> None:
+    """Another file in the place of one of several facets is not what that one was (I5)."""
+    strange = []
+    for facet, entry in zip(facets, saved["facets"], strict=True):
+        known = entry.get("identity")
+        if facet.in_service and known and facet.file.identity() not in ("", known):
+            strange.append(facet)
+    if any(facet.in_service and facet not in strange for facet in facets):
+        for at, facet in enumerate(facets):
+            if facet in strange:
+                facet.close()
+                why = f"another file lies at {facet.path}"
+                facets[at] = _absent(saved["facets"][at], saved["size"], why)
 
 
 def _followed(store: Store, index: int) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import fields, repl
 from nbdmirror.codec import mark as marks
+from nbdmirror.codec.hashing import agreed
 from nbdmirror.codec.record import Record
 from nbdmirror.codec.regions import Extent
 from nbdmirror.config import ReplicationConfig
@@ -26,6 +27,7 @@ from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.leftout import LeftOut
 from nbdmirror.engine.log import Log
+from nbdmirror.engine.rejoin import trust
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError, Refused
@@ -249,7 +251,8 @@ class Secondary:
             "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
             "consistent": bool(upstream and upstream["consistent"]),
-            "altered": bool(state.get("altered")),
+            "altered": bool(state.get("altered") or state.get("rejoined")),
+            "rejoined": bool(state.get("rejoined")),
         }
 
     async def adopt(
@@ -287,7 +290,7 @@ class Secondary:
             "consistent": bool(former.get("consistent")) and not resync,
             "since": former.get("since"),
         }
-        state["altered"] = False
+        state["altered"] = state["rejoined"] = False
         self.follower.left_out(left_out, epoch)
         if reset_seq is not None:
             self._reset(reset_seq, left_out)
@@ -335,6 +338,7 @@ class Secondary:
         """The stream has passed the end of a resync: say so, durably."""
         self.store.state["upstream"].update(consistent=True, since=seq)
         self.store.state["cache_doubt"] = False
+        trust(self.store, self.volumes)
         await self.store.save()
         self.events.emit("consistent", seq=seq)
         self.follower.consistent_again()
@@ -402,29 +406,32 @@ class Secondary:
 
     async def read(self, volume: int, offset: int, length: int) -> Buffer:
         """A range of a facet; DiskFailed if the disk cannot give it."""
-        facet = self.volumes[volume].facets[0]
+        facet = self.volumes[volume].source()
         try:
             return await facet.read(offset, length)
         except OSError as error:
             raise self._read_failed(facet, error) from error
 
     async def hashes(self, volume: int, offset: int, length: int, step: int) -> bytes:
-        """``codec.hashing.digests`` of a range of a facet; errors as for ``read``."""
-        facet = self.volumes[volume].facets[0]
-        try:
-            return await facet.file.hashes(offset, length, step)
-        except OSError as error:
-            raise self._read_failed(facet, error) from error
+        """``codec.hashing.digests`` of a range; where facets differ, such as nothing has. Errors as
+        for ``read``."""
+        found = []
+        for facet in self.volumes[volume].facets:
+            try:
+                found.append(await facet.file.hashes(offset, length, step))
+            except OSError as error:
+                raise self._read_failed(facet, error) from error
+        return found[0] if len(found) == 1 else agreed(found)
 
     def write_again(self, volume: int, offset: int, length: int) -> None:
-        """Writes what a facet holds over itself, in one step: what was in the page cache only is
+        """Writes what the facets hold over itself, in one step: what was in the page cache only is
         then to be synced. DiskFailed if the disk refuses."""
         self._placed += 1
-        facet = self.volumes[volume].facets[0]
-        try:
-            facet.pwrite(offset, facet.file.pread(offset, length))
-        except OSError as error:
-            raise self._read_failed(facet, error) from error
+        for facet in self.volumes[volume].facets:
+            try:
+                facet.pwrite(offset, facet.file.pread(offset, length))
+            except OSError as error:
+                raise self._read_failed(facet, error) from error
 
     def _read_failed(self, facet: LocalFacet, error: OSError) -> DiskFailed:
         failure = facet.fail("read", error)

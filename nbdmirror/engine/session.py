@@ -6,7 +6,7 @@ the terms (an overflow, a command, a lost link) ends the session; the next hands
 
 HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, volumes, session}
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
-          consistent, altered}
+          consistent, altered, rejoined}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
           eager: clients wait for its acknowledgements, marks: see ``engine.leftout``}
@@ -172,6 +172,7 @@ class Session:
             durable_seq=fields.integer(welcome, "durable_seq"),
             consistent=welcome.get("consistent") is True,
             altered=welcome.get("altered") is True,
+            rejoined=welcome.get("rejoined") is True,
             history=fields.history(welcome),
         )
 

@@ -57,6 +57,29 @@ def test_offline_and_online_copies_only_the_difference(make_cluster: MakeCluster
     cluster.check_in_sync()
 
 
+def test_a_secondary_makes_up_for_a_facet_that_is_gone(make_cluster: MakeCluster) -> None:
+    """M12, I5: missing, or another file: what it lacks comes from the primary, by comparison.
+
+    Runbook: or one of several facets."""
+    cluster = group(make_cluster)
+    handle = connect(cluster.primary.uri())
+    handle.pwrite(pattern(8 * MIB, 1), 0)
+    cluster.wait_in_sync()
+    first, second = cluster.secondary.facets("data")
+    for gone in (second, first):
+        cluster.secondary.stop()
+        gone.unlink()
+        if gone == first:
+            gone.write_bytes(b"\xff" * SIZE)
+        cluster.secondary.start()
+        handle.pwrite(pattern(MIB, 2), 4 * MIB)
+        cluster.wait_in_sync()
+        told = [one for one in cluster.secondary.events() if one["kind"] == "facets-rejoin"]
+        assert [one["facets"] for one in told] == [[str(gone)]]
+        cluster.check_in_sync()
+        assert first.read_bytes() == second.read_bytes()
+
+
 def test_a_long_absence_is_kept_in_a_map(make_cluster: MakeCluster) -> None:
     """M8, O12: past the log the facet's own map takes over; remotes are not pushed out by it; the
     return goes on over a restart. Runbook: its disk must be replaced."""

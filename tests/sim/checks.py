@@ -234,7 +234,12 @@ class Checks:
         if world.beside.hides(image.seq):
             return
         wanted = world.history.image(image.epoch, image.seq)
-        compare(image.images(), wanted, f"a clone of {host.name} at record {image.seq} (I1)")
+        what = f"a clone of {host.name} at record {image.seq} (I1)"
+        compare(image.images(), wanted, what)
+        for volume, data in zip(image.node.volumes, wanted, strict=True):
+            for facet in volume.in_service():
+                content = image.node.env.disk.content(facet.path)  # type: ignore[attr-defined]
+                compare([content[: volume.size]], [data], f"{facet.path} of {what}")
         world.album.check_there(host, image.node, image.epoch, image.seq)
         if image.seq < believed:
             raise Violation(

@@ -56,7 +56,7 @@ def check(
 ) -> str:
     """Violation if a difference is neither marked nor pending, or if everything would have to be
     compared though nothing was lost (I4); returns the rule that applies."""
-    if secondary.store.state.get("altered"):
+    if secondary.store.state.get("altered") or secondary.store.state.get("rejoined"):
         return "V14"  # it says that everything is to be compared
     agreed = decision(primary, name, secondary)
     if agreed.rule == "T2":

@@ -34,7 +34,7 @@ class Host:
         """The node while it serves."""
         self.created = False
         self.lost_power = False
-        self.restored = False
+        self.restored = self.swapped = False
         """A snapshot was restored on it, as a secondary (V14)."""
         self.torn = False
         """A slot of its superblock was found torn: it cannot prove what it had."""

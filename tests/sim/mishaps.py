@@ -176,7 +176,20 @@ class Faults:
                     await world.replace(host)
                 except Gone:
                     return
+            elif spare and world.options.facets > 1:
+                await self._swap(host)
         await world.start(host)
+
+    async def _swap(self, host: Host) -> None:
+        """A person puts another disk in the place of one of a secondary's facets, or not."""
+        rng = self._random
+        if rng.random() < 0.5 and not host.swapped:  # one of them is left
+            volume = rng.choice(host.config.volumes)
+            path = rng.choice(volume.facets)
+            self._world.trace("people", f"new disk for {path} of {host.name}")
+            self._world.fired["facet swapped"] += 1
+            host.swapped = True
+            await self._new_disk(host, path)
 
     # -- links -----------------------------------------------------------------------------------
 

@@ -233,6 +233,10 @@ async def _stop_and_compare(world: World, checks: Checks) -> None:
     compare(a, line.image(line.head), "the primary after a clean stop")
     for remote in world.remotes:
         compare(remote.images(), a, f"{remote.name} after a clean stop")
+        for index, volume in enumerate(remote.config.volumes):
+            for path in volume.facets:
+                content = remote.disk.content(path)[: volume.size]
+                compare([content], [a[index]], f"{path} of {remote.name} at the end")
     checks.crash_clone_of_one()
     for index, volume in enumerate(world.a.config.volumes):
         for path in volume.facets:

@@ -112,7 +112,7 @@ class World:
     def _config(self, name: str, remotes: list[str]) -> Config:
         options = self.options
         primary = name == "a"
-        facets = options.facets if primary else 1
+        facets = options.facets
         return Config(
             path="/etc/nbdmirror.toml",
             group="g",

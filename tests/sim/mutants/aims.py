@@ -146,6 +146,15 @@ CACHED = aimed(
     last_facet=False,
 )
 """Syncs of the secondary fail during resyncs; it is compared with its primary when it is back."""
+TWO_THERE = aimed(
+    facets=2,
+    faults={"sync error b": 2.0, "sync loss b": 1.0, "power b": 1.0, "cut": 1.0},
+    fault_gap=0.2,
+    replaces=0.0,
+    operations=64,
+    last_facet=False,
+)
+"""Secondaries with two facets, of which one fails, and may get another disk."""
 NEW_DISKS = aimed(
     faults={"write error b": 2.0, "sync error b": 1.0, "cut": 1.0},
     fault_gap=1.0,

@@ -9,7 +9,7 @@ from nbdmirror.codec import hashing, repl
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.regions import Hashes
 from nbdmirror.codec.repl import Type
-from nbdmirror.engine import comparer
+from nbdmirror.engine import comparer, recovery, secondary
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.facet import LocalFacet
@@ -20,7 +20,7 @@ from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 from tests.sim.faults import Timing
-from tests.sim.mutants.aims import CACHED, RESYNCS
+from tests.sim.mutants.aims import CACHED, RESYNCS, TWO_THERE
 from tests.sim.mutants.plays import HOLES_REVERT, LOST_IN_PART, PUNCHED
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
@@ -232,3 +232,13 @@ def _(assign: Assign) -> None:
             await original(self, volume, offset, length, data)
 
     assign(Secondary, "place", place)
+
+
+@mutant("M12 of a secondary's facets only the first is compared", TWO_THERE)
+def _(assign: Assign) -> None:
+    assign(secondary, "agreed", lambda lists: lists[0])
+
+
+@mutant("M12 another file in the place of a facet is taken for that one", TWO_THERE)
+def _(assign: Assign) -> None:
+    assign(recovery, "_distrust", lambda saved, facets: None)
