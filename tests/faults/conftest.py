@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.faults.inject import ALL_POINTS
+from tests.faults.inject import POINTS
 from tests.integration import conftest as integration
 from tests.integration.cluster import Cluster
 from tests.integration.conftest import _bounded
 
 __all__ = ["_bounded", "make_cluster"]
 
-if ALL_POINTS:
+if POINTS:
     integration.TEST_S = 6 * 3600  # an exhaustive sweep is one test
 
 

@@ -27,7 +27,9 @@ from tests.faults.journal import Broken, Journal, Load
 from tests.integration.cluster import READY_S, Cluster, Node, nbdmirror
 from tests.integration.process import Process, ProcessError, wait_until
 
-ALL_POINTS = os.environ.get("FAULT_POINTS") == "all"
+POINTS = os.environ.get("FAULT_POINTS")
+"""``all``: a sweep goes through every point; ``flushes``: ``test_power`` through every flush."""
+ALL_POINTS = POINTS == "all"
 DISK_CALLS = ("pwritev2", "pwrite64", "fdatasync", "fallocate")
 """What the daemon does to disks: log; facets, maps and superblock; all; holes."""
 

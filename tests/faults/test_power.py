@@ -12,14 +12,15 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.faults.blocktrace import Replay, TracedDisk, copy_tree, mounted
+from tests.faults.blocktrace import Entry, Replay, TracedDisk, copy_tree, mounted
 from tests.faults.inject import (
     ALL_POINTS,
+    POINTS,
     bury,
     check_equal,
     check_serves,
@@ -82,16 +83,22 @@ def test_both_lose_power(tmp_path: Path) -> None:
             entries = disk.entries(ended)
             first = next(n for n, entry in enumerate(entries) if entry.end > began)
             replay = Replay(disk.base, entries, tmp_path / "image.raw")
-            for number, count in enumerate(_cuts(first, len(entries))):
-                replay.cut(count, seed=number)
+            for count, seed in _cuts(entries, first):
+                replay.cut(count, seed)
                 with mounted(tmp_path / "image.raw", tmp_path / "disk"):
                     _boot_both(cluster, journal, entries[count - 1].end)
 
 
-def _cuts(first: int, last: int) -> list[int]:
-    if ALL_POINTS:
-        return list(range(first, last + 1))
-    return sorted(random.Random(1).sample(range(first, last + 1), CUTS))
+def _cuts(entries: list[Entry], first: int) -> list[tuple[int, int]]:
+    """(entries that reached the disk, seed of what became of the unflushed ones): at some moments;
+    at each; or before each flush, where most is at stake, with several subsets of it."""
+    moments: Sequence[int] = range(first, len(entries) + 1)
+    if POINTS == "flushes":
+        flushes = [n for n in moments[:-1] if entries[n].flush and not entries[n - 1].flush]
+        return [(count, seed) for count in flushes for seed in range(1, 1 + SUBSETS)]
+    if not ALL_POINTS:
+        moments = sorted(random.Random(1).sample(moments, CUTS))
+    return [(count, number) for number, count in enumerate(moments)]
 
 
 def _boot_both(cluster: Cluster, journal: Journal, at: int) -> None:

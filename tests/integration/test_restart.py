@@ -140,6 +140,35 @@ def test_primary_dies_under_load(make_cluster: MakeCluster) -> None:
     assert not _resyncs(cluster)
 
 
+def test_what_the_secondary_had_is_not_sent_again(make_cluster: MakeCluster) -> None:
+    """I4: SIGKILL with a log of which one remote has half and another nothing: the one is sent what
+    it lacks, and nothing else. (With a full log of 1 GiB: ``tests.bench.recovery``.)"""
+    remotes = ("beta", "gamma")
+    cluster = make_cluster(remotes=remotes, remote_keys={"compression": "off"}).start()
+    proxies, node = cluster.proxies, cluster.primary
+    proxies["gamma"].refuse()
+    node.until("is lost", lambda one: one["link"] != "connected", remote="gamma")
+    handle = connect(node.uri())
+    handle.pwrite(pattern(16 * MIB, 1), 0)
+    node.rpc("wait", until="in-sync", remote="beta", timeout=30.0)
+    proxies["beta"].refuse()
+    node.until("is lost", lambda one: one["link"] != "connected")
+    for at in range(0, 16 * MIB, MIB):
+        handle.pwrite(pattern(MIB, at + 2), 8 * MIB + at)
+    pending = node.remote()["lag"]["bytes"]
+    assert node.status()["log"]["used"] >= 32 * MIB, "the log has let go of what beta has"
+    node.kill()
+    before = proxies["beta"].sent_bytes
+    node.start()
+    proxies["beta"].heal()
+    node.rpc("wait", until="in-sync", remote="beta", timeout=30.0)
+    sent = proxies["beta"].sent_bytes - before
+    assert 16 * MIB <= pending <= sent <= pending + pending // 100 + SESSION_OVERHEAD
+    proxies["gamma"].heal()
+    cluster.check_in_sync()
+    assert not _resyncs(cluster)
+
+
 def _write_until_killed(cluster: Cluster, seed: int) -> dict[int, bytes]:
     """Writes blocks while the primary is killed; what was acknowledged, without the last block
     that was asked for: it may be old or new."""
