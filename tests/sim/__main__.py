@@ -15,7 +15,7 @@ from tests.sim.options import FAULTS, draw, pairs, unchanged
 from tests.sim.pool import ordered, settle_memory
 
 BATCH = 20
-COMPLETE_SEEDS = 2000
+COMPLETE_SEEDS = 300
 """A sweep over so many seeds must have met every fault and every mark."""
 
 

@@ -103,6 +103,25 @@ LABELS = (
     ),
     *(f"rule {rule}" for rule in ("T2", "T3", "T4", "T7")),
     *(f"event {kind}" for kind in ("overflow", "log-full", "facet-failed", "failed", "paused")),
+    *(
+        f"disk {what}"
+        for what in (
+            "power cut",
+            "write unsynced at power cut",
+            "name lost",
+            "sync error EIO",
+            "sync lose EIO",
+            "pwrite error EIO",
+            "disk stall",
+            "rot",
+        )
+    ),
+    *(f"net {what}" for what in ("cut", "cut one way", "reset", "stall", "split", "half-open")),
+    "restored",
+    "restored on a secondary",
+    "written into a snapshot",
+    "changed beside the write path",
+    "rot that a verify has to find",
 )
 """What a sweep must have seen."""
 

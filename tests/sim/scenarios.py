@@ -226,6 +226,26 @@ async def restore(s: Script) -> None:
     await s.in_sync()
 
 
+async def written(s: Script) -> None:
+    """One is written into, over a kill, another is taken anew, and the first is restored (V9, V10);
+    power goes while the copy runs."""
+    await _load(s)
+    first = await s.snapshot()
+    await s.write(0, 0, 40, count=3)
+    s.arm()
+    await s.inscribe(first)
+    second = await s.snapshot()
+    await s.write(0, 2, 60, count=2)
+    s.kill(s.world.a)
+    await s.inscribe(first)
+    await s.refresh(second)
+    await s.inscribe(first)
+    await s.restore(first)
+    s.power_cut(s.world.a)
+    await s.write(0, 44, fua=True)
+    await s.in_sync()
+
+
 async def spill(s: Script) -> None:
     """A log in memory, past its threshold and around the ring, through a kill, a power cut and a
     clean stop (M4)."""
@@ -410,4 +430,5 @@ SCENARIOS: dict[str, Scenario] = {
     "other disks": other_disks,
     "log lost": log_lost,
     "no facet": no_facet,
+    "written snapshot": written,
 }

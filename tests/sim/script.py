@@ -6,6 +6,7 @@ A request may get an error, a node may be down for a while: the script goes on, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -249,11 +250,30 @@ class Script:
             self.world.album.promise(uuid)
         return made[0] if made else ""
 
+    async def inscribe(self, uuid: str) -> None:
+        """Somebody writes into a snapshot (V9)."""
+        node = await self.primary()
+        entry = node.snapshots.entry(uuid)
+        images = None if entry is None else self.world.album.images(entry)
+        if entry is not None and images is not None:
+            work = self.world.inscribed.once(self.world.a, node, entry, images)
+            with contextlib.suppress(Gone, NbdmirrorError):
+                await work
+
     async def restore(self, uuid: str) -> None:
         """The whole group becomes what it was."""
         if not uuid:
             return
         node = await self.primary()
+        entry = node.snapshots.entry(uuid)
+        images = None if entry is None else self.world.album.images(entry)
+        if entry is not None and images is not None and self.world.inscribed.count:
+            try:
+                await self.world.in_life(
+                    self.world.a, self.world.inscribed.take(self.world.a, node, entry, images)
+                )
+            except (Gone, NbdmirrorError):
+                return
         writes = self.world.album.writes(uuid, range(len(node.volumes)))
         done: list[bool] = []
 
@@ -264,6 +284,13 @@ class Script:
         await self._command(work())
         for write in writes:
             self.world.content.end(write, acked=bool(done), durable=True)
+
+    async def refresh(self, uuid: str) -> None:
+        """It is taken anew (V10)."""
+        if uuid:
+            node = await self.primary()
+            self.world.album.release(uuid)
+            await self._command(node.people.refresh(uuid))
 
     async def delete(self, uuid: str, host: Host | None = None) -> None:
         """Deletes a snapshot on the primary, or on ``host`` alone, if it is not in use."""
