@@ -398,10 +398,12 @@ class Log:
 
     async def _seek(self, cursor: Cursor) -> None:
         """Finds the position of ``cursor.seq`` from the index, over headers only."""
-        seq, position = self.ring.locate(cursor.seq)
         ring = self.ring
+        seq, position = ring.locate(cursor.seq)
         while seq < cursor.seq:
             view = await self._read_file(position % ring.capacity, codec.HEADER_SIZE, seq)
+            if seq < ring.tail_seq:  # released meanwhile: something else may lie there by now
+                return await self._seek(cursor)
             # A length that rotted would end in a tail at which recovery finds nothing.
             found, size = codec.parse_header(view, 0)
             if found.seq != seq:

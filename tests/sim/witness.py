@@ -51,6 +51,8 @@ class Witness:
             world.album.consistent(host)
         if event["kind"] == "restored" and host.role == "primary":
             world.album.restored(event["uuid"], event["volumes"], event["seq"])
+        if event["kind"] == "log-damaged" and "remote" in event:
+            self._judge(lambda: self._on_damage(host, event))
         host.torn = host.torn or event["kind"] == "superblock-damaged"
         if event["kind"] == "facet-failed" and host.node is not None:
             failed = next(v for v in host.node.volumes if v.name == event["volume"])
@@ -65,6 +67,22 @@ class Witness:
         world.trace(host.name, f"{event['kind']} {json.dumps(fields, sort_keys=True)}")
         for listener in world.on_moment:
             listener(host, event["kind"])
+
+    @staticmethod
+    def _on_damage(host: Host, event: dict[str, Any]) -> None:
+        """What a remote is to get can be read back from the log, if its disk has done no harm: else
+        everything is compared for nothing (I4)."""
+        harm = (
+            "read error",
+            "read flip",
+            "pread error",
+            "pread flip",
+            "sync lose",
+            "sync lie",
+            "rot",
+        )
+        if not any(kind.startswith(harm) for kind in host.disk.fired):
+            raise Violation(f"{host.name} cannot read its log, whose disk is sound: {event['why']}")
 
     def _judge(self, told: Callable[[], None]) -> None:
         try:

@@ -222,6 +222,15 @@ async def _past_twice(s: Script) -> None:
     s.link(up=True)
 
 
+async def _far_behind(s: Script) -> None:
+    """A remote comes back to a log in memory that had to write out what is to be sent to it."""
+    s.link(up=False)
+    for turn in range(7):
+        await s.write(0, turn * BLOCK, count=BLOCK)
+    s.link(up=True)
+    await s.in_sync()
+
+
 async def _left(s: Script) -> None:
     """One of two facets loses what it was to make durable, the log in memory has nothing of that
     any more, and the extent leaves the active map before the facet is back; then power fails."""
@@ -322,6 +331,7 @@ LOST_IN_PART = directed(_lost_in_part)
 AHEAD = directed(_ahead)
 STOOD_IN_AHEAD = directed(_stood_in_ahead, last_facet=True)
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
+FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)

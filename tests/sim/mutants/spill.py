@@ -17,7 +17,7 @@ from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.engine.store import Store
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import lost_spilled
-from tests.sim.mutants.plays import IN_MEMORY_AGAIN, LEFT, ON_DISK, PAST_TWICE
+from tests.sim.mutants.plays import FAR_BEHIND, IN_MEMORY_AGAIN, LEFT, ON_DISK, PAST_TWICE
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -124,7 +124,7 @@ def _(assign: Assign) -> None:
     assign(SpillFile, "_write_to", write_to)
 
 
-@mutant("M4 what is written out is read from where it was in memory")
+@mutant("M4 what is written out is read from where it was in memory", run=FAR_BEHIND)
 def _(assign: Assign) -> None:
     def split(self: SpillFile, offset: int, length: int) -> tuple[int, bytes]:
         ring = self._ring
