@@ -23,7 +23,7 @@ in the list as lost. An error of that disk costs the snapshots of the volume, ne
 
 A snapshot is planned durably before its marker is logged, and is empty then; so no write ever waits
 for it to be taken (O21), and a crash in between leaves either a marker that finishes it or a plan
-that is dropped. Layers are in ``<directory>/<uuid>.<volume>``, with ``.own`` for what was written
+that is dropped. Layers are in ``<directory>/<uuid>.<volume>``, with ``@own`` for what was written
 into a snapshot.
 """
 
@@ -52,6 +52,8 @@ Entry = dict[str, Any]
 STOP_SECONDS = 10.0
 LOST_MAX = 32
 """Snapshots that are gone are kept in the list up to so many."""
+OWN = "@own"
+"""Ends the name of the layer that is a snapshot's own; no volume's name has it."""
 UNFINISHED = "~"
 """Ends the name of a file that is being made; no volume's name has it."""
 
@@ -91,14 +93,14 @@ class Snapshots:
 
     # -- files -------------------------------------------------------------------------------
 
-    def path(self, uuid: str, volume: int) -> str:
-        """The layer of a snapshot of a volume."""
-        return f"{self.directory}/{uuid}.{self.volumes[volume].name}"
+    def path(self, uuid: str, volume: int, *, own: bool = False) -> str:
+        """The layer of a snapshot of a volume, or what was written into the snapshot itself."""
+        return f"{self.directory}/{uuid}.{self.volumes[volume].name}{OWN if own else ''}"
 
     def open_file(self, uuid: str, volume: int, *, own: bool = False) -> LayerFile:
         """Opens a layer; StateError, FormatError or OSError if it cannot be used."""
         place = self.volumes[volume]
-        path = self.path(uuid, volume) + (".own" if own else "")
+        path = self.path(uuid, volume, own=own)
         return LayerFile.open(self._disk, path, uuid, place.size, place.region_size)
 
     async def create_file(self, uuid: str, volume: int) -> LayerFile:
@@ -111,7 +113,7 @@ class Snapshots:
         """Makes the layer of what is written into a snapshot; durable, with its name. Nothing else
         says that there is one: under its name it is whole (O18)."""
         place = self.volumes[volume]
-        path = self.path(uuid, volume) + ".own"
+        path = self.path(uuid, volume, own=True)
         self._remove(path + UNFINISHED)  # of who was cancelled before
         size, region_size = place.size, place.region_size
         made = await LayerFile.create(self._disk, path + UNFINISHED, uuid, size, region_size)
@@ -122,7 +124,7 @@ class Snapshots:
 
     def has_file(self, uuid: str, volume: int, *, own: bool = False) -> bool:
         """Whether a layer is on disk."""
-        return self._disk.exists(self.path(uuid, volume) + (".own" if own else ""))
+        return self._disk.exists(self.path(uuid, volume, own=own))
 
     def release_restore(self) -> None:
         """A restore is through: what only it needed goes."""
@@ -132,7 +134,7 @@ class Snapshots:
             for index in range(len(self.volumes)):
                 for own in (False, True):
                     if uuid not in there and self.has_file(uuid, index, own=own):
-                        self._remove(self.path(uuid, index) + (".own" if own else ""))
+                        self._remove(self.path(uuid, index, own=own))
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(OSError):  # a stray: the next start removes it
@@ -409,7 +411,7 @@ class Snapshots:
         if entry["uuid"] in self.kept_for_restore:
             return  # stays until the restore is through; the next start removes it
         for index in entry["volumes"]:
-            for path in (self.path(entry["uuid"], index), self.path(entry["uuid"], index) + ".own"):
+            for path in (self.path(entry["uuid"], index, own=own) for own in (False, True)):
                 if self._disk.exists(path):
                     with contextlib.suppress(OSError):  # a stray: the next start removes it
                         await self._disk.remove(path)

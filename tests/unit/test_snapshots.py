@@ -22,6 +22,7 @@ from nbdmirror.engine.create import create
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.snapshotexport import SnapshotVolume
+from nbdmirror.engine.snapshots import OWN
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import Refused, UsageError, VolumeFailed
 from nbdmirror.ports import Env
@@ -442,7 +443,7 @@ def test_a_failed_sync_of_what_was_written_into_a_snapshot_is_final() -> None:
         await rest
 
         def fail(operation: str, path: str, nth: int) -> Fault | None:
-            return Fault(Kind.LOSE) if operation == "sync" and path.endswith(".own") else None
+            return Fault(Kind.LOSE) if operation == "sync" and path.endswith(OWN) else None
 
         world.disk.faults = fail
         with pytest.raises(VolumeFailed):
