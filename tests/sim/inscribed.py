@@ -59,7 +59,7 @@ class Inscribed:
         self.busy = False
         """Somebody writes into one, or restores one."""
         self.count = 0
-        """Of beginnings and ends of that."""
+        """Of beginnings and ends of that, and of each write and flush."""
 
     async def once(self, host: Host, node: Node, entry: Entry, images: Sequence[bytes]) -> None:
         """Writes into a snapshot of which ``images`` are what it was taken of."""
@@ -104,6 +104,7 @@ class Inscribed:
                 cell.acknowledged(place, host.life.number)
                 if durable:
                     cell.flushed(host.life.number)
+            self.count += 1
             if bytes(await served.read(first * size, len(data))) != data:
                 raise Violation(f"{served.name} on {host.name} does not hold what was written (V9)")
             what = f"write {value} into {served.name} on {host.name}"
@@ -113,6 +114,7 @@ class Inscribed:
             await served.flush()
             world.trace("people", f"flushed {served.name} on {host.name}")
             self._flushed(host, entry, index)
+            self.count += 1
 
     def _cell(self, host: Host, entry: Entry, index: int, number: int, image: bytes) -> Cell:
         cells = self._cells.setdefault((host.name, host.replaced, entry["uuid"]), {})

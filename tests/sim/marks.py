@@ -112,6 +112,7 @@ LABELS = (
             "sync error EIO",
             "sync lose EIO",
             "pwrite error EIO",
+            "pwrite error ENOSPC",
             "disk stall",
             "rot",
         )

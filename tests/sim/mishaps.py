@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 
 from nbdmirror.engine.facet import LocalFacet
@@ -29,6 +30,7 @@ class Faults:
         self._world = world
         self._random = random.Random(f"{world.seed}:faults")
         self._losses = random.Random(f"{world.seed}:losses at power cuts")
+        self._numbers = random.Random(f"{world.seed}:errors of writes")
         self._restarts: list[asyncio.Task[None]] = []
         world.on_failed = self._restart_soon
         self._moments = 0
@@ -225,7 +227,12 @@ class Faults:
             "write error": rng.choice([Kind.ERROR, Kind.SHORT]),
         }[name]
         prefix = rng.choice(["/state", "/facets", "/"])
-        host.disk.faults = _once(operation, prefix, Fault(kind))
+        host.disk.faults = _once(operation, prefix, Fault(kind, self._number(operation)))
+
+    def _number(self, operation: str) -> int:
+        """Of the error: a write finds the disk full now and then."""
+        full = operation.startswith("pwrite") and self._numbers.random() < 0.4
+        return errno.ENOSPC if full else errno.EIO
 
     def _failing_volume(self) -> Volume | None:
         """A volume of the primary of which a facet may fail."""
@@ -254,7 +261,7 @@ class Faults:
             ]
         )
         path = rng.choice(volume.facets).path
-        once = _once(operation, path, Fault(kind))
+        once = _once(operation, path, Fault(kind, self._number(operation)))
 
         def inject(name: str, where: str, nth: int) -> Fault | None:
             # By the time that it strikes, another may have gone.
