@@ -83,6 +83,7 @@ def test_failed_sync_of_the_primary(make_cluster: MakeCluster, what: str, when: 
     cluster = small_group(make_cluster, **alone(what == "facet"))
     # More extents than can be hot: the active map is synced again and again.
     cluster.primary.keys["log"] = ['extent_size = "64KiB"', "hot_extents = 64"]
+    cluster.primary.write_config()
     cluster.start()
     journal = Journal(SIZE)
     node = cluster.primary
