@@ -402,7 +402,7 @@ class Log:
         seq, position = ring.locate(cursor.seq)
         while seq < cursor.seq:
             view = await self._read_file(position % ring.capacity, codec.HEADER_SIZE, seq)
-            if seq < ring.tail_seq:  # released meanwhile: something else may lie there by now
+            if seq < ring.tail_seq <= cursor.seq:  # released meanwhile, and perhaps written over
                 return await self._seek(cursor)
             # A length that rotted would end in a tail at which recovery finds nothing.
             found, size = codec.parse_header(view, 0)
