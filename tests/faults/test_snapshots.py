@@ -31,7 +31,7 @@ REGION_SECTORS = 65536 // SECTOR
 POINTS = {
     ("primary", "pwrite64"): (30, 100, 200),
     ("primary", "fdatasync"): (4, 11, 15),
-    ("secondary", "pwrite64"): (60, 90),
+    ("secondary", "pwrite64"): (15, 30, 60),
     ("secondary", "fdatasync"): (5, 8),
 }
 """The Ns of a sweep, by side and call: within the taking, the copies on write, the restore."""
