@@ -203,7 +203,10 @@ async def make_facet(disk: Disk, path: str, size: int, *, grow: bool) -> bool:
                     hint="make the volume smaller, or use a larger device",
                 )
             file.truncate(size)
-        # Also what exists: an earlier attempt may have made it and failed then (O18).
+        elif not file.block_device:
+            file.truncate(file.size())
+        # Also what exists: an earlier attempt may have made it and failed then (O18), and the sync
+        # that failed may have lost its size, which is set anew (O16).
         await file.sync()
     finally:
         file.close()
