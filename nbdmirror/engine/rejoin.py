@@ -2,9 +2,10 @@
 had from the primary.
 
 One that fails ends the node (``engine.secondary``), and the primary tracks what follows. One that
-the next start cannot trust, because it is missing, or another file lies in its place, takes part
-again from there on, made anew if need be: the primary compares everything with all of them, and
-sends what any of them lacks. Until that is through only the others are read.
+the next start cannot trust, because an empty or another file lies in its place, takes part again
+from there on: the primary compares everything with all of them, and sends what any of them lacks.
+Until that is through only the others are read. One that is missing keeps the node from starting:
+its disk may only not be mounted, and nobody wants its content beside the mount.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ async def rejoin(disk: Disk, store: Store, volumes: list[Volume], log: Log) -> l
         for facet, entry in zip(volume.facets, saved["facets"], strict=True):
             if not facet.in_service:
                 facet.close()
+                if not disk.exists(facet.path):
+                    raise StateError(
+                        f"the facet {facet.path} is missing",
+                        hint="mount its disk; on a new one make an empty file: it will be filled",
+                    )
                 try:
                     await make_facet(disk, facet.path, volume.size, grow=False)
                     facet.attach(open_facet(disk, facet.path, volume.size))

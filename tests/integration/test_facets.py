@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.integration.cluster import MIB, Cluster, Volume
+from tests.integration.cluster import MIB, Cluster, Volume, nbdmirror
 from tests.integration.process import wait_until
 from tests.integration.test_replication import STALL_S, MakeCluster
 from tests.integration.tools import Writer, connect, pattern
@@ -58,7 +58,7 @@ def test_offline_and_online_copies_only_the_difference(make_cluster: MakeCluster
 
 
 def test_a_secondary_makes_up_for_a_facet_that_is_gone(make_cluster: MakeCluster) -> None:
-    """M12, I5: missing, or another file: what it lacks comes from the primary, by comparison.
+    """M12, I5: an empty file, or another one: what it lacks comes from the primary, by comparison.
 
     Runbook: or one of several facets."""
     cluster = group(make_cluster)
@@ -69,8 +69,9 @@ def test_a_secondary_makes_up_for_a_facet_that_is_gone(make_cluster: MakeCluster
     for gone in (second, first):
         cluster.secondary.stop()
         gone.unlink()
-        if gone == first:
-            gone.write_bytes(b"\xff" * SIZE)
+        refused = nbdmirror("serve", str(cluster.secondary.config))
+        assert refused.code == 1 and f"the facet {gone} is missing" in refused.err
+        gone.write_bytes(b"\xff" * SIZE if gone == first else b"")
         cluster.secondary.start()
         handle.pwrite(pattern(MIB, 2), 4 * MIB)
         cluster.wait_in_sync()

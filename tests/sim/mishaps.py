@@ -190,8 +190,12 @@ class Faults:
             path = rng.choice(volume.facets)
             self._world.trace("people", f"new disk for {path} of {host.name}")
             self._world.fired["facet swapped"] += 1
-            host.swapped = True
+            host.swapped, host.created = True, False  # until there is a file again, durably
             await self._new_disk(host, path)
+            if not host.disk.exists(path):
+                host.disk.open(path, create=True)
+            await host.disk.sync_directory(path.rpartition("/")[0])
+            host.created = True
 
     # -- links -----------------------------------------------------------------------------------
 
