@@ -221,7 +221,7 @@ def taking(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
             for _ in range(options.rounds):
                 for name, found in slowest.items():
                     with Writer(cluster.primary.uri()) as writer:
-                        time.sleep(options.seconds / 4)
+                        time.sleep(options.seconds / 4)  # writes before it, and after: the load
                         if name == "taking":
                             # Not by the command, whose start takes a processor for as long.
                             cluster.primary.rpc("snapshot.create")
@@ -278,7 +278,7 @@ def _watch(cluster: Cluster) -> list[float]:
     seen: list[float] = []
     while (state := cluster.primary.status()["restore"]) is not None:
         seen.append(round(state["done_bytes"] / state["total_bytes"], 3))
-        time.sleep(0.5)
+        time.sleep(0.5)  # between two looks: they cost the processor too
     assert seen == sorted(seen), f"the progress fell: {seen}"
     return seen
 
