@@ -173,13 +173,15 @@ class Faults:
         if host.failed is not None:
             host.failed = None
             spare = host.role == "secondary" and not world.options.last_facet
-            if spare and self._random.random() < world.options.replaces:
-                try:
+            try:
+                if spare and self._random.random() < world.options.replaces:
                     await world.replace(host)
-                except Gone:
-                    return
-            elif spare and world.options.facets > 1:
-                await self._swap(host)
+                elif not host.created:  # the power went in the middle of it
+                    await world.create(host, force=True)
+                elif spare and world.options.facets > 1:
+                    await self._swap(host)
+            except Gone:
+                return
         await world.start(host)
 
     async def _swap(self, host: Host) -> None:
