@@ -49,7 +49,7 @@ class File(Protocol):
     async def read(self, offset: int, length: int) -> bytes:
         """As ``pread``, without stalling the event loop."""
 
-    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+    async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
         """``codec.hashing.digests`` of the range, read and computed without stalling the loop."""
 
     def pwrite(self, offset: int, data: Buffer) -> None:

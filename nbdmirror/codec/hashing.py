@@ -1,31 +1,37 @@
 """The hashes by which regions and blocks are compared (X1, X6).
 
-The first half of BLAKE3: cryptographic, so that a tenant cannot make two blocks that pass for the
-same, and four times as fast over a region as SHA-256 is with instructions for it. Pure.
+GMAC (NIST SP 800-38D) under a key that the primary draws for each connection and never shows: two
+different contents of n bytes, made by somebody who does not know it, have one hash with a
+probability of (n / 16 + 2) / 2^128. It is not told to anybody but the two nodes, so that one nonce
+serves for all: nobody is to be kept from making a hash, but a tenant from making two blocks that
+pass for the same. Several times as fast as BLAKE3 or SHA-256 where the processor multiplies
+without carry. Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blake3 import blake3
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from nbdmirror.ports import Buffer
 
 HASH_SIZE = 16
+KEY_SIZE = 16
+_NONCE = bytes(12)
 NOTHING = bytes(HASH_SIZE)
-"""No content is known that has this hash, and none will be."""
+"""Contents have this hash as rarely as any other: one in 2^128."""
 BLOCK = 4096
 """Inside a region that differs, blocks of this size are compared, and only those that differ
 travel."""
 
 
-def digests(data: Buffer, step: int) -> bytes:
-    """One hash for each ``step`` bytes of the data, in order; the last piece may be short."""
+def digests(data: Buffer, step: int, key: bytes) -> bytes:
+    """One hash under ``key``, of KEY_SIZE bytes, for each ``step`` bytes of the data, in order; the
+    last piece may be short."""
     view = memoryview(data)
-    return b"".join(
-        [blake3(view[at : at + step]).digest(HASH_SIZE) for at in range(0, len(view), step)]
-    )
+    tag = AESGCM(key).encrypt  # of nothing, with the data beside it: what is left is the tag
+    return b"".join([tag(_NONCE, b"", view[at : at + step]) for at in range(0, len(view), step)])
 
 
 def count(length: int, step: int) -> int:

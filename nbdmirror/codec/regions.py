@@ -42,6 +42,7 @@ class Hashes:
     region_size: int
     offset: int
     length: int
+    key: bytes
     hashes: memoryview
     seq: int = 0
     verify: bool = False
@@ -90,17 +91,17 @@ def parse_hashes(frame: Frame) -> Hashes:
     """Takes a HASHES or VERIFY apart; PeerError if it does not add up."""
     seq, verify = 0, frame.type is repl.Type.VERIFY
     if verify:
-        token, volume, region_size, offset, length, seq = frame.unpack(repl.VERIFY)
+        token, volume, region_size, offset, length, key, seq = frame.unpack(repl.VERIFY)
         hashes = frame.payload[repl.VERIFY.size :]
     else:
-        token, volume, region_size, offset, length = frame.unpack(repl.HASHES)
+        token, volume, region_size, offset, length, key = frame.unpack(repl.HASHES)
         hashes = frame.payload[repl.HASHES.size :]
     if not region_size or not length:
         raise PeerError(f"{frame.type.name} of {length} bytes in regions of {region_size}")
     wanted = count(length, region_size) * HASH_SIZE
     if len(hashes) != wanted and (len(hashes) or verify):
         raise PeerError(f"{frame.type.name} carries {len(hashes)} bytes of hashes, not {wanted}")
-    return Hashes(token, volume, region_size, offset, length, hashes, seq, verify)
+    return Hashes(token, volume, region_size, offset, length, key, hashes, seq, verify)
 
 
 def block_hashes_size(length: int, region_size: int) -> int:

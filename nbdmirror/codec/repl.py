@@ -26,10 +26,12 @@ the binary ones here.
     REGION       token 8, volume 4, flags 4 (1: more of this token follows), count 4, reserved 4;
                  then ``count`` extents: offset 8, length 8, flags 4 (1: zeros), reserved 4; then
                  the data of those extents that are not zeros, one behind the other
-    HASHES       token 8, volume 4, region size 4, offset 8, length 8; then a hash for each region
-                 (see ``codec.hashing``), or none at all: then every region counts as different
+    HASHES       token 8, volume 4, region size 4, offset 8, length 8, key 16; then a hash for each
+                 region under that key (see ``codec.hashing``), or none at all: then every region
+                 counts as different
     WANT         token 8; a byte for each region of that HASHES: 1 differs, 0 is the same; then,
-                 if regions are larger than a block, the hashes of the blocks of each that differs
+                 if regions are larger than a block, the hashes of the blocks of each that differs,
+                 under the same key
     VERIFY       as HASHES, with seq 8 before the hashes: they are to be compared once every record
                  up to there is applied
     VERIFIED     token 8; a byte for each region of that VERIFY: 1 differs, 0 is the same
@@ -56,7 +58,7 @@ from nbdmirror.config import FRAME_BYTES_MIN, Limits
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 
-PROTOCOL_VERSIONS = (2, 2)
+PROTOCOL_VERSIONS = (3, 3)
 """Lowest and highest version that this program speaks."""
 JSON_MAX = 1 << 20
 MORE = 1
@@ -74,8 +76,8 @@ _POOL = SlabPool(9 << 18)  # two of the largest frames that senders make, and a 
 ACK = struct.Struct("<QQQ")
 REGION = struct.Struct("<QIIII")
 EXTENT = struct.Struct("<QQII")
-HASHES = struct.Struct("<QIIQQ")
-VERIFY = struct.Struct("<QIIQQQ")
+HASHES = struct.Struct("<QIIQQ16s")
+VERIFY = struct.Struct("<QIIQQ16sQ")
 TOKEN = struct.Struct("<Q")
 SEQ = struct.Struct("<Q")
 READ = struct.Struct("<QIIQQ")

@@ -25,8 +25,7 @@ _PEERCRED = struct.Struct("3i")
 
 def real_env(network: LinuxNetwork | None = None) -> Env:
     """This machine, as the engine sees it."""
-    seed = random.SystemRandom().getrandbits(128)
-    return Env(LinuxDisk(), network or LinuxNetwork(), LinuxClock(), random.Random(seed))
+    return Env(LinuxDisk(), network or LinuxNetwork(), LinuxClock(), random.SystemRandom())
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

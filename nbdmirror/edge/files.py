@@ -83,11 +83,11 @@ def _read_all(fd: int, offset: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-def _hash_all(fd: int, offset: int, length: int, step: int) -> bytes:
+def _hash_all(fd: int, offset: int, length: int, step: int, key: bytes) -> bytes:
     """The hashes of a range, by pieces that stay in the processor's cache."""
     size = max(step, HASH_PIECE - HASH_PIECE % step)
     return b"".join(
-        digests(_read_all(fd, at, min(size, offset + length - at)), step)
+        digests(_read_all(fd, at, min(size, offset + length - at)), step, key)
         for at in range(offset, offset + length, size)
     )
 
@@ -216,13 +216,15 @@ class LinuxFile:
         """As ``pread``, in a thread."""
         return await self._offload(self._disk.io_threads, _read_all, self._fd, offset, length)
 
-    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+    async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
         """``digests`` of the range, in bounded memory; in a thread unless short and cached."""
         data = self.try_pread(offset, length) if length <= HASH_HERE_MAX else None
         if data is not None:
             await asyncio.sleep(0)  # between many of them others have their turn
-            return digests(data, step)
-        return await self._offload(self._disk.io_threads, _hash_all, self._fd, offset, length, step)
+            return digests(data, step, key)
+        return await self._offload(
+            self._disk.io_threads, _hash_all, self._fd, offset, length, step, key
+        )
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes all of ``data`` into the page cache; OSError if not all of it fits."""

@@ -72,7 +72,7 @@ class Comparer:
             self._applied.clear()
             await self._applied.wait()
         ours = await secondary.hashes(
-            hashes.volume, hashes.offset, hashes.length, hashes.region_size
+            hashes.volume, hashes.offset, hashes.length, hashes.region_size, hashes.key
         )
         if self._link.cause is None:
             flags = different(ours, hashes.hashes)
@@ -82,7 +82,7 @@ class Comparer:
         secondary, volume, region = self._secondary, hashes.volume, hashes.region_size
         flags = bytearray(b"\1" * hashes.count)
         if hashes.hashes:
-            ours = await secondary.hashes(volume, hashes.offset, hashes.length, region)
+            ours = await secondary.hashes(volume, hashes.offset, hashes.length, region, hashes.key)
             flags = different(ours, hashes.hashes)
         answer: list[Buffer] = [repl.TOKEN.pack(hashes.token), flags]
         end = hashes.offset + hashes.length
@@ -90,7 +90,7 @@ class Comparer:
             at = hashes.offset + first * region
             length = min(hashes.offset + last * region, end) - at
             if block_hashes_size(length, region):
-                answer.append(await secondary.hashes(volume, at, length, BLOCK))
+                answer.append(await secondary.hashes(volume, at, length, BLOCK, hashes.key))
         if secondary.store.state.get("cache_doubt"):
             await self._write_again(hashes)
         if self._link.cause is None:

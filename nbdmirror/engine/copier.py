@@ -217,13 +217,14 @@ class Copier:
             cost = max(1, length // HASHED_COST)
             token = self._open(volume, first, count, cost, hashed=True)
             hashes: Buffer = b""
+            key = self._link.hash_key
             if not ask:
                 try:
-                    hashes = await volume.hashes(offset, length, region)
+                    hashes = await volume.hashes(offset, length, region, key)
                 except VolumeFailed as error:
                     self._unreadable(error)
                     return
-            head = repl.HASHES.pack(token, volume.index, region, offset, length)
+            head = repl.HASHES.pack(token, volume.index, region, offset, length, key)
             self._sent(self._link.send(Type.HASHES, [head, hashes]))
         await self._governor.rest(self._governor.now_ns() - began)
         await self._drain()
@@ -255,7 +256,7 @@ class Copier:
         known = [hashes for hashes in theirs if hashes is not None]
         if len(known) < len(theirs):
             return [(offset, length)]
-        ours = await volume.hashes(offset, length, BLOCK)
+        ours = await volume.hashes(offset, length, BLOCK, self._link.hash_key)
         flags = different(ours, b"".join(known))
         runs: list[tuple[int, int]] = []
         at = flags.find(1)

@@ -26,6 +26,8 @@ class Link(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self.session = 0
+        self.hash_key = b""
+        """The primary's for this connection (``codec.hashing``); a secondary learns it by frame."""
         self.cause: BaseException | None = None
         self.closed = asyncio.Event()
         self.bytes_sent = 0

@@ -41,9 +41,9 @@ class MemoryFile:
         """As ``pread``."""
         return self.pread(offset, length)
 
-    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+    async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
         """As ``ports.File.hashes``."""
-        return digests(self.pread(offset, length), step)
+        return digests(self.pread(offset, length), step, key)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes within the size."""

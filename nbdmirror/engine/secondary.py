@@ -412,13 +412,13 @@ class Secondary:
         except OSError as error:
             raise self._read_failed(facet, error) from error
 
-    async def hashes(self, volume: int, offset: int, length: int, step: int) -> bytes:
+    async def hashes(self, volume: int, offset: int, length: int, step: int, key: bytes) -> bytes:
         """``codec.hashing.digests`` of a range; where facets differ, such as nothing has. Errors as
         for ``read``."""
         found = []
         for facet in self.volumes[volume].facets:
             try:
-                found.append(await facet.file.hashes(offset, length, step))
+                found.append(await facet.file.hashes(offset, length, step, key))
             except OSError as error:
                 raise self._read_failed(facet, error) from error
         return found[0] if len(found) == 1 else agreed(found)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdmirror.codec import fields, repl
+from nbdmirror.codec.hashing import KEY_SIZE
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.config import Limits, ReplicationConfig
 from nbdmirror.core import convergence
@@ -79,6 +80,7 @@ class Session:
         self.context = context
         self.link = Link(self._on_frame, context.limits)
         self.link.session = context.env.random.getrandbits(63) or 1
+        self.link.hash_key = context.env.random.randbytes(KEY_SIZE)
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
         self.resync: Resync | None = None
         self._reads = RemoteReads(self.link)

@@ -179,7 +179,8 @@ class Verify:
                 return
             self._looks[self._token] = look
             seq = self.remote.group.log.next_seq - 1
-            head = repl.VERIFY.pack(self._token, volume.index, region, offset, length, seq)
+            key = self._link.hash_key
+            head = repl.VERIFY.pack(self._token, volume.index, region, offset, length, key, seq)
             sent = self._link.send(Type.VERIFY, [head, look.hashes[0]])
         self.progress.sent_bytes += sent
         await self._link.drain()
@@ -198,7 +199,9 @@ class Verify:
         unread: list[tuple[LocalFacet, bytes]] = []
         for facet in facets:
             try:
-                read.append((facet, await facet.file.hashes(offset, length, region)))
+                read.append(
+                    (facet, await facet.file.hashes(offset, length, region, self._link.hash_key))
+                )
             except OSError:
                 facet.errors += 1
                 unread.append((facet, b""))

@@ -189,18 +189,18 @@ class Volume:
                 failure = error
         return await self.rescue(self, offset, length, facet, failure)
 
-    async def hashes(self, offset: int, length: int, step: int) -> bytes:
+    async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
         """``codec.hashing.digests`` of a range, off the event loop; errors as for ``read``."""
         if self.overlay is not None:
-            return digests(await self.overlay.read(offset, length), step)
+            return digests(await self.overlay.read(offset, length), step, key)
         facet = self.choose(offset)
         failure: OSError | None = None
         if facet is not None:
             try:
-                return await facet.file.hashes(offset, length, step)
+                return await facet.file.hashes(offset, length, step, key)
             except OSError as error:
                 failure = error
-        return digests(await self.rescue(self, offset, length, facet, failure), step)
+        return digests(await self.rescue(self, offset, length, facet, failure), step, key)
 
     def allocation(self, offset: int, length: int) -> Iterable[tuple[int, int, bool]]:
         """(offset, length, hole) pieces that cover the range, from the first trusted facet; all of

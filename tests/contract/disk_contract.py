@@ -15,9 +15,11 @@ from typing import Any, Protocol
 import pytest
 
 from nbdmirror.codec.batchpure import PLACE
-from nbdmirror.codec.hashing import digests
+from nbdmirror.codec.hashing import KEY_SIZE, digests
 from nbdmirror.config import KIB, MIB
 from nbdmirror.ports import Disk, File
+
+KEY = bytes(range(KEY_SIZE))
 
 
 class DiskWorld(Protocol):
@@ -87,8 +89,8 @@ class FileContract:
         file = new_file(world, content)
         cases = ((0, 700_000, 4096), (513, 8000, 4096), (0, 0, 512), (0, 700_000, 1 << 20))
         for offset, length, step in (*cases, (699_000, 5000, 4096), (0, 600_000, 100_000)):
-            expected = digests(file.pread(offset, length), step)
-            assert world.run(file.hashes(offset, length, step)) == expected
+            expected = digests(file.pread(offset, length), step, KEY)
+            assert world.run(file.hashes(offset, length, step, KEY)) == expected
         file.close()
 
     def test_bytes_past_the_end_read_as_zeros(self, world: DiskWorld) -> None:

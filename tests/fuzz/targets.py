@@ -257,7 +257,7 @@ def _sealed(kind: Type, body: bytes) -> bytes:
 
 
 REGION = _sealed(Type.REGION, repl.REGION.pack(1, 0, 0, 0, 4) + b"data")
-HASHES = _sealed(Type.HASHES, repl.HASHES.pack(1, 0, 65536, 0, 65536) + bytes(16))
+HASHES = _sealed(Type.HASHES, repl.HASHES.pack(1, 0, 65536, 0, 65536, bytes(16)) + bytes(16))
 FRAMES = _sealed(Type.RECORDS, nodes.RECORDS) + REGION + HASHES + _sealed(Type.RESYNC_END, bytes(8))
 ANSWERS = (
     _sealed(Type.ACK, bytes(24))

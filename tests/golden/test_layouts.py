@@ -19,6 +19,7 @@ from nbdmirror.core import layers
 from nbdmirror.ports import Buffer
 
 FIXTURES = Path(__file__).parent
+KEY = bytes(range(0xF0, 0x100))
 SESSION = 0x1122334455667788
 TIME = 1_700_000_000_123_456_789
 WRITE = Record(codec.WRITE, 0, 3, 1, 0x0102030405060708, 4096, 5, TIME, b"hello")
@@ -41,8 +42,8 @@ def layouts() -> dict[str, bytes]:
     bits = b"\x01\x80" + bytes(mappage.BITMAP_BYTES - 2)
     zeros: regions.Extent = (0, 1 << 30, None)
     data: regions.Extent = (1 << 30, 4, b"data")
-    verify = repl.VERIFY.pack(9, 1, 65536, 0, 131072, 77)
-    hashes = repl.HASHES.pack(8, 1, 65536, 0, 131072)
+    verify = repl.VERIFY.pack(9, 1, 65536, 0, 131072, KEY, 77)
+    hashes = repl.HASHES.pack(8, 1, 65536, 0, 131072, KEY)
     return {
         "record-write": record(WRITE),
         "record-trim": record(Record(codec.TRIM, 0, 3, 1, 9, 4096, 1 << 40, TIME, None)),
@@ -57,8 +58,8 @@ def layouts() -> dict[str, bytes]:
         "active-sector": mappage.encode_sector(
             2, [1 + (1 << 40 | 5), *[0] * (mappage.SLOTS - 1)]
         ).rstrip(b"\0"),
-        "frame-hello": json(Type.HELLO, {"versions": [2, 2], "group": "g"}),
-        "frame-welcome": json(Type.WELCOME, {"version": 2}),
+        "frame-hello": json(Type.HELLO, {"versions": [3, 3], "group": "g"}),
+        "frame-welcome": json(Type.WELCOME, {"version": 3}),
         "frame-refuse": json(Type.REFUSE, {"rule": "T1", "why": "x"}),
         "frame-start": json(Type.START, {"action": "continue", "seq": 1}),
         "frame-ready": json(Type.READY, {}),

@@ -25,6 +25,7 @@ from nbdmirror.errors import PeerError
 
 Json = dict[str, Any]
 SESSION = 0x5EED
+KEY = bytes(16)
 FRAME_MAX = Limits().frame_bytes_max
 TIMEOUT_S = 20.0
 
@@ -170,8 +171,8 @@ LIES: dict[str, Callable[[Liar], None]] = {
     "no records": lambda one: one.talk.send(Type.RECORDS, b"x" * 777),
     "region": lambda one: one.talk.send(Type.REGION, _region(0, 0, 4, b"evil")),
     "region size": lambda one: one.talk.send(Type.REGION, _region(0, 0, 2**40, b"evil")),
-    "hashes": lambda one: one.talk.send(Type.HASHES, repl.HASHES.pack(1, 0, 65536, 0, 65536)),
-    "hashes of 3": lambda one: one.talk.send(Type.HASHES, repl.HASHES.pack(1, 0, 3, 0, 2**26)),
+    "hashes": lambda one: one.talk.send(Type.HASHES, repl.HASHES.pack(1, 0, 65536, 0, 65536, KEY)),
+    "hashes of 3": lambda one: one.talk.send(Type.HASHES, repl.HASHES.pack(1, 0, 3, 0, 2**26, KEY)),
     "short": lambda one: one.talk.send(Type.REGION, b"x"),
     "wrong role": lambda one: one.talk.send(Type.ACK, repl.ACK.pack(1, 1, 1)),
     "hello again": lambda one: one.talk.say(Type.HELLO, {}),

@@ -17,6 +17,7 @@ from tests.integration.test_replication import MakeCluster
 from tests.integration.tools import connect
 
 BLOCK = 4096
+KEY = bytes(range(16))
 AT = 640 * 1024
 # The first two words of XXH3's default secret: the keys of the first lane in stripes 0 and 1.
 SECRET = (0xBE4BA423396CFEB8, 0x1CAD21F72C81017C)
@@ -47,7 +48,7 @@ def test_the_pair_is_forged_and_told_apart() -> None:
     for size in (BLOCK, 65536):  # as a record, as a block, as a region
         wide, wider = one.ljust(size, b"x"), other.ljust(size, b"x")
         assert xxh3_64_intdigest(wide) == xxh3_64_intdigest(wider), "the forgery does not work"
-        assert digests(wide, size) != digests(wider, size)
+        assert digests(wide, size, KEY) != digests(wider, size, KEY)
 
 
 @pytest.mark.parametrize("command", [("verify", "beta", "--repair"), ("resync", "beta", "--full")])

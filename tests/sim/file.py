@@ -57,8 +57,8 @@ class SimFile:
             self._disk.timing.read, fault, lambda: self._read_now(fault, offset, length)
         )
 
-    async def hashes(self, offset: int, length: int, step: int) -> bytes:
-        return digests(await self.read(offset, length), step)
+    async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
+        return digests(await self.read(offset, length), step, key)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         self._write_now(self._admit("pwrite"), offset, bytes(data))
