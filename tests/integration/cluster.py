@@ -116,7 +116,7 @@ class Node:
             *self.keys.get("admin", []),
             *(["[limits]", *self.keys["limits"]] if "limits" in self.keys else []),
             "[log]",
-            f"size = {cluster.log_size}",
+            f"size = {cluster.log_size if self.role == 'primary' else cluster.remote_log_size}",
             f'mode = "{cluster.log_mode}"',
             f'on_full = "{cluster.on_full}"',
             *self.keys.get("log", []),
@@ -281,6 +281,7 @@ class Cluster:
         volumes: Sequence[Volume] = (Volume(),),
         remotes: Sequence[str] = ("beta",),
         log_size: int = 64 * MIB,
+        remote_log_size: int | None = None,
         log_mode: str = "disk",
         on_full: str = "dcm",
         frontend: str = "native",
@@ -297,6 +298,7 @@ class Cluster:
         self.group = group
         self.volumes = tuple(volumes)
         self.log_size = log_size
+        self.remote_log_size = log_size if remote_log_size is None else remote_log_size
         self.log_mode = log_mode
         self.on_full = on_full
         self.frontend = frontend
