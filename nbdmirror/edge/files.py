@@ -21,12 +21,14 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from os import fdatasync, pread, preadv, pwrite, pwritev
 from typing import ParamSpec, TypeVar
 
 from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
+from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.ports import Buffer
 
 if batch.COMPILED:
@@ -402,6 +404,7 @@ class LinuxDisk:
     def __init__(self, threads_max: int = THREADS_MAX) -> None:
         self.io_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-io")
         self.sync_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-sync")
+        self._directories: dict[str, GroupCommit] = {}
 
     def exists(self, path: str) -> bool:
         """Whether there is anything of that name."""
@@ -466,7 +469,12 @@ class LinuxDisk:
         await asyncio.wrap_future(self.io_threads.submit(os.unlink, path))
 
     async def sync_directory(self, path: str) -> None:
-        """fsync of the directory, in a thread."""
+        """fsync of the directory, in a thread; one for all who ask while another one runs."""
+        if path not in self._directories:
+            self._directories[path] = GroupCommit(partial(self._sync_directory, path))
+        await self._directories[path]()
+
+    async def _sync_directory(self, path: str) -> None:
         await asyncio.wrap_future(self.sync_threads.submit(_sync_directory, path))
 
     def close(self) -> None:

@@ -113,6 +113,33 @@ def test_try_pread_wants_all_of_it(
     file.close()
 
 
+def test_a_directory_is_synced_once_for_all_who_ask_together(
+    disk: LinuxDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O18: and by a sync that began after each of them asked; 200 maps share theirs at a start."""
+    synced: list[int] = []
+    asked: list[int] = []
+
+    def fsync(fd: int) -> None:
+        synced.append(len(asked))
+        os_fsync(fd)
+
+    os_fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    async def ask(number: int) -> None:
+        asked.append(number)
+        before = len(asked)
+        await disk.sync_directory(str(tmp_path))
+        assert synced[-1] >= before, "the sync that it waited for began before it asked"
+
+    async def everybody() -> None:
+        await asyncio.gather(*(ask(number) for number in range(50)))
+
+    asyncio.run(everybody())
+    assert 1 <= len(synced) <= 2
+
+
 def test_close_waits_for_the_threads(
     disk: LinuxDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
