@@ -33,7 +33,8 @@ class Governor:
         self._activity = activity
         self._seen = activity()
         self._active_at = self._worked_at = self._adjusted_at = float("-inf")
-        self._debt = 0.0
+        self._next_at = 0.0
+        """When the work so far is paid for: whoever works next begins then."""
         self._calm = self._busy = 0.0
         self.share = SHARE_MAX
 
@@ -61,12 +62,13 @@ class Governor:
             self.share = max(SHARE_MIN, min(SHARE_MAX, share))
 
     async def rest(self, spent_ns: int) -> None:
-        """After ``spent_ns`` of work: lets clients go first."""
-        self._worked_at = asyncio.get_running_loop().time()
+        """After ``spent_ns`` of work: lets clients go first. Several that work take turns: the
+        share is that of all of them together, and each gets a part of it."""
+        now = self._worked_at = asyncio.get_running_loop().time()
         if not self.active():
-            self._debt = 0.0
+            self._next_at = now
             return
-        self._debt += spent_ns / 1e9 * (1 / self.share - 1)
-        if self._debt >= REST_SECONDS_MIN:
-            debt, self._debt = self._debt, 0.0
-            await asyncio.sleep(debt)
+        spent = spent_ns / 1e9
+        self._next_at = max(self._next_at, now - spent) + spent / self.share
+        if (rest := self._next_at - now) >= REST_SECONDS_MIN:
+            await asyncio.sleep(rest)

@@ -192,6 +192,32 @@ def test_with_clients_the_loop_is_theirs_for_most_of_the_time() -> None:
     run(main())
 
 
+def test_several_resyncs_share_what_one_may_take() -> None:
+    """However many there are, clients have the rest; and none of them starves another."""
+
+    async def main() -> None:
+        clock, requests = Counted(), iter(range(1_000_000))
+        yielding = Governor(clock, lambda: next(requests))
+        loop = asyncio.get_running_loop()
+        worked = [0.0] * 4
+
+        async def work(one: int, seconds: float) -> None:
+            while True:
+                await asyncio.sleep(seconds)
+                worked[one] += seconds
+                await yielding.rest(round(seconds * 1e9))
+
+        tasks = [asyncio.ensure_future(work(one, 0.001 * (1 + one))) for one in range(4)]
+        began = loop.time()
+        await asyncio.sleep(20)
+        for task in tasks:
+            task.cancel()
+        assert sum(worked) / (loop.time() - began) <= governor.SHARE_MAX + 0.01
+        assert min(worked) * 8 >= sum(worked) / 4, worked
+
+    run(main())
+
+
 def test_a_slow_disk_cuts_the_share_and_never_to_nothing() -> None:
     """Yields to the latency of requests that wait; a resync does not starve (peers 21, 22)."""
 
