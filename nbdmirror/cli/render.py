@@ -67,7 +67,11 @@ def progress_text(resync: Json) -> str:
     rate, eta = resync.get("rate"), resync.get("eta_s")
     if rate:
         line += f", {size_text(rate)}/s"
-    return line + (f", {seconds_text(eta)} left" if eta is not None else ", time left unknown")
+    line += f", {seconds_text(eta)} left" if eta is not None else ", time left unknown"
+    sent, saved = resync.get("sent_bytes"), resync.get("skipped_bytes")
+    if sent is not None and saved is not None:
+        line += f", {size_text(sent)} sent, {size_text(saved)} saved"
+    return line
 
 
 def remote_text(remote: Json) -> str:

@@ -9,6 +9,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Stall:
+    """Why nothing moves, or nothing comes to an end, and what a person can do."""
+
+    why: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of a remote now; all but ``connected`` and ``resyncing`` is durable."""
 
@@ -22,6 +30,9 @@ class Facts:
     refused: str | None = None
     diverged: bool = False
     failed: str | None = None
+    stall: Stall | None = None
+    differing: int = 0
+    """Regions that the last verify found to differ, and that were not repaired."""
 
 
 def state_of(facts: Facts) -> str:
@@ -62,4 +73,8 @@ def next_action(facts: Facts, name: str) -> str | None:
         return f"nbdmirror resume {name}"
     if not facts.connected:
         return f"start {name}, or mend the network to it; it catches up by itself"
+    if facts.stall is not None:
+        return facts.stall.action
+    if facts.differing:
+        return f"nbdmirror verify {name} --repair"
     return None

@@ -24,6 +24,7 @@ from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.payoff import Payoff
 from nbdmirror.core.progress import Progress
+from nbdmirror.engine.answers import Answers
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.remote import Remote
@@ -45,8 +46,6 @@ HASHED_COST = 4
 """A window that is compared counts for this part of its size in what is under way."""
 HOLE_COST = 64
 """What a region of a hole counts for."""
-STALL_SECONDS = 10.0
-"""Without an acknowledgement for so long something is said about it."""
 
 
 @dataclass(slots=True)
@@ -80,8 +79,7 @@ class Copier:
     ) -> None:
         self.remote = remote
         self.progress = progress
-        self.stalled: Callable[[str | None], None] = lambda why: None
-        """Called when nothing moves any more, and with None when it does again."""
+        self.answers = Answers(remote, self._awaited)
         self.failed_reads: str | None = None
         self.waited_seconds = 0.0
         """How long the link, or the remote behind it, was what all waited for."""
@@ -95,8 +93,6 @@ class Copier:
         self._in_flight = 0
         self._token = 0
         self._wanted: deque[Wanted] = deque()
-        self._moved = asyncio.Event()
-        self._stalled = False
         self._unpaid = 0
 
     # -- bounds ------------------------------------------------------------------------------
@@ -139,36 +135,13 @@ class Copier:
     async def wait(self, ready: Callable[[], bool]) -> None:
         """Returns when an answer has made ``ready`` true."""
         with self._waiting():
-            await self._wait(ready)
+            await self.answers.wait(ready)
 
-    async def _wait(self, ready: Callable[[], bool]) -> None:
-        while not ready():
-            self._moved.clear()
-            try:
-                async with asyncio.timeout(STALL_SECONDS):
-                    await self._moved.wait()
-            except TimeoutError:
-                if not self._stalled:
-                    self._stalled = True
-                    self.stalled(self._cause())
-
-    def _cause(self) -> str:
-        """Why nothing moves, for people."""
-        name = self.remote.name
+    def _awaited(self) -> tuple[str, int]:
+        """What is under way, for people; and which records have to be applied for it."""
         if self._in_flight:
-            return (
-                f"nothing was acknowledged for {STALL_SECONDS:g} s, {self._in_flight} bytes are "
-                f"under way: the link or the disk of {name} is slow"
-            )
-        pending = self.remote.group.log.next_seq - 1 - self.remote.applied_seq
-        return f"all is copied; {name} has yet to apply {pending} records"
-
-    def moved(self) -> None:
-        """An answer came."""
-        self._moved.set()
-        if self._stalled:
-            self._stalled = False
-            self.stalled(None)
+            return f"{self._in_flight} bytes are under way", 0
+        return "all is copied", self.remote.group.log.next_seq - 1
 
     # -- windows -----------------------------------------------------------------------------
 

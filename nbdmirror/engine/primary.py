@@ -11,6 +11,7 @@ from typing import Any
 
 from nbdmirror.codec.mark import Mark
 from nbdmirror.config import Config
+from nbdmirror.core.remotestate import Stall
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.gate import SyncGate
@@ -212,7 +213,7 @@ class Primary:
                 (None, text) if text.startswith("failed:") else (text, None)
             )
         elif isinstance(cause, FormatError):
-            remote.stall = str(cause)
+            remote.stall = Stall(str(cause), "bring a local facet back: nbdmirror facet list")
         if was == "connected":
             self._events.emit("disconnected", remote=remote.name, why=str(cause))
         elif isinstance(cause, Refused):

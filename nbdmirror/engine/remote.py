@@ -39,7 +39,7 @@ from nbdmirror.codec.record import Record
 from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.progress import Progress
-from nbdmirror.core.remotestate import Facts, next_action, state_of
+from nbdmirror.core.remotestate import Facts, Stall, next_action, state_of
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
@@ -113,7 +113,7 @@ class Remote:
         """What replies wait for, if it is a synchronous remote."""
         self.refused: str | None = None
         self.failed: str | None = None
-        self.stall: str | None = None
+        self.stall: Stall | None = None
         self.progress: Progress | None = None
         self.bytes_sent = 0
         self.bucket = Bucket(facts.get("max_rate"))
@@ -193,6 +193,15 @@ class Remote:
         self.facts.update(compare=True, consistent=False, holds=held, why=why)
 
     @property
+    def behind_ns(self) -> int | None:
+        """Wall clock: when the oldest record was taken that it does not have on disk; ``None`` if
+        it has all. To be put into the facts before its place in the log is given up."""
+        known: int | None = self.facts.get("behind_ns")
+        if known is None and self.durable_seq < self.group.log.next_seq - 1:
+            known = self.group.timeline.time_of(self.durable_seq + 1)
+        return known
+
+    @property
     def dirty_regions(self) -> int:
         """Regions that are marked, over all volumes."""
         return sum(dcm.map.count for dcm in self.dcms)
@@ -270,6 +279,7 @@ class Remote:
             self.facts.update(tracking=True, base_seq=0)
             self.group.trackers.append(self)
         await self.sync_maps()
+        self.facts["behind_ns"] = self.behind_ns
         self.facts.update(full=True, compare=True, consistent=False, holds=[], why=why)
         self.save_defaults()
         await self._store.save()
@@ -278,12 +288,11 @@ class Remote:
         """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
         what is pending is marked piece by piece, and its space released as that is durable."""
         assert not self.tracking
-        group, log, facts = self.group, self.group.log, self.facts
+        log, facts = self.group.log, self.facts
         upto = log.next_seq
         self.marked_seq = self.durable_seq
-        behind_ns = facts.get("behind_ns") or group.timeline.time_of(self.durable_seq + 1)
+        facts["behind_ns"] = self.behind_ns
         facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[], why=why)
-        facts["behind_ns"] = behind_ns
         self.group.trackers.append(self)
         self.cancel_start()
         self._events.emit(
@@ -312,6 +321,7 @@ class Remote:
     def leave_log(self) -> None:
         """At start: the caller marks what is pending, and saves."""
         if self.facts["initialised"] and not self.tracking:
+            self.facts["behind_ns"] = self.behind_ns
             self.facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[])
             self.group.trackers.append(self)
 
@@ -388,6 +398,8 @@ class Remote:
             resyncing=self.progress is not None and self.progress.kind != "verify",
             refused=self.refused,
             failed=self.failed,
+            stall=self.stall,
+            differing=unrepaired(facts.get("verified")),
         )
 
     @property
@@ -401,12 +413,12 @@ class Remote:
         state = state_of(facts)
         log = self.group.log
         pending = 0 if self.tracking else log.next_seq - 1 - self.durable_seq
-        oldest = self.facts.get("behind_ns")
-        if oldest is None and pending:
-            oldest = self.group.timeline.time_of(self.durable_seq + 1)
-        why = self.refused or self.failed or self.stall
+        oldest = self.behind_ns
+        why = self.refused or self.failed or (self.stall and self.stall.why)
         if why is None and state != "synchronised":
             why = self.facts["why"]
+        if why is None and facts.differing:
+            why = f"the last verify found {facts.differing} regions that differ"
         return {
             "name": self.name,
             "address": self.facts["address"],
@@ -440,6 +452,11 @@ def may_follow(facts: Mapping[str, Any], volume: str) -> bool:
     """Whether a remote follows the volume of that name, unless its map says otherwise."""
     known = facts["consistent"] or volume in facts.get("holds", ())
     return bool(facts["initialised"] and known and not facts["tracking"])
+
+
+def unrepaired(verified: Mapping[str, Any] | None) -> int:
+    """How many regions a verify found to differ, and did not repair."""
+    return max(0, verified["differing"] - verified["repaired"]) if verified else 0
 
 
 def verify_status(facts: dict[str, Any], wall_ns: int) -> dict[str, Any] | None:

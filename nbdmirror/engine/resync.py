@@ -24,6 +24,7 @@ from nbdmirror.config import ReplicationConfig
 from nbdmirror.core import convergence
 from nbdmirror.core.convergence import Pass
 from nbdmirror.core.progress import Progress
+from nbdmirror.core.remotestate import Stall
 from nbdmirror.engine.copier import COMPARE_BYTES, COPY_BYTES, Copier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
@@ -42,6 +43,8 @@ HOLE_BYTES = 1 << 30
 """Holes are cleared in pieces of at most this."""
 LOG_SHARE = 0.9
 """Of the log: what may be filled before a remote is forced out of it."""
+
+LARGER_LOG = 'a larger log, or on_full = "block" (clients wait then), or less to write'
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +84,12 @@ class Resync:
             terms.compress,
             self.progress,
         )
-        self.copier.stalled = self._stalled
+        self.copier.answers.stalled = self._stalled
 
-    def _stalled(self, why: str | None) -> None:
-        self.remote.stall = why
-        if why is not None:
-            self._terms.events.emit("resync-stalled", remote=self.remote.name, why=why)
+    def _stalled(self, stall: Stall | None) -> None:
+        self.remote.stall = stall
+        if stall is not None:
+            self._terms.events.emit("resync-stalled", remote=self.remote.name, why=stall.why)
         self.remote.notify()
 
     async def run(self) -> None:
@@ -102,7 +105,7 @@ class Resync:
                 await self._order()
                 self._order = None
             if unread is not None:
-                self._stalled(unread)
+                self._stalled(Stall(unread, "see to the disks here: nbdmirror facet list"))
                 await asyncio.sleep(RETRY_SECONDS)
             self.progress.next_pass("passes" if self._order else "ordered", remote.dirty_bytes)
         self._end_seq = remote.group.log.next_seq - 1
@@ -158,10 +161,9 @@ class Resync:
             remote.stall = None
             return True
         why = convergence.stuck(seen, room)
-        if why != remote.stall:
-            if why is not None and remote.stall is None:
-                self._terms.events.emit("resync-converges-not", remote=remote.name, why=why)
-            remote.stall = why
+        if why is not None and remote.stall is None:
+            self._terms.events.emit("resync-converges-not", remote=remote.name, why=why)
+        remote.stall = None if why is None else Stall(why, LARGER_LOG)
         return False
 
     async def _walk(self, volume: Volume, dcm: DcmFile) -> None:
@@ -217,4 +219,4 @@ class Resync:
             if seq != self._end_seq:
                 raise PeerError(f"CONSISTENT at {seq}, asked was {self._end_seq}")
             self._end_seq = None
-        self.copier.moved()
+        self.copier.answers.came()

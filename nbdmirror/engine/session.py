@@ -224,10 +224,13 @@ class Session:
         seq = log.next_seq if in_map else decision.seq
         assert log.ring.tail_seq <= seq <= log.next_seq
         ordered = not (in_map and self._passes_first())
+        behind_ns = remote.behind_ns
         self._begin_at(seq, keep=ordered, applied=reset)
         resync = remote.dirty_regions > 0
         if resync:
             facts["consistent"] = False
+            if reset:
+                facts["behind_ns"] = behind_ns
         remote.save_defaults()
         await remote.sync_maps()
         await self.context.store.save()
@@ -306,6 +309,7 @@ class Session:
         """From now on the log is kept for the remote, and forwarded; what is marked in its map by
         now is still to be copied. As durable on both sides as the first START."""
         seq = self.remote.group.log.next_seq
+        self.remote.facts["behind_ns"] = self.remote.behind_ns
         self._begin_at(seq, keep=True)
         self._send_start("reset", seq, True, "the resync goes on in order")
         await self._ready.wait()

@@ -24,6 +24,8 @@ from nbdmirror.codec.hashing import HASH_SIZE
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.progress import Progress
+from nbdmirror.core.remotestate import Stall
+from nbdmirror.engine.answers import Answers
 from nbdmirror.engine.copier import pay
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
@@ -56,6 +58,8 @@ class Look:
     hashes: list[bytes]
     """Of each facet in service, the one that was sent first."""
     facets: list[LocalFacet]
+    seq: int
+    """The last record that is in them: the remote has to apply it first."""
     touched: dict[int, None] = field(default_factory=dict)
 
 
@@ -98,7 +102,8 @@ class Verify:
         self._doubts: deque[Doubt] = deque()
         self._doubt_of: dict[tuple[int, int], Doubt] = {}
         self._token = 0
-        self._answered = asyncio.Event()
+        self._answers = Answers(remote, self._awaited)
+        self._answers.stalled = self._stalled
         total = sum(volume.size for volume in remote.group.volumes)
         self.progress = Progress("verify", total, phase="verify")
 
@@ -114,7 +119,7 @@ class Verify:
         finally:
             remote.group.trackers.remove(self)
             if remote.progress is self.progress:
-                remote.progress = None
+                remote.progress = remote.stall = None
 
     def mark(self, volume: int, offset: int, length: int) -> None:
         """A client's change (see ``group.Tracker``): what is being looked at is looked at again."""
@@ -162,8 +167,23 @@ class Verify:
                 await self._look(doubt.volume, doubt.region, 1, doubt.turn)
             if len(self._looks) < max(1, looks_max) and (looks_max or not self._doubts):
                 return
-            self._answered.clear()
-            await self._answered.wait()
+            await self._answer()
+
+    async def _answer(self) -> None:
+        """Returns when one of the looks that are out is answered."""
+        out = len(self._looks)
+        await self._answers.wait(lambda: len(self._looks) < out)
+
+    def _awaited(self) -> tuple[str, int]:
+        """What is under way, for people; and which records have to be applied for it."""
+        looks = self._looks.values()
+        return f"{len(looks)} windows are to be verified", max(look.seq for look in looks)
+
+    def _stalled(self, stall: Stall | None) -> None:
+        self.remote.stall = stall
+        if stall is not None:
+            self._events.emit("verify-stalled", remote=self.remote.name, why=stall.why)
+        self.remote.notify()
 
     async def _look(self, volume: Volume, first: int, count: int, turn: int) -> None:
         region = volume.region_size
@@ -178,14 +198,15 @@ class Verify:
             if look is None:
                 return
             self._looks[self._token] = look
-            seq = self.remote.group.log.next_seq - 1
             key = self._link.hash_key
-            head = repl.VERIFY.pack(self._token, volume.index, region, offset, length, key, seq)
+            head = repl.VERIFY.pack(
+                self._token, volume.index, region, offset, length, key, look.seq
+            )
             sent = self._link.send(Type.VERIFY, [head, look.hashes[0]])
         self.progress.sent_bytes += sent
+        await self._governor.rest(self._governor.now_ns() - began)
         await self._link.drain()
         await pay(self._bucket, length)
-        await self._governor.rest(self._governor.now_ns() - began)
 
     async def _hashed(
         self, volume: Volume, first: int, count: int, facets: list[LocalFacet]
@@ -212,7 +233,8 @@ class Verify:
             self._events.emit("verify-unreadable", volume=volume.name, offset=offset, length=length)
             return None
         both = read + unread
-        return Look(volume, first, count, [hashes for _, hashes in both], [f for f, _ in both])
+        hashes, seq = [hashes for _, hashes in both], self.remote.group.log.next_seq - 1
+        return Look(volume, first, count, hashes, [facet for facet, _ in both], seq)
 
     def on_frame(self, frame: Frame) -> None:
         """VERIFIED from the remote; PeerError if it makes no sense."""
@@ -232,7 +254,7 @@ class Verify:
         left = max(0, self.progress.total_bytes - self.progress.done_bytes - done * size)
         self.progress.moved(now, done * size, left)
         self.progress.skipped_bytes += done * size
-        self._answered.set()
+        self._answers.came()
 
     def _judge(self, look: Look, region: int, index: int, differs: bool) -> bool:
         """Whether the region is settled; if not, it is looked at again."""
@@ -278,16 +300,19 @@ class Verify:
     def _found(self, volume: Volume, region: int, facets: list[str]) -> None:
         state = self._state
         state["differing"] += 1
-        if len(state["found"]) < FOUND_MAX:
-            state["found"].append([volume.index, region, facets])
-            self._events.emit(
-                "verify-differs",
-                remote=self.remote.name,
-                volume=volume.name,
-                offset=region * volume.region_size,
-                length=min(volume.region_size, volume.size - region * volume.region_size),
-                rotten=facets or None,
-            )
+        if len(state["found"]) >= FOUND_MAX:
+            where = "more_here" if facets else "more_there"
+            state[where] = state.get(where, 0) + 1
+            return
+        state["found"].append([volume.index, region, facets])
+        self._events.emit(
+            "verify-differs",
+            remote=self.remote.name,
+            volume=volume.name,
+            offset=region * volume.region_size,
+            length=min(volume.region_size, volume.size - region * volume.region_size),
+            rotten=facets or None,
+        )
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -330,9 +355,13 @@ class Verify:
             else:
                 remote.mark(index, offset, length)
                 marked += 1
-        if self._state["differing"] > len(self._state["found"]):
+        more = self._state.get("more_there", 0)
+        if more and not self._state.get("more_here", 0):
             await remote.fill("a verify found more that differs than it could remember")
+            marked += more
         elif marked:
+            # Where facets of this host hold more that is rotten, not all can be compared with them:
+            # what was not remembered is left to the next verify.
             why = f"a verify found {marked} regions that differ"
             remote.doubt(why)
             await remote.sync_maps()

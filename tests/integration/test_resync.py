@@ -218,19 +218,80 @@ def test_lag_is_a_time_in_the_map_too(make_cluster: MakeCluster) -> None:
     assert cluster.primary.remote()["lag"]["seconds"] < 1
 
 
+def test_a_comparison_that_is_asked_for_hides_no_lag(make_cluster: MakeCluster) -> None:
+    """peers 27: what a remote lacks is as old as it was, though its records have left the log; also
+    while it is copied, and over a restart."""
+    cluster = make_cluster(remote_keys={"max_rate": "1MiB"}).start()
+    cluster.proxy.refuse()
+    cluster.primary.until("is lost", lambda one: one["link"] != "connected")
+    connect(cluster.primary.uri()).pwrite(os.urandom(4 * MIB), 0)
+    began = time.monotonic()
+
+    def honest(entry: Json) -> bool:
+        age = time.monotonic() - began
+        return bool(age - 0.5 <= entry["lag"]["seconds"] <= age + 1)
+
+    cluster.primary.rpc("resync", remote="beta", full=True)
+    time.sleep(1.0)  # what the lag has to grow by
+    assert honest(cluster.primary.remote()), cluster.primary.remote()
+    cluster.primary.restart()
+    assert honest(cluster.primary.remote()), cluster.primary.remote()
+    cluster.proxy.heal()
+    entry = cluster.primary.until("copies", lambda one: (one["resync"] or {}).get("done_bytes"))
+    assert honest(entry), entry
+    cluster.check_in_sync()
+    assert cluster.primary.remote()["lag"]["seconds"] == 0
+
+
+def _fair(found: list[int], size: int) -> None:
+    """When one of them is through the others have done their part, too."""
+    assert min(found) >= size // 5, found
+
+
 def test_two_resyncs_do_not_starve_each_other(make_cluster: MakeCluster) -> None:
-    """Both remotes of one node make progress at the same time."""
+    """Both remotes of one node, and a client that they yield to: all make progress at once."""
+    size = 64 * MIB
     cluster = make_cluster(remotes=["beta", "gamma"], log_size=SMALL_LOG)
     cluster.create()
-    _put(cluster.primary, os.urandom(32 * MIB))
-    for proxy in cluster.proxies.values():
-        proxy.shape(rate=6 * MIB)
+    _put(cluster.primary, os.urandom(size))
     for node in cluster.nodes:
         node.start()
-
-    def both() -> bool:
-        entries = [cluster.primary.remote(name)["resync"] for name in ("beta", "gamma")]
-        return all(one is not None and one["done_bytes"] > 4 * MIB for one in entries)
-
-    wait_until("both have copied some", both)
+    with Writer(cluster.primary.uri(), blocks=256, rate=MIB) as writer:
+        _fair(_when_one_is_through([(cluster.primary, name) for name in ("beta", "gamma")]), size)
+    assert writer.slowest_s < STALL_S
     cluster.check_in_sync()
+
+
+def test_resyncs_of_two_groups_do_not_starve_each_other(make_cluster: MakeCluster) -> None:
+    """Each daemon by itself, on one host."""
+    size = 64 * MIB
+    clusters = [make_cluster(group=group, log_size=SMALL_LOG) for group in ("one", "two")]
+    for cluster in clusters:
+        cluster.create()
+        _put(cluster.primary, os.urandom(size))
+        cluster.secondary.start()
+    for cluster in clusters:
+        cluster.proxy.shape(rate=MIB / 2)
+        cluster.primary.start()
+    for cluster in clusters:
+        cluster.primary.until("began", lambda one: one["state"] == "resyncing")
+    for cluster in clusters:
+        cluster.proxy.shape()
+    _fair(_when_one_is_through([(cluster.primary, "beta") for cluster in clusters]), size)
+    for cluster in clusters:
+        cluster.check_in_sync()
+
+
+def _when_one_is_through(resyncs: list[tuple[Node, str]]) -> list[int]:
+    """Bytes of the volume that each has, once one has all."""
+    found: list[int] = []
+
+    def one_is() -> bool:
+        found.clear()
+        for node, name in resyncs:
+            (entry,) = (r for r in node.rpc("status")["remotes"] if r["name"] == name)
+            found.append(node.cluster.volumes[0].size - entry["dirty"]["bytes"])
+        return max(found) == resyncs[0][0].cluster.volumes[0].size
+
+    wait_until("one is through", one_is, 60)
+    return found

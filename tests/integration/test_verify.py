@@ -50,7 +50,7 @@ def test_nothing_differs_under_load(make_cluster: MakeCluster) -> None:
 
 
 def test_rot_is_found_named_and_repaired(make_cluster: MakeCluster) -> None:
-    """Bit rot in a remote's facet: reported without --repair, exit 1; sent with it.
+    """peers 26: bit rot in a remote's facet: reported without --repair, exit 1; sent with it.
 
     Runbook: a copy rots."""
     cluster = make_cluster().start()
@@ -63,12 +63,15 @@ def test_rot_is_found_named_and_repaired(make_cluster: MakeCluster) -> None:
         assert result.code == 1 and "3 regions differ" in result.err
         assert "--repair" in result.err
         assert found(cluster) == [("data", at // REGION * REGION) for at in places]
-        assert cluster.primary.remote()["verify"]["differing"] == 3
+        entry = cluster.primary.remote()
+        assert entry["verify"]["differing"] == 3 and "3 regions that differ" in entry["why"]
+        assert entry["next_action"] == "nbdmirror verify beta --repair"
         before = cluster.proxy.sent_bytes
         cluster.primary.ok("verify", "beta", "--repair", "--wait")
     cluster.check_in_sync()
     assert cluster.proxy.sent_bytes - before < 8 * MIB
-    assert cluster.primary.remote()["verify"]["repaired"] == 3
+    entry = cluster.primary.remote()
+    assert entry["verify"]["repaired"] == 3 and entry["next_action"] is None
     cluster.primary.ok("verify", "beta", "--wait")
     assert cluster.primary.remote()["verify"]["differing"] == 0
 

@@ -10,11 +10,15 @@ from dataclasses import replace
 
 import pytest
 
+from nbdmirror.codec import record as codec
 from nbdmirror.engine import verify
+from nbdmirror.engine.node import Node
+from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.verify import Verify
+from nbdmirror.engine.volume import Change
 from tests.sim import convergence
 from tests.sim.options import KIB, constants
-from tests.sim.oracle import compare
+from tests.sim.oracle import compare, pattern
 from tests.sim.script import OPTIONS
 from tests.sim.world import World
 
@@ -34,9 +38,10 @@ async def _begin(world: World) -> None:
         assert await world.start(host)
 
 
-def _world(seed: int, *, log: int, on_full: str = "dcm") -> World:
+def _world(seed: int, *, log: int, on_full: str = "dcm", facets: int = 1) -> World:
     options = replace(
         OPTIONS,
+        facets=facets,
         sizes=(VOLUME,),
         region=16 * KIB,
         extent=64 * KIB,
@@ -138,6 +143,157 @@ def test_a_verify_under_load_makes_no_false_alarm(
 
     _run(world, main())
     assert (world.violation is None) == told, "which a verify-differs is"
+
+
+async def _in_sync_unshaped(world: World) -> Node:
+    await _begin(world)
+    for ends in (("a", "b"), ("b", "a")):
+        world.net.link(*ends).bandwidth = None
+    node = world.a.node
+    assert node is not None and node.primary is not None
+    await world.in_life(world.a, node.wait("in-sync", None, 300.0))
+    return node
+
+
+def test_a_verify_keeps_its_rate_beside_clients() -> None:
+    """X6, "at a stated rate": what it waits for its rate is not work that it has to rest for."""
+    world = _world(4, log=1024 * KIB)
+
+    async def main() -> float:
+        node = await _in_sync_unshaped(world)
+        assert node.primary is not None
+        node.primary.remote("b").facts["verify_rate"] = 64 * KIB
+        began = world.loop.time()
+        await world.in_life(world.a, node.verify("b", False))
+        world.spawn(convergence.rewrite(world, 64 * KIB, CELL))
+        # The export would tell the governor of a client.
+        node.primary.governor._activity = lambda: world.loop.now_ns
+        await world.in_life(world.a, node.wait("verified", None, 300.0))
+        return world.loop.time() - began
+
+    took = _run(world, main())
+    assert isinstance(took, float)
+    assert 0.9 * VOLUME / (64 * KIB) <= took <= 1.5 * VOLUME / (64 * KIB), took
+
+
+def test_a_verify_repairs_more_than_it_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """X6: a whole copy that is another one: found, told of in part, and repaired as a whole."""
+    monkeypatch.setattr(verify, "FOUND_MAX", 2)
+    world = _world(5, log=1024 * KIB)
+
+    async def main() -> None:
+        node = await _in_sync_unshaped(world)
+        region = node.volumes[0].region_size
+        for index in range(5):
+            world.rot.wanted["v0", index * region] = None
+            world.remotes[0].disk.flip("/facets/v0.0", index * region + 7)
+        await world.in_life(world.a, node.verify("b", True))
+        await world.in_life(world.a, node.wait("verified", None, 300.0))
+        await world.in_life(world.a, node.wait("in-sync", None, 300.0))
+        found = node.status()["remotes"][0]["verify"]
+        assert (found["differing"], found["repaired"]) == (5, 5), found
+        assert node.status()["remotes"][0]["next_action"] is None
+        compare(world.remotes[0].images(), world.a.images(), "repaired")
+
+    _run(world, main())
+    assert world.violation is None
+
+
+def test_a_remote_does_not_get_what_has_rotted_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """X6: of two facets here one has rotted, in more places than are remembered: those that are
+    not are left to the next verify, and are not what the remote is compared with."""
+    monkeypatch.setattr(verify, "FOUND_MAX", 2)
+    world = _world(6, log=1024 * KIB, facets=2)
+
+    async def main() -> None:
+        node = await _in_sync_unshaped(world)
+        region = node.volumes[0].region_size
+        whole = world.a.images()
+        for index in range(5):
+            world.rot.wanted["v0", index * region] = None
+            world.a.disk.flip("/facets/v0.0", index * region + 7)
+        left = []
+        for _ in range(3):
+            await world.in_life(world.a, node.verify("b", True))
+            await world.in_life(world.a, node.wait("verified", None, 300.0))
+            await world.in_life(world.a, node.wait("in-sync", None, 300.0))
+            found = node.status()["remotes"][0]["verify"]
+            left.append(found["differing"] - found["repaired"])
+            compare(world.remotes[0].images(), whole, "the remote had not rotted")
+        assert left == [3, 1, 0]
+        compare(world.a.images(), whole, "mended")
+
+    _run(world, main())
+    assert world.violation is None
+
+
+def test_a_verify_that_waits_says_for_what() -> None:
+    """X4, "cause of a stall, next action": the other side's facets are held back (V8)."""
+    world = _world(7, log=1024 * KIB)
+
+    async def main() -> None:
+        node = await _in_sync_unshaped(world)
+        there = world.remotes[0].node
+        assert there is not None
+        await world.in_life(world.remotes[0], there.apply(True))
+        writer = world.spawn(convergence.rewrite(world, 64 * KIB, CELL))
+        await asyncio.sleep(1.0)
+        writer.cancel()
+        await world.in_life(world.a, node.verify("b", False))
+        await asyncio.sleep(15.0)
+        status = node.status()["remotes"][0]
+        assert "b has yet to apply" in status["why"], status
+        assert "apply thaw" in status["next_action"] and status["resync"]["eta_s"] is None
+        assert world.fired["event verify-stalled"] == 1
+        await world.in_life(world.remotes[0], there.apply(False))
+        await world.in_life(world.a, node.wait("verified", None, 300.0))
+        status = node.status()["remotes"][0]
+        assert status["why"] is None and status["next_action"] is None, status
+
+    _run(world, main())
+    assert world.violation is None
+
+
+def test_what_is_under_way_is_bounded_and_a_silent_remote_is_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """M16, X3: a remote whose disk takes for ever is sent a window and no more; it is said why
+    nothing moves, and no end is promised."""
+    original, tokens = Receiver._sync_soon, list[int]()
+
+    def sync_soon(self: Receiver, token: int) -> None:
+        tokens.append(token)
+        if len(tokens) <= 2:  # compared, then copied: it tells how fast the link is
+            original(self, token)
+
+    monkeypatch.setattr(Receiver, "_sync_soon", sync_soon)
+    world = _world(8, log=1024 * KIB)
+
+    async def main() -> None:
+        await _begin(world)
+        node = world.a.node
+        assert node is not None and node.primary is not None
+        remote, volume = node.primary.remote("b"), node.volumes[0]
+        for region in range(volume.regions):
+            payload = memoryview(pattern(1 + region, volume.region_size))
+            change = Change(
+                codec.WRITE, 0, region * volume.region_size, volume.region_size, payload
+            )
+            rest = node.primary.group.write(volume, [change])
+            if rest is not None:
+                await world.in_life(world.a, rest)
+        await asyncio.sleep(60.0)
+        status = node.status()["remotes"][0]
+        sent = status["resync"]["sent_bytes"]
+        window = world.options.window
+        done = status["resync"]["done_bytes"]
+        assert done < sent <= done + window + 2 * volume.region_size, (done, sent, window)
+        assert status["resync"]["eta_s"] is None
+        assert "under way" in status["why"] and "b" in status["next_action"], status
+        assert world.fired["event resync-stalled"] == 1
+        assert remote.dirty_regions >= volume.regions - 1
+
+    _run(world, main())
 
 
 def test_a_link_that_flaps_makes_progress_and_no_storm() -> None:

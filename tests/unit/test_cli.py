@@ -279,7 +279,8 @@ def test_status_text_of_a_resync_says_why_and_what_next(
         "  state  resyncing\n"
         "  lag    1 record, 5 KiB, 3 m 25 s\n"
         "  dirty  32 regions, 2 MiB\n"
-        "  resync dcm [########----------------]  33.3 %  1 MiB of 3 MiB, 1 MiB/s, 3.0 s left\n"
+        "  resync dcm [########----------------]  33.3 %  1 MiB of 3 MiB, 1 MiB/s, 3.0 s left"
+        ", 1 MiB sent, 0 B saved\n"
         "  why    the log overflowed\n"
         "  next   wait\n"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nbdmirror.core.remotestate import Facts, facet_word, next_action, state_of
+from nbdmirror.core.remotestate import Facts, Stall, facet_word, next_action, state_of
 
 UP = {"initialised": True, "connected": True}
 
@@ -27,6 +27,9 @@ UP = {"initialised": True, "connected": True}
         (UP | {"diverged": True, "refused": "T9"}, "diverged", "not-synchronised", "decide which"),
         (UP | {"paused": True, "resyncing": True}, "paused", "not-synchronised", "resume"),
         (UP | {"paused": True, "failed": "disk"}, "failed", "not-synchronised", "replace"),
+        (UP | {"differing": 3}, "synchronised", "synchronised", "nbdmirror verify beta --repair"),
+        (UP | {"stall": Stall("it is", "do")}, "synchronised", "synchronised", "do"),
+        ({"initialised": True, "differing": 3}, "behind", "synchronised", "mend the network"),
     ],
 )
 def test_states(facts: dict[str, Any], state: str, word: str, action: str | None) -> None:
