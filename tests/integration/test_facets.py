@@ -37,7 +37,8 @@ def writing(cluster: Cluster, blocks: int = 4096) -> Iterator[None]:
 
 
 def test_offline_and_online_copies_only_the_difference(make_cluster: MakeCluster) -> None:
-    """M8: what changed meanwhile is in the log, and only that is copied, while a client writes."""
+    """M8, peers 19: what changed meanwhile is in the log, and only that is copied, while a client
+    writes."""
     cluster = group(make_cluster)
     node = cluster.primary
     path = node.facets("data")[1]

@@ -46,7 +46,7 @@ def overflow(cluster: Cluster, *, regions: int = 256) -> None:
 def test_overflow_and_back_under_load(
     make_cluster: MakeCluster, tmp_path: Path, frontend: str
 ) -> None:
-    """A, the bar: cut, overflow, heal, resync, all while fio verifies; then ``cmp`` is silent."""
+    """A, peers 28: cut, overflow, heal, resync, all while fio verifies; then ``cmp`` is silent."""
     cluster = make_cluster(log_size=SMALL_LOG, frontend=frontend).start()
     load: dict[str, object] = {
         "rw": "randwrite",
@@ -276,7 +276,7 @@ def test_full_resync_does_not_send_what_is_equal(make_cluster: MakeCluster) -> N
 
 
 def test_pause_and_resume(make_cluster: MakeCluster) -> None:
-    """A6: a person stops a remote and starts it again; only what changed meanwhile travels."""
+    """A6, peers 19: a person stops a remote and starts it again; only changes meanwhile travel."""
     cluster = make_cluster().start()
     handle = connect(cluster.primary.uri())
     handle.pwrite(pattern(16 * MIB, 1), 0)

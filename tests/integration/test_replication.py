@@ -47,7 +47,7 @@ def test_written_data_arrives(make_cluster: MakeCluster, frontend: str) -> None:
 
 
 def test_an_acknowledgement_never_waits_for_the_remote(make_cluster: MakeCluster) -> None:
-    """M2, I8: with half a second of delay each way, writes are as fast as without."""
+    """M2, I8, peers 29: with half a second of delay each way, writes are as fast as without."""
     cluster = make_cluster().start()
     cluster.proxy.shape(delay_s=0.5)
     handle = connect(cluster.primary.uri())

@@ -126,8 +126,8 @@ def test_primary_dies_idle(make_cluster: MakeCluster, frontend: str) -> None:
 
 
 def test_primary_dies_under_load(make_cluster: MakeCluster) -> None:
-    """I3, I4: five SIGKILLs under load: every acknowledged write is there, at most the pending
-    entries are sent again, no resync. Runbook: primary's daemon dies (same boot)."""
+    """I3, I4, peers 18: five SIGKILLs under load: every acknowledged write is there, at most the
+    pending entries are sent again, no resync. Runbook: primary's daemon dies (same boot)."""
     cluster = make_cluster().start()
     for turn in range(5):
         acknowledged = _write_until_killed(cluster, turn)

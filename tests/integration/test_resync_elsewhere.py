@@ -1,7 +1,8 @@
 """What goes wrong in a resync elsewhere, by the number of the complaint (peers, section 3).
 
 Those that are about speed, loops and yielding are in ``test_resync``; about verify in
-``test_verify``.
+``test_verify``; others where what they are about is tested, ``peers`` and the number in their
+docstrings (``tests/unit/test_complaints``).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import os
 import time
 from functools import partial
 
-from tests.integration.cluster import MIB, Cluster, Json, Volume
+from tests.integration.cluster import MIB, Cluster, Json, Volume, nbdmirror
 from tests.integration.process import wait_until
 from tests.integration.test_replication import MakeCluster
-from tests.integration.tools import connect
+from tests.integration.tools import Writer, connect
 
 KIB = 1 << 10
 
@@ -129,3 +130,92 @@ def test_peers_27_what_is_behind_is_told_by_its_oldest_record(make_cluster: Make
     cluster.proxy.heal()
     cluster.check_in_sync()
     assert cluster.primary.rpc("status")["remotes"][0]["lag"]["seconds"] == 0
+
+
+def test_peers_10_a_clean_reboot_decides_once(make_cluster: MakeCluster) -> None:
+    """15,943 aborted handshakes in 20 minutes: after clean restarts of either side, and of both,
+    one handshake is enough and nothing is copied; a link that is turned down is tried again seldom,
+    and costs few lines of history."""
+    cluster = make_cluster().start()
+    connect(cluster.primary.uri()).pwrite(os.urandom(4 * MIB), 0)
+    cluster.wait_in_sync()
+    sent = cluster.proxy.sent_bytes
+    for stopped in ([cluster.secondary], [cluster.primary], cluster.nodes):
+        for node in stopped:
+            node.stop()
+        for node in stopped:
+            node.start()
+        cluster.check_in_sync()
+    kinds = [(e["kind"], e.get("action")) for e in cluster.primary.events()]
+    assert [one for one in kinds if one[0] == "handshake"] == [("handshake", "continue")], kinds
+    assert cluster.proxy.sent_bytes - sent < MIB
+    stranger = make_cluster(group="another")
+    assert stranger.secondary.create().code == 0
+    stranger.secondary.start()
+    cluster.proxies.pop("beta").close()
+    cluster.secondary.replication_port = stranger.secondary.replication_port
+    cluster.primary.write_config()
+    cluster.primary.restart()
+    entry = cluster.primary.until("is refused", lambda one: one["state"] == "refused")
+    assert entry["next_action"]
+    before = len(cluster.primary.events())
+    time.sleep(8.0)  # in which others made a hundred attempts
+    assert len(cluster.primary.events()) - before <= 6
+
+
+def test_peers_15_a_first_synchronisation_can_be_stopped(make_cluster: MakeCluster) -> None:
+    """A panic, or a stop that hangs until the power is cut: each side stops cleanly, and at once,
+    in the middle of it; killed, it takes nobody along; and it goes on."""
+    size = 24 * MIB
+    cluster = make_cluster(volumes=[Volume(size=size)])
+    cluster.create()
+    fill(cluster, content := os.urandom(size))
+    cluster.proxy.shape(rate=6 * MIB)
+    start(cluster)
+    for part, node, end in (
+        (2 * MIB, cluster.secondary, cluster.secondary.stop),
+        (6 * MIB, cluster.primary, cluster.primary.stop),
+        (10 * MIB, cluster.secondary, cluster.secondary.kill),
+    ):
+        wait_until("some is sent", partial(_sent_more, cluster, part))
+        began = time.monotonic()
+        end()
+        assert time.monotonic() - began < 10
+        others = [one for one in cluster.nodes if one is not node]
+        assert all(one.alive for one in others)
+        node.start()
+        assert connect(cluster.primary.uri()).pread(MIB, 8 * MIB) == content[8 * MIB : 9 * MIB]
+    cluster.check_in_sync()
+
+
+def test_peers_16_another_size_leaves_nothing_behind(make_cluster: MakeCluster) -> None:
+    """A resize that left every copy inconsistent: a size that is not what was created is refused on
+    either side, by name, and changes nothing; with the right one all is as it was."""
+    cluster = make_cluster().start()
+    connect(cluster.primary.uri()).pwrite(os.urandom(MIB), 0)
+    cluster.check_in_sync()
+    sent = cluster.proxy.sent_bytes
+    for node in cluster.nodes:
+        node.stop()
+        right = node.config.read_text()
+        node.config.write_text(right.replace(f"size = {64 * MIB}", f"size = {96 * MIB}", 2))
+        assert node.config.read_text() != right
+        refused = nbdmirror("serve", str(node.config))
+        assert refused.code != 0 and "data" in refused.err and str(96 * MIB) in refused.err, refused
+        node.config.write_text(right)
+        node.start()
+        cluster.check_in_sync()
+    assert cluster.proxy.sent_bytes - sent < MIB
+
+
+def test_peers_30_a_copy_is_seconds_behind(make_cluster: MakeCluster) -> None:
+    """Days of data at risk, because a copy follows backups only: here it follows the writes, and
+    says by how much."""
+    cluster = make_cluster().start()
+    lags = []
+    with Writer(cluster.primary.uri(), rate=2 * MIB):
+        for _ in range(20):
+            lags.append(cluster.primary.rpc("status")["remotes"][0]["lag"]["seconds"])
+            time.sleep(0.2)  # between two looks
+    assert sorted(lags)[15] < 2, lags
+    cluster.check_in_sync()

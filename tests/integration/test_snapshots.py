@@ -182,7 +182,8 @@ def test_another_facets_content_does_not_undo_what_was_changed(make_cluster: Mak
 
 
 def test_a_secondary_is_restored_only_while_its_link_is_inactive(make_cluster: MakeCluster) -> None:
-    """V14: and what was restored there is compared, not believed, when the primary is back."""
+    """V14, peers 24: and what was restored there is compared, not believed, when the primary is
+    back."""
     cluster = make_cluster().start()
     primary, secondary = cluster.primary, cluster.secondary
     handle = connect(primary.uri())

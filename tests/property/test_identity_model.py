@@ -253,7 +253,8 @@ def violations(seeds: range, steps: int) -> list[int]:
 
 
 def test_no_history_loses_a_change() -> None:
-    """I1, I2, I5; 20,000 histories, each rule met many times."""
+    """I1, I2, I5, peers 14: nothing is relied on before the other side has it;
+    20,000 histories, each rule met many times."""
     met: dict[str, int] = {}
     for seed in range(20_000):
         world = play(seed, 40)
