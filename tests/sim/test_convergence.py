@@ -14,6 +14,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.engine import verify
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.receiver import Receiver
+from nbdmirror.engine.resync import LOG_SHARE
 from nbdmirror.engine.verify import Verify
 from nbdmirror.engine.volume import Change
 from tests.sim import convergence
@@ -95,6 +96,47 @@ def test_in_sync_in_bounded_time(seed: int, load: float) -> None:
 def test_a_volume_that_differs_everywhere_is_in_sync_in_bounded_time(seed: int) -> None:
     """Records and copies share the link, and neither starves the other."""
     assert convergence.run(seed).problem is None
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_what_the_log_must_hold_for_a_client_faster_than_the_link(
+    enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """X3: what is left is copied at half of the link. Meanwhile, at ``load`` times the link, 2 load
+    - 1 times as much piles up in the log, and load times that until it has travelled. No order of
+    sending does with less than load * load. With so much the remote is in sync in the time told,
+    and nothing overflows; with half of that it never is: overflows are few, and it is said why."""
+    volume, link, load = 512 * KIB, 80 * KIB, 1.5
+    for name, value in (("VOLUME", volume), ("LINK", link), ("CELL", CELL)):
+        monkeypatch.setattr(convergence, name, value)
+    least = load * (2 * load - 1 if enough else load / 2) * volume
+    # What has headers, and is not acknowledged yet, is a tenth at the most.
+    log = round(1.1 * least / LOG_SHARE) // 4096 * 4096
+    base = convergence._world(1)
+    base.loop.close()
+    options = replace(base.options, log_size=log, remote_log_size=log)
+    world = World(1, options, trace=None)
+    bound = volume / link * (1 + 2 * (1 + load) + 2 * load) + 15
+
+    async def main() -> None:
+        await convergence._begin(world)
+        world.spawn(convergence.rewrite(world, load * link, CELL))
+        node = world.a.node
+        assert node is not None
+        if enough:
+            await world.in_life(world.a, node.wait("in-sync", None, bound))
+            assert world.fired["event overflow"] == 0
+            return
+        told = []
+        for _ in range(100):
+            await asyncio.sleep(2.0)
+            status = node.status()["remotes"][0]
+            assert status["state"] != "synchronised"
+            told.append((status["why"], status["next_action"]))
+        assert any("the log needs" in why and "larger log" in (do or "") for why, do in told)
+        assert 1 <= world.fired["event overflow"] <= 6
+
+    convergence.run_in(world, main())
 
 
 def test_a_log_that_blocks_needs_no_size() -> None:
