@@ -23,6 +23,7 @@ from tests.faults.inject import (
 )
 from tests.faults.journal import Journal, Load
 from tests.integration.cluster import MIB, Cluster, Node, Volume, nbdmirror
+from tests.integration.process import wait_until
 from tests.integration.test_replication import SESSION_OVERHEAD
 from tests.integration.tools import connect
 
@@ -301,6 +302,39 @@ def test_rotten_log_record(make_cluster: MakeCluster, running: bool) -> None:
     cluster.proxy.heal()
     check_equal(cluster)
     check_message(node, f"{state_of(node)}/log", str(seq))
+    check_serves(cluster, journal)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "restarted"])
+def test_rotten_log_record_of_a_secondary(make_cluster: MakeCluster, running: bool) -> None:
+    """Fault 15, X6: what a secondary confirmed and has not applied yet has a wrong bit in its log,
+    and the primary's log has let go of it: found, named, nothing of it applied, and what it lacks
+    comes from the primary's facet by comparison."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE)], log_size=64 * MIB).start()
+    journal = Journal(SIZE)
+    check_equal(cluster)
+    node = cluster.secondary
+    node.ok("apply", "freeze")
+    seed = 0
+    while node.status()["log"]["used"] < 45 * MIB:  # more than is kept in memory
+        write(cluster, journal, batches=120, seed=seed)
+        seed += 1
+    cluster.primary.until("confirmed", lambda one: one["lag"]["records"] == 0)
+    if not running:
+        node.kill()
+    records = pending(node)
+    offset, seq = records[len(records) // 4]
+    flip(state_of(node) / "log", offset + 70)
+    if running:
+        node.cli("apply", "thaw")
+        wait_until("it has ended", lambda: not node.alive)
+        assert node.daemon.stop() == 1
+        assert f"record {seq}" in node.daemon.output()
+    node.start()
+    if not running:
+        node.ok("apply", "thaw")
+    check_message(node, f"{state_of(node)}/log", str(seq))
+    check_equal(cluster)
     check_serves(cluster, journal)
 
 

@@ -76,7 +76,21 @@ def test_zeros_are_holes_on_the_wire_and_on_the_disk(make_cluster: MakeCluster) 
         node.start()
     cluster.check_in_sync()
     assert cluster.proxy.sent_bytes < 2 * MIB
-    assert cluster.secondary.facets("data")[0].stat().st_blocks * 512 < 3 * MIB
+    there = cluster.secondary.facets("data")[0]
+    assert there.stat().st_blocks * 512 < 3 * MIB
+    handle = connect(cluster.primary.uri())
+    handle.pwrite(os.urandom(16 * MIB), 0)
+    cluster.check_in_sync()
+    assert there.stat().st_blocks * 512 > 16 * MIB
+    cluster.proxy.refuse()
+    cluster.primary.until("is lost", lambda one: one["link"] != "connected")
+    handle.pwrite(bytes(16 * MIB), 0)
+    cluster.primary.rpc("resync", remote="beta", full=True)
+    before = cluster.proxy.sent_bytes
+    cluster.proxy.heal()
+    cluster.check_in_sync()
+    assert cluster.proxy.sent_bytes - before < 3 * MIB
+    assert there.stat().st_blocks * 512 < 3 * MIB, "what was data is a hole now"
 
 
 def test_lz4_where_it_pays(make_cluster: MakeCluster) -> None:

@@ -97,6 +97,24 @@ def test_rot_in_one_of_two_local_facets(make_cluster: MakeCluster) -> None:
     assert connect(cluster.primary.uri()).pread(16 * MIB, 0) == pattern(16 * MIB, 1)
 
 
+def test_rot_in_one_of_a_secondarys_facets(make_cluster: MakeCluster) -> None:
+    """Every facet is walked, there too: which one has rotted is found by what the primary has. What
+    a verify found, and when, is known after a restart."""
+    cluster = make_cluster(volumes=[Volume(facets=2)]).start()
+    connect(cluster.primary.uri()).pwrite(pattern(16 * MIB, 1), 0)
+    cluster.check_in_sync()
+    first, second = cluster.secondary.facets("data")
+    rot(first, 2 * MIB + 1)
+    rot(second, 5 * MIB)
+    assert cluster.primary.cli("verify", "beta", "--wait").code == 1
+    assert found(cluster) == [("data", 2 * MIB), ("data", 5 * MIB)]
+    cluster.primary.restart()
+    told = cluster.primary.remote()["verify"]
+    assert told["differing"] == 2 and 0 < told["age_s"] < 60, told
+    cluster.primary.ok("verify", "beta", "--repair", "--wait")
+    cluster.check_in_sync()
+
+
 def test_it_goes_on_after_a_lost_link_and_a_restart(make_cluster: MakeCluster) -> None:
     """Resumable: the position is durable; at a stated rate."""
     keys: dict[str, str | int] = {"verify_rate": "4MiB"}

@@ -139,6 +139,36 @@ def test_what_the_log_must_hold_for_a_client_faster_than_the_link(
     convergence.run_in(world, main())
 
 
+def test_the_end_comes_when_it_was_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """X3, peers 25: the ETA of a copy that nothing disturbs, at any moment of it; what is done
+    never falls, nor passes the whole."""
+    monkeypatch.setattr(convergence, "VOLUME", VOLUME)
+    monkeypatch.setattr(convergence, "LINK", LINK)
+    world = _world(9, log=1024 * KIB)
+
+    async def main() -> tuple[list[tuple[float, float]], float]:
+        await convergence._begin(world)
+        node = world.a.node
+        assert node is not None
+        foretold, done = [], 0
+        while node.status()["remotes"][0]["state"] != "synchronised":
+            resync = node.status()["remotes"][0]["resync"]
+            if resync is not None and resync["pass"] == 1:
+                assert done <= resync["done_bytes"] <= resync["total_bytes"] == VOLUME
+                done = resync["done_bytes"]
+                if done > VOLUME // 4 and resync["eta_s"] is not None:
+                    foretold.append((world.loop.time(), resync["eta_s"]))
+            await asyncio.sleep(0.5)
+        return foretold, world.loop.time()
+
+    result = _run(world, main())
+    assert isinstance(result, tuple)
+    foretold, end = result
+    assert len(foretold) > 5
+    for now, eta in foretold:
+        assert abs(now + eta - end) <= 0.3 * (end - now) + 1.5, (now, eta, end)
+
+
 def test_a_log_that_blocks_needs_no_size() -> None:
     """``on_full = "block"``: a log far smaller than the volume; writes wait, and it ends."""
     world = _world(1, log=68 * KIB, on_full="block")
