@@ -3,7 +3,8 @@
 A slot holds one JSON object, the node's durable state. The newer valid slot counts; the other is
 the one written next, and only after the newer is durable. Every sector of a slot says which save
 it belongs to and is checked by itself: a save that a power cut tore consists of whole sectors of
-two saves, and is told from a slot that was damaged later, which may have been the newer.
+two saves, and is told from a slot that was damaged later, which may have been the newer. Which slot
+a save belongs to follows from its counter, so one that went astray into the other slot shows (X6).
 A sector, little-endian::
 
     offset  size  field
@@ -35,6 +36,11 @@ _TEXT_SIZE = SECTOR_SIZE - _HEAD.size - _SUM.size
 _SUM_AT = SECTOR_SIZE - _SUM.size
 _NEVER = bytes(SECTOR_SIZE)
 assert _TEXT_SIZE == 480
+
+
+def home(counter: int) -> int:
+    """The slot of the save with that counter: the first one, 1, goes to slot 0."""
+    return (counter + 1) % SLOT_COUNT
 
 
 def room(state: dict[str, Any]) -> int:
@@ -114,6 +120,8 @@ def damage(slots: list[bytes]) -> str | None:
             first = _sector(slot, 0)
             for number in range(_sectors(first[1]) if first else 0):
                 _sector(slot, number)
+            if first is not None and home(first[0]) != index:
+                raise FormatError(f"holds save {first[0]} of the other slot: a write went astray")
         except FormatError as error:
             return f"slot {index}: {error}"
     return None

@@ -20,8 +20,10 @@ async def mark_doubtful(
 ) -> None:
     """At start, before anything is served; nothing at all after a clean stop."""
     group = facets.group
-    doubtful = doubtful_ranges(active, group.volumes) if recovered.in_doubt else []
-    if recovered.ahead or recovered.volatile:
+    # What a damaged log lost is in the facets, perhaps not in all, and in the page cache only.
+    uncertain = recovered.in_doubt or recovered.lost
+    doubtful = doubtful_ranges(active, group.volumes) if uncertain else []
+    if recovered.ahead or recovered.volatile or recovered.lost:
         await write_anew(group.volumes, doubtful)
     await level(group.volumes, doubtful, recovered.healed)
     lost = None

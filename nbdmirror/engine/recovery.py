@@ -81,6 +81,8 @@ async def redo(
     brought back too, if the log still holds all that it had not synced then: its disk is tried
     again, and what the page cache may have lost is written anew (O16)."""
     state = store.state
+    forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
+    timeline, records = _scan(store, log, forks)
     clean = bool(state["clean"])
     volatile = bool(state.get("log_volatile"))  # what it held is gone with the process
     rebooted = volatile or state["boot_id"] != boot_id
@@ -89,15 +91,9 @@ async def redo(
     power_loss = not clean and (rebooted or bool(state.get("log_failed")))
     log_lost = power_loss and not (rebooted or memory_lost) and _hold_all(store, volumes)
     only_healing = clean or log_lost
-    forks = [(int(epoch), int(end)) for epoch, end in state["forks"]]
     healing = _last_ones(store, volumes) if memory_lost else _healing(store, volumes, log)
     for facet in (facet for volume in volumes for facet in volume.facets):
         facet.synced_seq = log.ring.tail_seq - 1
-    timeline, records = Timeline(), 0  # the damaged superblock slot may tell of a newer epoch
-    epoch_max = int(state["epoch"]) + (store.damaged is not None)
-    for record in log.scan(forks, epoch_max):
-        records += 1
-        timeline.add(record.seq, record.time_ns)
     end_seq = log.next_seq - 1
     if clean:
         log.durable_seq = end_seq
@@ -141,6 +137,21 @@ async def redo(
         timeline=timeline,
         healed=tuple(facet.path for facet in healing if facet.failed is None),
     )
+
+
+def _scan(store: Store, log: Log, forks: Forks) -> tuple[Timeline, int]:
+    """The times, and the number, of the records that the log holds.
+
+    Those of the next epoch count too, if the superblock may be out of date; and tell that it is: an
+    epoch is durable before its first record (O10), so a disk has lost that save (fault 16)."""
+    epoch, timeline, records = int(store.state["epoch"]), Timeline(), 0
+    for epoch_max in (epoch, epoch + 1):
+        for record in log.scan(forks, epoch_max):
+            records += 1
+            timeline.add(record.seq, record.time_ns)
+            if record.epoch > epoch and store.damaged is None:
+                store.doubt(f"the log goes on in epoch {record.epoch}, which it does not know")
+    return timeline, records
 
 
 def _hold_all(store: Store, volumes: list[Volume]) -> bool:

@@ -271,18 +271,29 @@ class Remote:
     async def fill(self, why: str) -> None:
         """Marks everything, to be compared, durably: the maps first, because what the superblock
         says of them must never be less than what they hold (O12). The log is not needed then, and
-        is not read for this remote any more: it may be what is damaged."""
+        is not read for this remote any more: it may be what is damaged. Until the maps are durable
+        it is: whoever asked may be cancelled, or the process die."""
         with self._writing_maps():
             for dcm in self.dcms:
                 dcm.fill()
+        self._track()
+        try:
+            await self.sync_maps()
+        except BaseException:
+            if not self.tracking:
+                self.group.trackers.remove(self)
+            raise
         if not self.tracking:
             self.facts.update(tracking=True, base_seq=0)
-            self.group.trackers.append(self)
-        await self.sync_maps()
         self.facts["behind_ns"] = self.behind_ns
         self.facts.update(full=True, compare=True, consistent=False, holds=[], why=why)
         self.save_defaults()
         await self._store.save()
+
+    def _track(self) -> None:
+        """From this step on its changes are marked."""
+        if self not in self.group.trackers:
+            self.group.trackers.append(self)
 
     async def overflow(self, why: str) -> None:
         """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
@@ -293,7 +304,7 @@ class Remote:
         self.marked_seq = self.durable_seq
         facts["behind_ns"] = self.behind_ns
         facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[], why=why)
-        self.group.trackers.append(self)
+        self._track()
         self.cancel_start()
         self._events.emit(
             "overflow",
@@ -323,7 +334,7 @@ class Remote:
         if self.facts["initialised"] and not self.tracking:
             self.facts["behind_ns"] = self.behind_ns
             self.facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[])
-            self.group.trackers.append(self)
+            self._track()
 
     def resume_log(self) -> None:
         """The remote reads the log again, from where a handshake said. The facts are saved by

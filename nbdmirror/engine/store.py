@@ -66,7 +66,7 @@ class Store:
         self.on_failed: Callable[[DiskFailed], None] = lambda error: None
         """Called when it cannot be saved: final, whoever asked for it (O16)."""
         self.damaged: str | None = None
-        """What was found wrong with the other slot: then ``state`` may be out of date."""
+        """Why ``state`` may be out of date: the other slot was damaged, or a save was lost."""
         self.save = GroupCommit(self._save)
         """Makes ``state``, as it is at the call or later, durable; DiskFailed if it cannot."""
 
@@ -107,11 +107,19 @@ class Store:
         if state.get("format") != FORMAT:
             file.close()
             raise StateError(f"{path} has format {state.get('format')}, this program has {FORMAT}")
+        if slots.home(counter) != slot:
+            counter += 1  # it went astray: the next save is one for the slot that it was meant for
         store = cls(file, counter, slot, state)
         store._doubtful = slots.trimmed(images[slot])
         damage = slots.damage(images)
-        store.damaged = damage and f"{path}, {damage}"
+        if damage is not None:
+            store.doubt(damage)
         return store
+
+    def doubt(self, why: str) -> None:
+        """The state may be out of date: that it was saved at a clean stop says nothing then."""
+        self.damaged = f"{self._file.path}, {why}"
+        self.state["clean"] = False
 
     async def _save(self) -> None:
         # The slot that counts now stays untouched until the other one is durable.

@@ -143,7 +143,7 @@ class Checks:
         world = self._world
         if host.role == "primary" and world.beside.pending:
             return  # what it holds is not what it has been told
-        if world.rot.wanted:
+        if world.rot.spoilt or world.astray_on is not None:
             return
         world.fired[f"clone of {host.role}"] += 1
         kept = self._kept(host)

@@ -25,7 +25,7 @@ Run = Callable[..., Result]
 
 def directed(play: Callable[[Script], Awaitable[None]], **changes: Any) -> Run:
     """A run of the swarm (as ``mutation.RUNS`` has it) that plays this; ``changes`` of options."""
-    wanted = replace(OPTIONS, rot=0.0, replaces=0.0, **changes)
+    wanted = replace(OPTIONS, rot=0.0, astray=0.0, replaces=0.0, **changes)
 
     async def acted(world: World, checks: Checks, faults: Faults) -> asyncio.Future[None]:
         script = Script(world, lambda: None)

@@ -3,10 +3,14 @@
 Fault model. A write is in the cache at once and durable after a ``sync`` that began later has
 returned. At a power cut every sector (512 bytes) of every unsynced write lands or does not, each
 for itself, in the order of the writes, so versions in between are possible; of the file's length
-some prefix of the changes lands. Names made, renamed or removed are durable after
-``sync_directory``; until then each lands or does not. A killed process loses nothing of this: the
-cache belongs to the kernel. Faults come from ``SimDisk.faults``, asked once per operation, and are
-counted in ``SimDisk.fired``: a sweep that never fired a fault has not tested it.
+some prefix of the changes lands. A write may also be lost, or land elsewhere in the file, though
+the disk said that it was made (``faults.Kind``): whoever reads it back later finds what was there
+before, as if the cache had dropped the page meanwhile.
+
+Names made, renamed or removed are durable after ``sync_directory``; until then each lands or does
+not. A killed process loses nothing of this: the cache belongs to the kernel. Faults come from
+``SimDisk.faults``, asked once per operation, and are counted in ``SimDisk.fired``: a sweep that
+never fired a fault has not tested it.
 
 Handles of a host that lost power, or of a node that was killed, raise NodeDead.
 """

@@ -18,6 +18,8 @@ class Kind(Enum):
     LOSE = "lose"  # a sync: fails, and the pages are clean afterwards though they never landed
     LIE = "lie"  # a sync: succeeds, nothing is durable
     FLIP = "flip"  # a read: one bit of the answer is wrong
+    DROP = "drop"  # a write: succeeds, and nothing of it is there when it is read back
+    STRAY = "stray"  # a write: succeeds, and lies ``shift`` bytes from where it should
     STALL = "stall"  # an awaited operation: takes ``seconds`` longer
 
 
@@ -28,6 +30,7 @@ class Fault:
     kind: Kind
     number: int = errno.EIO
     seconds: float = 0.0
+    shift: int = 0
 
     def error(self, path: str) -> OSError:
         return OSError(self.number, f"simulated: {os.strerror(self.number)}", path)
@@ -44,6 +47,8 @@ class Fault:
                 return True
             case Kind.SHORT:
                 return operation in ("pwrite", "pwritev", "write", "allocate")
+            case Kind.DROP | Kind.STRAY:
+                return operation in WRITES
             case Kind.LOSE:
                 return operation == "sync"
             case Kind.LIE:
@@ -58,8 +63,35 @@ Injector = Callable[[str, str, int], Fault | None]
 """(operation, path, nth) -> fault. ``nth`` counts, from 1, the operations of the disk that change
 something, so that a sweep can hit each; for reads it counts reads. May itself cut the power."""
 
+WRITES = ("pwrite", "pwritev", "write")
 READS = ("pread", "try_pread", "read")
 AWAITED = ("read", "write", "sync", "punch", "zero", "allocate", "sync_directory")
+
+
+class Miswrites:
+    """An injector: of the writes from now on to files whose path begins so, ``count`` from the
+    ``nth`` on have a fault."""
+
+    def __init__(self, path: str, fault: Fault, nth: int = 1, count: int = 1) -> None:
+        self._path, self._fault = path, fault
+        self._nth, self._count = nth, count
+        self._seen = 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the last write had it."""
+        return self._nth <= self._seen < self._nth + self._count
+
+    @property
+    def struck(self) -> int:
+        """How many had it."""
+        return max(0, min(self._seen - self._nth + 1, self._count))
+
+    def __call__(self, operation: str, path: str, nth: int) -> Fault | None:
+        if operation not in WRITES or not path.startswith(self._path):
+            return None
+        self._seen += 1
+        return self._fault if self.last else None
 
 
 @dataclass(slots=True)

@@ -158,7 +158,12 @@ class SimFile:
         if not data:
             return
         failure: OSError | None = None
-        if fault is not None and fault.kind is not Kind.STALL:
+        if fault is not None and fault.kind in (Kind.DROP, Kind.STRAY):
+            if fault.kind is Kind.DROP:
+                return
+            offset += fault.shift
+            assert 0 <= offset <= self._inode.cache.size - len(data), "a disk makes no file longer"
+        elif fault is not None and fault.kind is not Kind.STALL:
             failure = fault.error(self.path)
             if fault.kind is not Kind.SHORT:
                 raise failure

@@ -36,8 +36,6 @@ class Host:
         self.lost_power = False
         self.restored = self.swapped = False
         """A snapshot was restored on it, as a secondary (V14)."""
-        self.torn = False
-        """A slot of its superblock was found torn: it cannot prove what it had."""
         self.forked = False
         """The last start began a new line of history: the log, or its end, was lost."""
         self.unsynced_lost = False

@@ -77,6 +77,9 @@ MARKS: tuple[tuple[Any, str, Wrap], ...] = (
     (Dcm, "mark", _shrinks("a region in flight is marked again", "_in_flight")),
 )
 
+ASTRAY = ("that a verify has to find", "in a log", "in a superblock", "in a map")
+"""Where writes are lost, or land elsewhere (fault 16)."""
+
 LABELS = (
     *(
         f"mark {label}"
@@ -123,6 +126,7 @@ LABELS = (
     "written into a snapshot",
     "changed beside the write path",
     "rot that a verify has to find",
+    *(f"{kind} {where}" for kind in ("drop", "stray") for where in ASTRAY),
 )
 """What a sweep must have seen."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from nbdmirror.codec import mappage
 from tests.sim.faults import Timing
 
 KIB = 1024
@@ -117,6 +118,10 @@ class Options:
     """How likely what people do is to change a facet by itself, and to say so (V13)."""
     rot: float = 0.1
     """How likely something rots at the end, for a verify to find and to repair."""
+    hot_extents: int = mappage.SLOTS
+    """As few as there may be, or two sectors of them."""
+    astray: float = 0.6
+    """How likely a disk then loses, or misplaces, a write that it said it had made."""
     replaces: float = 0.3
     """How likely a secondary whose disk failed gets a new one."""
 
@@ -166,6 +171,8 @@ def draw(seed: int) -> Options:
     if rng.random() < 0.4:
         options = replace(options, last_facet=True)
     options = storm(options, rng) if rng.random() < 0.08 else options
+    if random.Random(f"{seed}:sectors").random() < 0.15:
+        options = replace(options, hot_extents=2 * mappage.SLOTS)
     options = _spill(options, random.Random(f"{seed}:spill"))
     return _snapshots(options, random.Random(f"{seed}:snapshots"))
 

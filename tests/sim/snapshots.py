@@ -179,7 +179,7 @@ class Album:
     def check_there(self, host: Host, node: Node, epoch: int, seq: int) -> None:
         """A consistent secondary that has followed up to record ``seq`` of an epoch has in its list
         what the primary took until then, if only as lacking."""
-        if host.torn or host.restored or self._world.fired["mark a log in memory is lost"]:
+        if host.restored or self._world.fired["mark a log in memory is lost"]:
             return
         there = {entry["uuid"] for entry in node.snapshots.entries}
         told = self._lacked.get((host.name, host.replaced), {})
@@ -197,7 +197,7 @@ class Album:
         wanted = [e for e in entries if primary.snapshots.shown(e) and e["kind"] != "resync"]
         for host in self._world.remotes:
             node = host.node
-            if node is None or host.torn:
+            if node is None:
                 continue
             there = {entry["uuid"] for entry in node.snapshots.entries}
             # The list keeps so many; what has left it for others was told. How many there are now

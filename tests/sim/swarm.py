@@ -11,6 +11,7 @@ from typing import Any
 
 from nbdmirror.errors import NbdmirrorError
 from tests.sim import snapshots
+from tests.sim.astray import Astray
 from tests.sim.checks import Checks
 from tests.sim.loop import Deadlock, Livelock, SimLoop
 from tests.sim.marks import counting
@@ -175,6 +176,7 @@ async def _converge(
     world.album.check_followed()
     world.album.check_released()
     await world.rot.run()
+    await Astray(world).run()
     checks.crash_clone_of_one()
 
 

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 
+DAMAGE = ("log-damaged", "superblock-damaged", "active-map-damaged", "failed")
+"""What a node says of files of its own that do not hold what it wrote to them; a secondary that has
+to apply such a record ends."""
+
+
 class Witness:
     """Follows the nodes of one run."""
 
@@ -53,7 +58,11 @@ class Witness:
             world.album.restored(event["uuid"], event["volumes"], event["seq"])
         if event["kind"] == "log-damaged" and "remote" in event:
             self._judge(lambda: self._on_damage(host, event))
-        host.torn = host.torn or event["kind"] == "superblock-damaged"
+        if event["kind"] == "superblock-damaged":
+            self._judge(lambda: self._on_superblock(host, event))
+        if host is world.astray_on and event["kind"] in DAMAGE:
+            world.noticed[event["kind"]] = None
+            host.forked = host.forked or ("remote" not in event and event["kind"] != "failed")
         if event["kind"] == "facet-failed" and host.node is not None:
             failed = next(v for v in host.node.volumes if v.name == event["volume"])
             host.unsynced_lost = host.unsynced_lost or not failed.in_service()
@@ -80,9 +89,19 @@ class Witness:
             "sync lose",
             "sync lie",
             "rot",
+            "pwritev drop",
+            "pwritev stray",
+            "pwrite drop",
+            "pwrite stray",
         )
         if not any(kind.startswith(harm) for kind in host.disk.fired):
             raise Violation(f"{host.name} cannot read its log, whose disk is sound: {event['why']}")
+
+    def _on_superblock(self, host: Host, event: dict[str, Any]) -> None:
+        """A torn save is none, so this takes a disk that does harm: else everything is compared for
+        nothing (I4)."""
+        if host is not self._world.astray_on:
+            raise Violation(f"{host.name} distrusts its superblock, which is sound: {event['why']}")
 
     def _judge(self, told: Callable[[], None]) -> None:
         try:
@@ -106,8 +125,8 @@ class Witness:
         for volume, (leader, line) in list(self._unsettled.items()):
             if leader == name:
                 self._settle(volume, self._clones()[name], line)
-        if event["rule"] == "T5" and remote.torn:
-            return  # a save that was torn may have been of what it had confirmed
+        if event["rule"] == "T5" and self._world.astray_on is not None:
+            return
         if remote.restored and "was restored on" in event["why"]:
             return
         if remote.swapped and "a facet is new" in event["why"]:

@@ -42,8 +42,6 @@ from tests.sim.witness import Witness
 
 T = TypeVar("T")
 
-SLOTS_MIN = 61
-
 
 class Gone(Exception):
     """The node died before it was done."""
@@ -71,6 +69,10 @@ class World:
         self.beside = Beside(self)
         self.inscribed = Inscribed(self)
         self.rot = Rot(self)
+        self.astray_on: Host | None = None
+        """Whose disk has lost or misplaced a write to a file of its node (``tests.sim.astray``)."""
+        self.noticed: dict[str, None] = {}
+        """Kinds of damage that nodes have told of since then."""
         self.hosts: dict[str, Host] = {}
         self.violation: BaseException | None = None
         self.fresh = {}
@@ -126,7 +128,7 @@ class World:
                 spill_threshold=options.spill if primary else 0,
                 on_full=options.on_full,
                 extent_size=options.extent,
-                hot_extents=SLOTS_MIN,
+                hot_extents=options.hot_extents,
             ),
             volumes=tuple(
                 VolumeConfig(

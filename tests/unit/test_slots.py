@@ -27,7 +27,7 @@ def test_a_slot_is_trimmed_to_what_was_written() -> None:
         assert slots.trimmed(slot.ljust(slots.SLOT_SIZE, b"x")) == slot
 
 
-OLD, NEW = slots.encode(6, {"n": "old"}), slots.encode(7, {"n": "new"})
+OLD, NEW = slots.encode(7, {"n": "old"}), slots.encode(8, {"n": "new"})
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ OLD, NEW = slots.encode(6, {"n": "old"}), slots.encode(7, {"n": "new"})
 def test_choose(images: list[bytes], index: int, name: str) -> None:
     found, counter, state = slots.choose(images)
     assert (found, state) == (index, {"n": name})
-    assert counter == (7 if name == "new" else 6)
+    assert counter == (8 if name == "new" else 7)
 
 
 def test_no_valid_slot_is_an_error_that_names_both_reasons() -> None:
@@ -66,11 +66,11 @@ def test_every_byte_is_guarded() -> None:
             slots.decode(slot[:length])
 
 
-LONG = [slots.encode(counter, {"n": f"{counter}" * 700}) for counter in (5, 6, 7)]
+LONG = [slots.encode(counter, {"n": f"{counter}" * 700}) for counter in (6, 7, 8)]
 
 
 @pytest.mark.parametrize("landed", [0b01, 0b10])
-@pytest.mark.parametrize("before", [LONG[0], slots.encode(5, {"n": "short"}), b""])
+@pytest.mark.parametrize("before", [LONG[0], slots.encode(6, {"n": "short"}), b""])
 def test_a_torn_save_is_not_damage(before: bytes, landed: int) -> None:
     """Fault 3: whichever sectors of a save land, the other slot counts and is not doubted; a slot
     that was damaged after its save is another matter (fault 15)."""
@@ -80,7 +80,7 @@ def test_a_torn_save_is_not_damage(before: bytes, landed: int) -> None:
         sectors.append(source[number * 512 : (number + 1) * 512].ljust(512, b"\0"))
     torn = b"".join(sectors).ljust(slots.SLOT_SIZE, b"\0")
     assert slots.damage([LONG[1], torn]) is None
-    assert slots.choose([LONG[1], torn])[:2] == (0, 6)
+    assert slots.choose([LONG[1], torn])[:2] == (0, 7)
 
 
 def test_damage_names_the_slot_and_what_is_wrong_with_it() -> None:
@@ -92,6 +92,13 @@ def test_damage_names_the_slot_and_what_is_wrong_with_it() -> None:
     assert other is not None and other.startswith("slot 0: superblock slot of another format")
     moved = LONG[2][512:].ljust(slots.SLOT_SIZE, b"\0")  # fault 16: written to the wrong place
     assert slots.damage([OLD, moved]) == "slot 1: superblock sector 1 where 0 should be"
+
+
+def test_a_save_in_the_other_slot_is_damage_and_counts() -> None:
+    """Fault 16: it is the newest there is, and a save is missing where it should have gone."""
+    images = [slots.encode(counter, {"n": counter}) for counter in (7, 9)]
+    assert slots.damage(images) == "slot 1: holds save 9 of the other slot: a write went astray"
+    assert slots.choose(images)[:2] == (1, 9)
 
 
 def test_a_state_that_outgrew_its_slot_is_refused() -> None:

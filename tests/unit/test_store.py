@@ -10,6 +10,7 @@ import pytest
 from nbdmirror.codec import slots
 from nbdmirror.engine.store import FILE_NAME, Store
 from nbdmirror.errors import DiskFailed, Refused, StateError
+from tests.sim.faults import Fault, Kind, Miswrites
 from tests.unit.world import STATE, fail, make_disk, run
 
 FIRST: dict[str, Any] = {"format": 1, "n": 0}
@@ -47,6 +48,31 @@ def test_a_power_cut_leaves_the_old_state_or_the_new_one() -> None:
             seen.add(Store.open(disk, STATE).state["n"])
             saving.cancel()
         assert seen == {3, 4}
+
+    run(main())
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_a_save_that_went_astray_into_the_other_slot_counts_and_is_told(saves: int) -> None:
+    """Fault 16, O11: the next save goes to the slot that it was meant for, so that one slot is
+    always whole; that the state is of a clean stop says nothing then."""
+
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, {**FIRST, "clean": True})
+        for number in range(1, saves + 1):
+            store.state["n"] = number
+            if number == saves:
+                shift = slots.SLOT_SIZE * (-1 if saves == 1 else 1)
+                disk.faults = Miswrites(f"{STATE}/{FILE_NAME}", Fault(Kind.STRAY, shift=shift))
+            await store.save()
+        for number in range(saves, saves + 5):
+            store = Store.open(disk, STATE)
+            assert store.state["n"] == number
+            assert (store.damaged is not None) == (number < saves + 2)
+            assert store.state["clean"] == (number >= saves + 2)
+            store.state.update(n=number + 1, clean=True)
+            await store.save()
 
     run(main())
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from nbdmirror.engine.node import Node
 from tests.sim.directed import directed
-from tests.sim.faults import AllLost, Fault, Injector, Kind
+from tests.sim.faults import AllLost, Fault, Injector, Kind, Miswrites
 from tests.sim.options import KIB
-from tests.sim.script import BLOCK, POLL_S, Script
+from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
 PUNCH_SECONDS = 3.0
 HOLES = 4
@@ -321,6 +321,70 @@ async def _log_reverts(s: Script) -> None:
         await asyncio.sleep(POLL_S)
 
 
+async def _last_of_two(s: Script) -> None:
+    """The log is in memory, and one of two facets is lost; then the other, which had got more by
+    then, while no remote has all of that; and the process dies."""
+    a = s.world.a
+    await _without_log(s)
+    s.link(up=False)
+    await s.write(0, 0)
+    s.spoil("/facets/v0.0")
+    await s.write(0, 0)
+    await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
+    await s.write(0, 0)
+    await s.flush()
+    s.spoil("/facets/v0.1")
+    s.world.spawn(s.write(0, FAR))
+    await s.until(lambda node: not node.volumes[0].in_service())
+    await asyncio.sleep(1.0)
+    s.mend("/facets/v0.0")
+    s.mend("/facets/v0.1")
+    s.kill(a)
+    await s.world.start(a)
+    s.link(up=True)
+
+
+async def _rotten_and_stopped(s: Script) -> None:
+    """A record that a remote needs is not in the log, so its map is filled; the node is stopped
+    before that is durable."""
+    world, a = s.world, s.world.a
+    world.astray_on = a
+    filling = asyncio.Event()
+    lost = Miswrites("/state/log", Fault(Kind.DROP))
+    slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
+    stalls = _strikes("sync", "/state/dcm", slow, filling.set)
+    a.disk.faults = lambda *operation: lost(*operation) or stalls(*operation)
+    await s.write(0, 0)
+    await filling.wait()
+    await s.write(0, FAR)
+    await s.stop(a)
+    await world.start(a)
+    await s.in_sync()
+    world.astray_on = None
+
+
+async def _only_in_the_cache(s: Script) -> None:
+    """A record is not in the log, which the next start sees; the remote gets what it held. Its
+    extent leaves the active map, and then power fails before the facet was ever synced."""
+    world, a = s.world, s.world.a
+    world.astray_on = a
+    s.link(up=False)
+    a.disk.faults = Miswrites("/state/log", Fault(Kind.DROP))
+    await s.write(0, 0)
+    a.disk.faults = None
+    await s.write(0, FAR)
+    s.kill(a)
+    await world.start(a)
+    s.link(up=True)
+    await s.in_sync()
+    for extent in range(1, 90):
+        await s.write(0, 2 * extent)
+    world.power_cut(a, AllLost())
+    await world.start(a)
+    await s.in_sync()
+    world.astray_on = None
+
+
 PUNCHED = directed(_punched)
 OUTLIVED = directed(_outlived)
 CLEARED_LATE = directed(_cleared_late)
@@ -332,6 +396,11 @@ AHEAD = directed(_ahead)
 STOOD_IN_AHEAD = directed(_stood_in_ahead, last_facet=True)
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
+LAST_OF_TWO = directed(_last_of_two, facets=2, last_facet=True)
+ROTTEN_AND_STOPPED = directed(
+    _rotten_and_stopped, constants={**OPTIONS.constants, "engine.log.RECENT_BYTES_MAX": 1}
+)
+ONLY_IN_THE_CACHE = directed(_only_in_the_cache, log_size=260 * KIB, remote_log_size=260 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, log_size=260 * KIB, remote_log_size=260 * KIB)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
