@@ -20,6 +20,7 @@ from typing import Any
 from tests.bench import loads, report, subjects
 from tests.bench.loads import Load, Sample
 from tests.bench.subjects import Subject
+from tests.integration.process import ProcessError
 
 MIB = 1 << 20
 RESULTS = Path(__file__).parent / "results"
@@ -77,14 +78,25 @@ def _source(directory: Path, size: int) -> Path:
 
 
 def _measure(
-    chosen: Sequence[Load], rivals: Sequence[Subject], rounds: int, seconds: float
+    chosen: Sequence[Load],
+    rivals: Sequence[Subject],
+    rounds: int,
+    seconds: float,
+    failed: list[str],
 ) -> dict[Load, dict[str, list[Sample]]]:
+    """A subject that a load is too much for has no figure there, and ``failed`` says so."""
     results: dict[Load, dict[str, list[Sample]]] = {}
     for number, load in enumerate(chosen):
         samples = results[load] = {rival.name: [] for rival in rivals}
         for turn in range(rounds):
-            for rival in rivals:
-                sample = loads.measure(rival, load, seconds)
+            for rival in [one for one in rivals if one.name in samples]:
+                try:
+                    sample = loads.measure(rival, load, seconds)
+                except ProcessError as error:
+                    failed.append(str(error).partition("\n")[0])
+                    print(error, file=sys.stderr, flush=True)
+                    del samples[rival.name]
+                    continue
                 samples[rival.name].append(sample)
                 print(
                     f"[{number + 1}/{len(chosen)}] {load.name}: round {turn + 1}/{rounds} "
@@ -109,13 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = {kind.name: kind for kind in subjects.ALL}
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
     rivals: list[Subject] = []
+    failed: list[str] = []
     try:
         source = _source(directory, options.size)
         for name in options.subjects:
             rivals.append(kinds[name](directory))
             rivals[-1].prepare(source)
         source.unlink()
-        results = _measure(chosen, rivals, options.rounds, options.seconds)
+        results = _measure(chosen, rivals, options.rounds, options.seconds, failed)
         for rival in rivals:
             rival.check_copies()
     finally:
@@ -136,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine,
         "conditions": conditions,
         "subjects": {rival.name: rival.what for rival in rivals},
+        "failed": failed,
         "loads": [
             {
                 "load": load.name,
@@ -145,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
     }
     print(f"\nsamples: {_store(stored)}", file=sys.stderr)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
