@@ -30,7 +30,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [kind.name for kind in subjects.ALL]
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="pairs of each load (5)")
-    parser.add_argument("--seconds", type=float, default=4, metavar="S", help="of each run (4)")
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="of each run (4)")
     parser.add_argument(
         "--size", type=int, default=1024, metavar="MIB", help="of the volume (1024)"
     )
@@ -82,7 +82,7 @@ def _measure(
     rivals: Sequence[Subject],
     rounds: int,
     seconds: float,
-    failed: list[str],
+    failed: dict[str, str],
 ) -> dict[Load, dict[str, list[Sample]]]:
     """A subject that a load is too much for has no figure there, and ``failed`` says so."""
     results: dict[Load, dict[str, list[Sample]]] = {}
@@ -93,7 +93,7 @@ def _measure(
                 try:
                     sample = loads.measure(rival, load, seconds)
                 except ProcessError as error:
-                    failed.append(str(error).partition("\n")[0])
+                    failed[rival.name] = str(error).partition("\n")[0]
                     print(error, file=sys.stderr, flush=True)
                     del samples[rival.name]
                     continue
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = {kind.name: kind for kind in subjects.ALL}
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir=options.directory))
     rivals: list[Subject] = []
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     try:
         source = _source(directory, options.size)
         for name in options.subjects:
@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         source.unlink()
         results = _measure(chosen, rivals, options.rounds, options.seconds, failed)
         for rival in rivals:
-            rival.check_copies()
+            if rival.name not in failed:  # else it was killed, perhaps behind
+                rival.check_copies()
     finally:
         for rival in rivals:
             rival.close()
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine,
         "conditions": conditions,
         "subjects": {rival.name: rival.what for rival in rivals},
-        "failed": failed,
+        "failed": list(failed.values()),
         "loads": [
             {
                 "load": load.name,
