@@ -20,7 +20,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.rescue import REACH_SECONDS, Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed, NbdmirrorError
+from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError
 
 INTERVAL_SECONDS = 5.0
 """The log is looked after at least this often."""
@@ -238,7 +238,7 @@ class Housekeeper:
             ring = self._log.ring
             seq = self._floor() + 1
             if seq > ring.tail_seq:
-                position = await self._log.position_of(seq)
+                seq, position = await releasable(self._log, seq)
                 if ring is not self._log.ring:
                     return  # the log was reset meanwhile
                 self._log.release(seq, position)
@@ -357,3 +357,14 @@ class Housekeeper:
             "waiting_writes": self._waiting,
             "full": self._stalled,
         }
+
+
+async def releasable(log: Log, seq: int) -> tuple[int, int]:
+    """(seq, position) of that record, or of one before it: where a header on the way to it has
+    rotted, it is out of reach until the log has grown. Who needs what rotted finds out when it
+    reads that (fault 15)."""
+    ring = log.ring
+    try:
+        return seq, await log.position_of(seq)
+    except FormatError:
+        return ring.locate(seq)

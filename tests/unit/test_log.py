@@ -8,6 +8,8 @@ import pytest
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import HEADER_SIZE, Record
+from nbdmirror.core.ring import INDEX_STEP
+from nbdmirror.engine.housekeeper import releasable
 from nbdmirror.engine.log import RING_AT, Cursor, Log
 from nbdmirror.errors import DiskFailed, FormatError, StateError
 from nbdmirror.ports import Buffer
@@ -432,6 +434,28 @@ def test_rot_never_ends_in_a_wrong_position() -> None:
                 await log.position_of(3)
             disk.flip(PATH, RING_AT + at)
         assert await log.position_of(3) == 384
+
+    run(main())
+
+
+def test_a_rotten_header_holds_up_the_release_no_longer_than_it_must() -> None:
+    """Fault 15: no further than the index knows until it is past that place, and no failure."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk, 4 * INDEX_STEP)
+        for _ in range(20):
+            append(log, [8000])
+        step = -(-INDEX_STEP // codec.stored_size(codec.WRITE, 8000))
+        for rotten in (3, step + 3):
+            disk.flip(PATH, RING_AT + await log.position_of(rotten))
+        assert await releasable(log, 3) == (3, await log.position_of(3))
+        assert await releasable(log, 5) == (1, 0)
+        where = step + 1, await log.position_of(step + 1)
+        assert await releasable(log, step + 2) == (step + 2, await log.position_of(step + 2))
+        assert await releasable(log, step + 6) == where
+        end = await releasable(log, log.next_seq)
+        assert end == (log.next_seq, log.ring.head)
 
     run(main())
 
