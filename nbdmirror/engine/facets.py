@@ -189,7 +189,8 @@ class Facets:
         self._take_out(member, why)
         # Nobody goes on: no reply follows, so what its last sync left is all that was promised.
         volume.ended = not self.has_source(volume)
-        member.saved["last"] = volume.ended
+        for one in (other for other in self.members if other.volume is volume):
+            one.saved["last"] = one is member and not volume.in_service()
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
         await self.store.save()
         facet.unnoted = False

@@ -155,6 +155,7 @@ class Housekeeper:
             return  # the node ends
         if self._log.failed is not None or self._log.frozen:
             return  # it is being replaced
+        await self._pass_on()
         await self._release()
         now = asyncio.get_running_loop().time()
         # Their syncs free what is kept for a redo, and nothing else.
@@ -186,7 +187,23 @@ class Housekeeper:
                 raise next(failed, None) or DiskFailed(volume.no_facet().message)
             if not volume.in_service() and self.rescue is not None:
                 await self.rescue.durable(volume, upto)
+        await self._pass_on()
         return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
+
+    async def _pass_on(self) -> None:
+        """Once a remote that stands in for a volume's facets has all that the last of them had, the
+        volume comes back from there; durably. Until then it comes back from that facet: should the
+        log be gone with its memory, nobody else has what was flushed to it (I3, M13)."""
+        passed = False
+        rescue = self.rescue
+        for volume in rescue.leaning() if rescue is not None else []:
+            had = max(facet.written_seq for facet in volume.facets)
+            if rescue is not None and rescue.goes_on(volume) and rescue.holds(volume, had):
+                for entry in self._store.state["volumes"][volume.index]["facets"]:
+                    passed = passed or bool(entry["last"])
+                    entry["last"] = False
+        if passed:
+            await self._store.save()
 
     async def sync_facets(self, *, everything: bool = False) -> None:
         """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did."""

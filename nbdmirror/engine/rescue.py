@@ -153,6 +153,10 @@ class Rescue:
         """The remotes that hold all of it, with the log."""
         return [remote for remote in self._remotes if remote.follows(volume)]
 
+    def holds(self, volume: Volume, seq: int) -> bool:
+        """Whether one of these has everything up to record ``seq``, durably."""
+        return any(remote.durable_seq >= seq for remote in self.following(volume))
+
     async def durable(self, volume: Volume, seq: int) -> None:
         """Returns when a remote that holds the volume has everything up to record ``seq``, durably:
         that is what a flush promises where the log is in memory and no facet is left (I3, M13).
@@ -160,9 +164,9 @@ class Rescue:
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_SECONDS
         while self.goes_on(volume) and loop.time() < end:
-            following = self.following(volume)
-            if any(remote.durable_seq >= seq for remote in following):
+            if self.holds(volume, seq):
                 return
+            following = self.following(volume)
             await self._change(following, min(RETRY_SECONDS, max(0.0, end - loop.time())))
         raise DiskFailed(volume.no_facet().message)
 

@@ -20,7 +20,7 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
-from tests.sim.mutants.plays import STOOD_IN_AHEAD
+from tests.sim.mutants.plays import LAST_OF_TWO, STOOD_IN_AHEAD
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 
 
@@ -182,19 +182,7 @@ def _(assign: Assign) -> None:
     assign(Housekeeper, "sync_log", sync_log)
 
 
-@mutant(
-    "M13 a facet is healed though what it lacks was in memory only",
-    aimed(
-        faults={"log error": 1.0, "facet error": 1.0, "kill a": 1.0},
-        fault_gap=0.2,
-        facets=2,
-        clients=4,
-        operations=200,
-        pause=0.1,
-        spill=0,
-        last_facet=False,
-    ),
-)
+@mutant("M13 a facet is healed though what it lacks was in memory only", run=LAST_OF_TWO)
 def _(assign: Assign) -> None:
     original = recovery._healing
 
@@ -204,6 +192,20 @@ def _(assign: Assign) -> None:
         return original(store, volumes, log)
 
     assign(recovery, "_healing", healing)
+
+
+@mutant(
+    "M13 a remote is what a volume comes back from before it has all that its facet had",
+    run=LAST_OF_TWO,
+)
+def _(assign: Assign) -> None:
+    async def pass_on(self: Housekeeper) -> None:
+        for volume in self._store.state["volumes"]:
+            for entry in volume["facets"]:
+                entry["last"] = False
+        await self._store.save()
+
+    assign(Housekeeper, "_pass_on", pass_on)
 
 
 @mutant(
