@@ -85,6 +85,9 @@ class Secondary:
             asyncio.ensure_future(self._guard(self._commit())),
             asyncio.ensure_future(self._guard(self.applier.run())),
         ]
+        if (self.store.state["upstream"] or {}).get("consistent"):
+            # It may have ended just before; and perhaps no primary comes any more.
+            self.follower.consistent_again()
 
     async def stop(self) -> None:
         """Ends the tasks, then commits what is in the log, and applies what may be applied.

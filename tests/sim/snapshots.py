@@ -200,12 +200,8 @@ class Album:
             if node is None:
                 continue
             there = {entry["uuid"] for entry in node.snapshots.entries}
-            # The list keeps so many; what has left it for others was told. How many there are now
-            # proves nothing: some of the others may have been deleted since.
-            told = self._lacked.get((host.name, host.replaced), {})
-            pruned = told if len(told) > LOST_MAX else {}
             for entry in wanted:
-                known = there | pruned.keys() | self._released.keys()
+                known = there | self._pruned(host).keys() | self._released.keys()
                 if entry["uuid"] not in known:
                     raise Violation(f"{host.name} does not say that it lacks {entry['number']}")
                 self._world.fired["snapshot followed, or said to lack"] += 1
@@ -237,9 +233,17 @@ class Album:
             self._world.fired[f"snapshot checked on {host.role}"] += 1
         if host.role == "primary":
             there = {entry["uuid"] for entry in node.snapshots.entries}
+            # What leaves a full list of lost ones does so before that is told.
+            full = sum("lost" in entry for entry in node.snapshots.entries) >= LOST_MAX
             for uuid in self._promised:
-                if uuid not in there:
+                if uuid not in there and uuid not in self._pruned(host) and not full:
                     raise Violation(f"{what}: snapshot {uuid} is gone")
+
+    def _pruned(self, host: Host) -> dict[str, None]:
+        """What may have left its list of lost ones for others: that keeps so many, and each was
+        told. How many there are now proves nothing: some may have been deleted since."""
+        told = self._lacked.get((host.name, host.replaced), {})
+        return told if len(told) > LOST_MAX else {}
 
 
 class People:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from nbdmirror.engine.node import Node
 from tests.sim.directed import directed
 from tests.sim.faults import AllLost, Fault, Injector, Kind, Miswrites
+from tests.sim.host import Host
 from tests.sim.options import KIB
 from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
@@ -56,6 +57,33 @@ async def _punched(s: Script) -> None:
     s.world.net.reset("a", "b")
     await s.write(0, *range(0, HOLES * BLOCK, BLOCK), count=1)
     await asyncio.sleep(2 * PUNCH_SECONDS)
+    await s.in_sync()
+
+
+async def _consistent_and_dead(s: Script) -> None:
+    """A secondary dies as it has become consistent, with the image from before the resync still
+    there, and no primary comes by it any more: at its start it lets go of that."""
+    world = s.world
+    (b,) = world.remotes
+    dead = asyncio.Event()
+
+    async def die() -> None:
+        s.link(up=False)
+        s.kill(b)
+        dead.set()
+
+    def moment(host: Host, kind: str) -> None:
+        if host is b and kind == "consistent" and not dead.is_set():
+            world.spawn(die())
+
+    await _cleared(s)
+    world.on_moment.append(moment)
+    s.link(up=True)
+    await dead.wait()
+    await world.start(b)
+    while b.node is not None and any(e["kind"] == "resync" for e in b.node.snapshots.usable()):
+        await asyncio.sleep(POLL_S)
+    s.link(up=True)
     await s.in_sync()
 
 
@@ -386,6 +414,7 @@ async def _only_in_the_cache(s: Script) -> None:
 
 
 PUNCHED = directed(_punched)
+CONSISTENT_AND_DEAD = directed(_consistent_and_dead)
 OUTLIVED = directed(_outlived)
 CLEARED_LATE = directed(_cleared_late)
 DELETED_THERE = directed(_deleted_there)

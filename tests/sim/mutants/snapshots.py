@@ -21,7 +21,13 @@ from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, INSCRIBED, MARKERS, RESYNCS, waiting
-from tests.sim.mutants.plays import CLEARED_LATE, DELETED_THERE, OUTLIVED, PUNCHED
+from tests.sim.mutants.plays import (
+    CLEARED_LATE,
+    CONSISTENT_AND_DEAD,
+    DELETED_THERE,
+    OUTLIVED,
+    PUNCHED,
+)
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -275,6 +281,18 @@ def _(assign: Assign) -> None:
             del self.follower.consistent_again
 
     assign(Secondary, "adopt", adopt)
+
+
+@mutant("X2 a start does not release the image from before a resync", run=CONSISTENT_AND_DEAD)
+def _(assign: Assign) -> None:
+    original = Secondary.start
+
+    def start(self: Secondary) -> None:
+        setattr(self.follower, "consistent_again", lambda: None)  # noqa: B010
+        original(self)
+        del self.follower.consistent_again
+
+    assign(Secondary, "start", start)
 
 
 @mutant("V9 a secondary applies records without keeping")
