@@ -17,7 +17,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.engine.batch import Batch, Changes, Received
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change
-from nbdmirror.errors import VolumeFailed
+from nbdmirror.errors import DiskFailed, VolumeFailed
 from tests.sim.oracle import Write, pattern
 from tests.sim.world import Gone, World, clearing
 
@@ -84,6 +84,12 @@ class Clients:
         except VolumeFailed as error:
             world.trace("client", f"error: {error}")
             world.fired["client error"] += 1
+            return False
+        except DiskFailed as error:  # the answer is EIO (``export``), and the node ends
+            node = world.a.node
+            if node is not None and node.failed is not None and not node.failed.done():
+                raise
+            world.trace("client", f"error: {error}")
             return False
         return True
 
