@@ -145,12 +145,11 @@ def _scan(store: Store, log: Log, forks: Forks) -> tuple[Timeline, int]:
     Those of the next epoch count too, if the superblock may be out of date; and tell that it is: an
     epoch is durable before its first record (O10), so a disk has lost that save (fault 16)."""
     epoch, timeline, records = int(store.state["epoch"]), Timeline(), 0
-    for epoch_max in (epoch, epoch + 1):
-        for record in log.scan(forks, epoch_max):
-            records += 1
-            timeline.add(record.seq, record.time_ns)
-            if record.epoch > epoch and store.damaged is None:
-                store.doubt(f"the log goes on in epoch {record.epoch}, which it does not know")
+    for record in log.scan(forks, epoch + 1):
+        records += 1
+        timeline.add(record.seq, record.time_ns)
+        if record.epoch > epoch and store.damaged is None:
+            store.doubt(f"the log goes on in epoch {record.epoch}, which it does not know")
     return timeline, records
 
 
