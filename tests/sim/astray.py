@@ -15,6 +15,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 from nbdmirror.codec import mappage, slots
+from nbdmirror.core.ring import Ring
 from tests.sim.faults import AllLost, Fault, Kind, Miswrites
 from tests.sim.host import Host
 from tests.sim.image import SECTOR
@@ -179,7 +180,7 @@ class Astray:
         self._check_noticed(a)
         # What lies behind it in the log is in the facets, and soon on their disks.
         last = world.history.head
-        await self._script.until(lambda node: node.store.state["tail"]["seq"] > last)
+        await self._script.until(lambda node: _released(node.log.ring, last))
 
     async def _log_there(self, kind: Kind) -> None:
         """A record of a secondary's, which it has applied, with others behind it."""
@@ -255,3 +256,8 @@ class Astray:
                 break
         await self._again(a, "kill")
         await self._verify()
+
+
+def _released(ring: Ring, seq: int) -> bool:
+    """Whether it, and what lies before it, is needed no more, durably."""
+    return ring.tail_seq > seq and ring.durable_tail == ring.tail
