@@ -276,15 +276,12 @@ class Remote:
         with self._writing_maps():
             for dcm in self.dcms:
                 dcm.fill()
-        self._track()
-        try:
-            await self.sync_maps()
-        except BaseException:
-            if not self.tracking:
-                self.group.trackers.remove(self)
-            raise
+        await self.sync_maps()
         if not self.tracking:
+            # In one step, and not sooner: a full map misses nothing, and another who fills it at
+            # the same time may be cancelled.
             self.facts.update(tracking=True, base_seq=0)
+            self._track()
         self.facts["behind_ns"] = self.behind_ns
         self.facts.update(full=True, compare=True, consistent=False, holds=[], why=why)
         self.save_defaults()

@@ -14,7 +14,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.verify import Verify
 from nbdmirror.ports import Buffer
-from tests.sim.mutants.plays import ONLY_IN_THE_CACHE, ROTTEN_AND_STOPPED
+from tests.sim.mutants.plays import FILLED_TWICE, ONLY_IN_THE_CACHE, ROTTEN_AND_STOPPED
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import Options
 
@@ -111,6 +111,22 @@ def _(assign: Assign) -> None:
         self.facts.update(full=True, compare=True, consistent=False, holds=[], why=why)
         self.save_defaults()
         await self._store.save()
+
+    assign(Remote, "fill", fill)
+
+
+@mutant(
+    "O12 who is cancelled while a map is filled takes the marks of others along", run=FILLED_TWICE
+)
+def _(assign: Assign) -> None:
+    original = Remote.fill
+
+    async def fill(self: Remote, why: str) -> None:
+        try:
+            await original(self, why)
+        except BaseException:
+            assign(Remote, "_track", lambda self: None)
+            raise
 
     assign(Remote, "fill", fill)
 

@@ -11,6 +11,7 @@ from tests.sim.directed import directed
 from tests.sim.faults import AllLost, Fault, Injector, Kind, Miswrites
 from tests.sim.host import Host
 from tests.sim.options import KIB
+from tests.sim.oracle import Violation
 from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
 PUNCH_SECONDS = 3.0
@@ -83,6 +84,34 @@ async def _consistent_and_dead(s: Script) -> None:
     await world.start(b)
     while b.node is not None and any(e["kind"] == "resync" for e in b.node.snapshots.usable()):
         await asyncio.sleep(POLL_S)
+    s.link(up=True)
+    await s.in_sync()
+
+
+async def _filled_twice(s: Script) -> None:
+    """Two fill a map at the same time, and the one who began is cancelled: the other's word holds,
+    and changes are marked."""
+    node = await s.primary()
+    assert node.primary is not None
+    (remote,) = node.primary.remotes
+    syncing = asyncio.Event()
+    slow = Fault(Kind.STALL, seconds=1.0)
+    s.world.a.disk.faults = _strikes("sync", "/state/dcm", slow, syncing.set)
+
+    async def fill() -> None:
+        first = asyncio.ensure_future(remote.fill("one"))
+        await syncing.wait()
+        remote.drop.set()
+        second = asyncio.ensure_future(remote.fill("two"))
+        await asyncio.sleep(0)
+        first.cancel()
+        await second
+        if remote.tracking and remote not in remote.group.trackers:
+            raise Violation("what is written is not marked for a remote in its map (O12)")
+
+    s.link(up=False)
+    await s.world.in_life(s.world.a, fill())
+    await s.write(0, 0)
     s.link(up=True)
     await s.in_sync()
 
@@ -415,6 +444,7 @@ async def _only_in_the_cache(s: Script) -> None:
 
 PUNCHED = directed(_punched)
 CONSISTENT_AND_DEAD = directed(_consistent_and_dead)
+FILLED_TWICE = directed(_filled_twice)
 OUTLIVED = directed(_outlived)
 CLEARED_LATE = directed(_cleared_late)
 DELETED_THERE = directed(_deleted_there)
