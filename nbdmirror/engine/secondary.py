@@ -300,9 +300,6 @@ class Secondary:
         await self.store.save()
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
-        if state["upstream"]["consistent"]:
-            # A session may have ended when the image was taken, but no resync had begun.
-            self.follower.consistent_again()
 
     async def detach(self, change: dict[str, Any]) -> None:
         """The volumes are about to be changed by something else than the primary (V14): everything

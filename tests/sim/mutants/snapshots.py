@@ -269,20 +269,6 @@ def _(assign: Assign) -> None:
     assign(Follower, "consistent_again", lambda self: None)
 
 
-@mutant("X2 an image that no resync followed is never released", RESYNCS)
-def _(assign: Assign) -> None:
-    original = Secondary.adopt
-
-    async def adopt(self: Secondary, *args: Any) -> None:
-        setattr(self.follower, "consistent_again", lambda: None)  # noqa: B010
-        try:
-            await original(self, *args)
-        finally:
-            del self.follower.consistent_again
-
-    assign(Secondary, "adopt", adopt)
-
-
 @mutant("X2 a start does not release the image from before a resync", run=CONSISTENT_AND_DEAD)
 def _(assign: Assign) -> None:
     original = Secondary.start
