@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from nbdmirror.config import Config
 from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
+from nbdmirror.edge import signals
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.edge.notify import keep_alive, notify
@@ -62,14 +62,11 @@ def _serve_config(config: Config, sockets: Sockets) -> int:
 async def _serve(config: Config, sockets: Sockets) -> None:
     """The native front end: the node, and the signals of this process."""
     daemon = Daemon(config, sockets)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, daemon.stop.set)
-    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
-    await daemon.start()
-    daemon.ready()
-    await daemon.ending()
-    await daemon.finish()
+    with signals.handled(daemon.stop.set, daemon.reload):
+        await daemon.start()
+        daemon.ready()
+        await daemon.ending()
+        await daemon.finish()
 
 
 class Daemon:

@@ -28,6 +28,7 @@ from typing import Any
 import nbdmirror
 from nbdmirror.config import Config
 from nbdmirror.edge import env as world
+from nbdmirror.edge import signals
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.nbdkit_bridge import RESTARTED, SUPERVISOR_FD, SUPERVISOR_PID
 from nbdmirror.edge.net import LinuxNetwork
@@ -105,10 +106,10 @@ class Supervisor:
 
     async def run(self) -> None:
         """Serves until told to stop; raises what keeps it from serving."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._signal, signal.SIGHUP)
+        with signals.handled(self._stop, lambda: self._signal(signal.SIGHUP)):
+            await self._serve()
+
+    async def _serve(self) -> None:
         network = LinuxNetwork(self._passed)
         listeners: list[Listener] = []
         alive = asyncio.ensure_future(keep_alive(wanted=lambda: not self._ready))

@@ -33,6 +33,7 @@ from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.config import Config
 from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
+from nbdmirror.edge import signals
 from nbdmirror.edge.daemon import Daemon
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.notify import notify
@@ -187,6 +188,7 @@ class Bridge:
         with contextlib.suppress(RuntimeError):  # it ended by itself
             self.loop.call_soon_threadsafe(self._end)
         self._thread.join()
+        signals.ignore()
         if self._failure is not None:
             raise self._failure
 
@@ -195,7 +197,7 @@ class Bridge:
         passes the number to the loop through a socket: no Python code runs in the main thread."""
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in signals.HANDLED:
             signal.signal(number, lambda *_: None)
             signal.siginterrupt(number, False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import struct
 import threading
 from pathlib import Path
@@ -92,6 +95,23 @@ def test_primary_stops_and_starts(make_cluster: MakeCluster, frontend: str) -> N
     cluster.check_in_sync()
     assert cluster.proxy.sent_bytes - before < SESSION_OVERHEAD
     assert not _resyncs(cluster)
+
+
+def test_told_to_stop_again_and_again(make_cluster: MakeCluster, frontend: str) -> None:
+    """A stop that is under way stays a clean one, to the very end of every process, however often
+    each of them is told."""
+    node = make_cluster(frontend=frontend, remotes=()).start(synced=False).primary
+    pid = node.daemon.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert (children != []) == (frontend == "nbdkit")
+    while node.daemon.alive:
+        for one in (pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGTERM)
+    assert node.daemon.popen.returncode == 0, node.daemon.output()
+    node.kill()  # gives back what the harness holds for it
+    dump = nbdmirror("dump", "superblock", str(node.config), "--json")
+    assert dump.json["clean"] is True
 
 
 def test_primary_stops_with_entries_pending(make_cluster: MakeCluster) -> None:
