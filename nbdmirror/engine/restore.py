@@ -86,6 +86,8 @@ class VolumeRestore:
         self._members = list(members)
         self._around = around
         self._wanted: dict[int, asyncio.Future[None]] = {}
+        self._unsynced: frozenset[int] = frozenset()
+        """Regions that the facets have, and that a restart would copy once more: over a write."""
         self._again = asyncio.Event()
         """Somebody waits for a region that could not be read."""
         self.stall: str | None = None
@@ -141,11 +143,11 @@ class VolumeRestore:
 
     def hides(self, offset: int, length: int) -> bool:
         """See ``volume.Overlay``."""
-        return bool(self._waiting(offset, length))
+        return bool(self._left(offset, length))
 
     async def give_up(self, offset: int, length: int) -> None:
         """See ``volume.Overlay``: snapshots that are newer than the restored one."""
-        await self.chain.lose(self._waiting(offset, length))
+        await self.chain.lose(self._left(offset, length))
 
     async def _source(self, region: int) -> Buffer:
         """A region as the snapshot has it; it never is where the facets have it."""
@@ -194,9 +196,17 @@ class VolumeRestore:
         return bool(self.chain.members) and self.chain.holds(offset, length)
 
     def _waiting(self, offset: int, length: int) -> list[int]:
-        size, is_marked = self.volume.region_size, self.left.map.is_marked
-        regions = range(offset // size, (offset + length - 1) // size + 1)
-        return [region for region in regions if is_marked(region)]
+        left = self._left(offset, length)
+        if not self._unsynced:
+            return left
+        return left + [r for r in self._regions(offset, length) if r in self._unsynced]
+
+    def _left(self, offset: int, length: int) -> list[int]:
+        return [r for r in self._regions(offset, length) if self.left.map.is_marked(r)]
+
+    def _regions(self, offset: int, length: int) -> range:
+        size = self.volume.region_size
+        return range(offset // size, (offset + length - 1) // size + 1)
 
     # -- the copy ----------------------------------------------------------------------------
 
@@ -273,8 +283,10 @@ class VolumeRestore:
         # A facet that went out of service meanwhile, whoever saw it fail, may lack some of it.
         await self._around.changing(volume, ranges)
         volume.source()  # raises if no facet is left
+        self._unsynced = frozenset(done)
         self.left.unmark(done)
         await self.left.sync()
+        self._unsynced = frozenset()
         self._resolve(done, None)
 
     async def _place_all(self, batch: list[int]) -> list[int]:

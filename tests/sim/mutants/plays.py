@@ -184,6 +184,27 @@ async def _restored(s: Script) -> None:
     await s.write(0, 0)
 
 
+async def _restored_and_written(s: Script) -> None:
+    """A region that is restored is written to, and that flushed, as the map of what is left to copy
+    is being made durable; then power fails."""
+    world, a = s.world, s.world.a
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, count=BLOCK)
+    await s.restore(uuid)
+    clearing = asyncio.Event()
+    slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
+    a.disk.faults = _strikes("sync", "/state/restore", slow, clearing.set)
+    await clearing.wait()
+    world.spawn(s.write(0, 0))
+    await asyncio.sleep(PUNCH_SECONDS / 3)
+    await s.flush()
+    world.power_cut(a, AllLost())
+    await world.start(a)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+
+
 async def _restored_without_log(s: Script) -> None:
     """... and the log was in memory: the mark of the restore is gone with it."""
     await _without_log(s)
@@ -449,6 +470,7 @@ OUTLIVED = directed(_outlived)
 CLEARED_LATE = directed(_cleared_late)
 DELETED_THERE = directed(_deleted_there)
 RESTORED = directed(_restored)
+RESTORED_AND_WRITTEN = directed(_restored_and_written)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 LOST_IN_PART = directed(_lost_in_part)
 AHEAD = directed(_ahead)

@@ -17,7 +17,7 @@ from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
-from tests.sim.mutants.plays import RESTORED, RESTORED_WITHOUT_LOG
+from tests.sim.mutants.plays import RESTORED, RESTORED_AND_WRITTEN, RESTORED_WITHOUT_LOG
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -99,6 +99,11 @@ def _(assign: Assign) -> None:
 @mutant("V12 a region is changed before it is copied")
 def _(assign: Assign) -> None:
     assign(VolumeRestore, "holds", lambda self, offset, length: self._chain_holds(offset, length))
+
+
+@mutant("V12 a region is changed before its copy is remembered", run=RESTORED_AND_WRITTEN)
+def _(assign: Assign) -> None:
+    assign(VolumeRestore, "_waiting", VolumeRestore._left)
 
 
 @mutant("V12 a restore is not remembered", run=RESTORED)
