@@ -56,7 +56,8 @@ class Member:
         self.dcm: DcmFile | None = None
         self.copy: FacetCopy | None = None
         self.task: asyncio.Task[None] | None = None
-        self._mapping = asyncio.Lock()
+        self.mapping = asyncio.Lock()
+        """Held while what it lacks is on its way: from the log into the map, or into the facet."""
 
     # -- as what holds the log (see ``engine.housekeeper``) -----------------------------------
 
@@ -119,7 +120,7 @@ class Member:
 
     async def distrust(self) -> None:
         """Nothing is known of its content, durably, when this returns."""
-        async with self._mapping:
+        async with self.mapping:
             self.fill()
             # Not sooner: taken for the old disk, a new one would only get what that lacked.
             self.saved.update(compare=True, why=None)
@@ -138,7 +139,7 @@ class Member:
 
     async def to_map(self) -> None:
         """Returns when the map holds, durably, all that the facet lacks and will lack."""
-        async with self._mapping:
+        async with self.mapping:
             owner, facet, saved = self._owner, self.facet, self.saved
             if facet.kept_seq is None:
                 return
@@ -212,7 +213,7 @@ class Member:
 
     async def forget(self) -> None:
         """Neither log nor map is kept for it any more."""
-        async with self._mapping:
+        async with self.mapping:
             self.facet.kept_seq = None
             self.drop_map()
 

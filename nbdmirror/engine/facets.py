@@ -244,12 +244,17 @@ class Facets:
         await self.settle_owed()
         self.events.emit("facet-offline", volume=volume.name, facet=path)
 
-    async def _settle(self, member: Member) -> None:
+    async def _settle(self, member: Member) -> bool:
         """Before a facet out of service gets another file: that it failed may still be about to be
-        noted, and a new file with its old state would be read. No attempt to return goes on."""
-        if member.facet.unnoted:
-            await self.lost(member.volume, member.facet)
+        noted, and a new file with its old state would be read. No attempt to return goes on, unless
+        one has just succeeded: then this is false."""
+        facet = member.facet
+        if facet.unnoted:
+            await self.lost(member.volume, facet)
         await self._end(member)
+        if facet.writable and not facet.in_service:
+            self._serve(member, pause=0.0)
+        return not facet.writable
 
     async def _end(self, member: Member) -> None:
         """Ends an attempt to return, if there is one."""
@@ -265,7 +270,8 @@ class Facets:
         member = self.member(path)
         if member.facet.in_service or member.facet.writable:
             return
-        await self._settle(member)
+        if not await self._settle(member):
+            return
         await self._attach(member)
         member.saved.update(offline=False, why=None)
         await self.store.save()
@@ -311,16 +317,19 @@ class Facets:
         """Puts a new disk in the place of a facet that is out of service: under its path, or under
         ``new``. All of it is compared with a facet in service."""
         member = self.member(path)
+        in_service = Refused(
+            f"{path} is in service",
+            hint="nbdmirror facet offline takes it out; facet add makes a further one",
+        )
         if member.facet.writable:
-            raise Refused(
-                f"{path} is in service",
-                hint="nbdmirror facet offline takes it out; facet add makes a further one",
-            )
+            raise in_service
         if new is not None and new != path:
             await self.add(member.volume.name, new)
             await self.remove(path)
             return
-        await self._settle(member)
+        if not await self._settle(member):
+            raise in_service
+        member.saved["offline"] = True  # nor does it come back by itself now
         await self._make_file(path, member.volume.size)
         await member.distrust()
         await self._attach(member)
@@ -401,8 +410,7 @@ class Facets:
 
     async def _return(self, member: Member) -> None:
         facet, volume, saved = member.facet, member.volume, member.saved
-        if self._is_in_log(member):
-            await self._redo(member)
+        if await self._redo(member):
             return
         if not facet.writable:
             await member.to_map()
@@ -442,28 +450,41 @@ class Facets:
         if not self._is_in_log(member):
             return
         await self._end(member)
+        if member.task is not None:
+            return  # somebody brings it back by now
+        attempt = member.task = asyncio.ensure_future(self._hurry(member))
+        await asyncio.wait([attempt])
+        if attempt.cancelled():
+            return  # by somebody who does something else with it
+        attempt.result()
+        if not member.facet.writable:
+            self._serve(member, pause=RETRY_SECONDS)
+
+    async def _hurry(self, member: Member) -> None:
         try:
             await self._attach(member)
-            if self._is_in_log(member):
-                await self._redo(member)
-                return
+            await self._redo(member)
         except (NbdmirrorError, OSError) as error:
             if isinstance(error, DiskFailed) and member.facet.failed is None:
                 raise
             member.facet.close()
-        self._serve(member, pause=RETRY_SECONDS)
 
-    async def _redo(self, member: Member) -> None:
+    async def _redo(self, member: Member) -> bool:
+        """Whether the log alone has brought it back."""
         facet, where = member.facet, {"facet": member.facet.path, "volume": member.volume.name}
-        self.events.emit("facet-returns", **where)
-        await redo(facet, self.group.log, member.volume.index)
-        member.saved.update(state=facet.state.value, since=None, last=False, why=None)
-        await self.store.save()
+        async with member.mapping:  # what it lacks does not go from the log into its map meanwhile
+            if not self._is_in_log(member):
+                return False
+            self.events.emit("facet-returns", **where)
+            await redo(facet, self.group.log, member.volume.index)
+            member.saved.update(state=facet.state.value, since=None, last=False, why=None)
+            await self.store.save()
         if facet.failed is not None:
             raise facet.failed
         if self.spill is not None:
             self.spill.look()
         self.events.emit("facet-synchronised", **where, copied_bytes=0)
+        return True
 
     def _join(self, member: Member) -> None:
         """From this step on the facet takes every write; its map says what it lacks from before."""

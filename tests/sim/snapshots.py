@@ -134,6 +134,12 @@ class Album:
         self._promised.pop(uuid, None)
         self._released[uuid] = None
 
+    def died(self, host: Host) -> None:
+        """What it was giving up it did not come to tell."""
+        for entry in host.node.snapshots.entries if host.node is not None else []:
+            if entry.get("giving_up"):
+                self.release(entry["uuid"])
+
     def check_image(self, host: Host, node: Node) -> None:
         """X2: a secondary that is not consistent has an image of when it was, or says that it lost
         it."""

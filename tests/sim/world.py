@@ -225,6 +225,7 @@ class World:
         if host.role == "primary" and host.life.alive:
             self.content.died()
             self.serving.clear()
+            self.album.died(host)
         if host.life.alive:
             if stopped:
                 host.life.kill()

@@ -20,7 +20,7 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
-from tests.sim.mutants.plays import LAST_OF_TWO, STOOD_IN_AHEAD
+from tests.sim.mutants.plays import HURRIED, LAST_OF_TWO, STOOD_IN_AHEAD
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 
 
@@ -44,7 +44,16 @@ def _(assign: Assign) -> None:
     ),
 )
 def _(assign: Assign) -> None:
-    assign(Facets, "_settle", Facets._end)
+    async def settle(self: Facets, member: Member) -> bool:
+        await self._end(member)
+        return not member.facet.writable
+
+    assign(Facets, "_settle", settle)
+
+
+@mutant("M8 a facet gets another file while it comes back from the log", run=HURRIED)
+def _(assign: Assign) -> None:
+    assign(Facets, "_end", nothing)
 
 
 @mutant("M6 a facet is trusted before it has all that it lacks")

@@ -116,6 +116,29 @@ async def _filled_twice(s: Script) -> None:
     await s.in_sync()
 
 
+async def _hurried(s: Script) -> None:
+    """The only facet of a volume is lost, and the log that it would come back from is full, so it
+    comes back from it at once. In the middle of that somebody puts another disk in its place."""
+    path, disk = "/facets/v0.0", s.world.a.disk
+    s.spoil(path)
+    await s.write(0, 0)
+    await s.until(lambda node: not node.volumes[0].in_service())
+    s.mend(path)
+    syncing = asyncio.Event()
+    slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
+    disk.faults = _strikes("sync", path, slow, syncing.set)
+    while not syncing.is_set():
+        await s.write(0, BLOCK, count=BLOCK)
+    disk.unlink(path)
+    disk.open(path, create=True).truncate(s.world.options.sizes[0])
+    await s.facet("replace", path)
+    await s.write(0, FAR)
+    await asyncio.sleep(PUNCH_SECONDS)
+    await s.facets_back()
+    await s.read(0, 0, 2 * BLOCK)
+    await s.in_sync()
+
+
 async def _without_log(s: Script) -> None:
     """The log goes on in memory, for its disk is lost."""
     s.spoil("/state/log")
@@ -465,6 +488,7 @@ async def _only_in_the_cache(s: Script) -> None:
 
 PUNCHED = directed(_punched)
 CONSISTENT_AND_DEAD = directed(_consistent_and_dead)
+HURRIED = directed(_hurried, last_facet=True)
 FILLED_TWICE = directed(_filled_twice)
 OUTLIVED = directed(_outlived)
 CLEARED_LATE = directed(_cleared_late)
