@@ -1,0 +1,206 @@
+"""Restores, and what was changed beside the log, on a primary (V10, V12, V13)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nbdmirror.codec import record as codec
+from nbdmirror.config import (
+    SnapshotConfig,
+)
+from nbdmirror.engine.volume import Change
+from nbdmirror.errors import Refused, VolumeFailed
+from tests.sim.faults import AllLost, Fault
+from tests.unit.primary import REGION, REGIONS, Cut, Primary, primary
+from tests.unit.world import make_disk, run
+
+
+def test_a_restore_is_complete_at_once_and_its_copy_survives_any_cut() -> None:
+    """V12: reads and writes right away; V10: what was written into the snapshot is restored too;
+    and the state before is a snapshot to go back to."""
+
+    async def test(world: Primary) -> None:
+        for region in range(6):
+            await world.write(region, 1)
+        await world.take()
+        await world.node.people.export("1", True)
+        snapshot = world.served("v@1")
+        rest = snapshot.write(
+            snapshot, [Change(codec.WRITE, 0, 9 * REGION, 512, b"\6" * 512)], durable=True
+        )
+        assert rest is not None
+        await rest
+        for region in (0, 2, 4, 7):
+            await world.write(region, 2)
+        await world.group.flush()
+        before = await world.volume_fills()
+        world.disk.stall(20.0)  # the copy cannot have got far
+        done = await world.node.people.restore("1", None, False, True, False)
+        wanted = [1] * 6 + [0, 0, 0, 6] + [0] * 6
+        assert await world.volume_fills() == wanted
+        await world.write(2, 5)
+        await world.write(12, 5)
+        wanted[2] = wanted[12] = 5
+        await world.group.flush()
+        for cut in (True, True, False, True):
+            assert await world.volume_fills() == wanted
+            assert (await world.fills(f"v@{done['undo'][:8]}")) == before
+            await world.restart(cut=cut)
+        while world.node.status()["restore"] is not None:
+            await asyncio.sleep(0.1)
+        data = world.disk.content("/facets/v")
+        assert [data[region * REGION] for region in range(REGIONS)] == wanted
+        await world.node.people.restore(done["undo"][:8], None, False, False, False)
+        assert await world.volume_fills() == before
+
+    primary(test)
+
+
+def test_what_was_written_into_a_snapshot_is_durable_before_it_is_restored() -> None:
+    """V10, V12: the client that wrote there has never flushed; what the volume is from then on,
+    and may have been sent to a remote, a power cut does not take back."""
+
+    async def test(world: Primary) -> None:
+        await world.write(5, 1)
+        await world.take()
+        await world.node.people.export("1", True)
+        snapshot = world.served("v@1")
+
+        async def write(region: int, fill: int) -> None:
+            data = bytes([fill]) * REGION
+            change = Change(codec.WRITE, 0, region * REGION, REGION, data)
+            rest = snapshot.write(snapshot, [change])
+            assert rest is not None
+            await rest
+
+        await write(5, 6)
+        await snapshot.flush()
+        await write(5, 7)  # in place
+        await write(9, 7)  # a region that only the snapshot has
+        world.disk.stall(20.0)  # the copy cannot have got far
+        await world.node.people.restore("1", None, False, True, False)
+        assert (await world.volume_fills())[4:10] == [0, 7, 0, 0, 0, 7]
+        world.disk.power_cut(AllLost())
+        await world.start()
+        assert (await world.volume_fills())[4:10] == [0, 7, 0, 0, 0, 7]
+
+    primary(test)
+
+
+def test_while_it_is_restored_only_that_snapshot_takes_no_writes() -> None:
+    """V9, V12: who writes into a newer one notices nothing; of that only what it keeps is read."""
+
+    async def test(world: Primary) -> None:
+        await world.write(3, 1)
+        for number in ("1", "2"):
+            await world.take()
+            await world.node.people.export(number, True)
+        await world.write(3, 2)
+        world.disk.stall(20.0)
+        await world.node.people.restore("1", None, False, True, False)
+        change = Change(codec.WRITE, 0, 3 * REGION, REGION, bytes([8]) * REGION)
+        for number in ("1", "2"):
+            snapshot = world.served(f"v@{number}")
+            rest = snapshot.write(snapshot, [change], durable=True)
+            assert rest is not None
+            if number == "1":
+                with pytest.raises(VolumeFailed, match="being restored"):
+                    await rest
+            else:
+                await rest
+        while world.node.status()["restore"] is not None:
+            await asyncio.sleep(0.1)
+        assert (await world.volume_fills())[3] == 1
+        assert (await world.fills("v@2"))[3] == 8
+
+    primary(test)
+
+
+def test_a_restore_is_old_or_new_after_a_cut_at_any_of_its_operations() -> None:
+    """O21, V12: never a mixture, and what was written afterwards and flushed is there."""
+
+    async def main() -> None:
+        outcomes = set()
+        for nth in range(1, 90, 4):
+            world = Primary(make_disk(nth), SnapshotConfig())
+            await world.start()
+            for region in range(5):
+                await world.write(region, 1)
+            await world.take()
+            for region in range(1, 7):
+                await world.write(region, 2)
+            await world.group.flush()
+            left = [nth]
+
+            def die(operation: str, path: str, _: int, left: list[int] = left) -> Fault | None:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Cut
+                return None
+
+            world.disk.faults = die
+            restored = False
+            try:
+                await world.node.people.restore("1", None, False, True, False)
+                restored = True
+                for _ in range(40):
+                    await asyncio.sleep(0.1)
+            except (Cut, asyncio.CancelledError):  # whoever was struck
+                pass
+            world.disk.faults = None
+            dead = world
+            world = Primary(dead.disk.clone(nth), SnapshotConfig())
+            world.lives = 5
+            world.disk.power_cut()
+            await world.start()
+            found = await world.volume_fills()
+            old, new = [1, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]
+            assert found[:7] in ((new,) if restored else (old, new)), nth
+            outcomes.add(found[1])
+            while world.node.status()["restore"] is not None:
+                await asyncio.sleep(0.1)
+            assert await world.volume_fills() == found
+            assert (await world.fills("v@1"))[:7] == new
+        assert outcomes == {1, 2}
+
+    run(main())
+
+
+def test_clients_that_are_attached_are_not_surprised() -> None:
+    async def test(world: Primary) -> None:
+        await world.take()
+        await world.write(0, 1)
+        world.node.volumes[0].clients += 1
+        with pytest.raises(Refused, match="clients are attached to v") as refused:
+            await world.node.people.restore("1", None, False, True, False)
+        assert "--while-attached" in str(refused.value.hint)
+        await world.node.people.restore("1", None, True, True, False)
+        with pytest.raises(Refused, match="being"):
+            await world.take()
+        assert (await world.volume_fills())[0] == 0
+        world.node.volumes[0].clients -= 1
+
+    primary(test)
+
+
+def test_what_was_changed_behind_the_log_stays_and_snapshots_are_not_spoilt_silently() -> None:
+    """V13: no redo brings back what the log had."""
+
+    async def test(world: Primary) -> None:
+        await world.write(3, 1)
+        await world.write(4, 1)
+        world.node.volumes[0].facets[0].file.pwrite(3 * REGION, b"\x09" * REGION)
+        await world.node.people.changed("v", [(3 * REGION, REGION)], None, False)
+        await world.restart(cut=True)
+        assert (await world.volume_fills())[3:5] == [9, 1]
+        await world.take()
+        with pytest.raises(Refused, match="1 snapshots of v need"):
+            await world.node.people.changed("v", [(3 * REGION, 1)], None, False)
+        await world.node.people.changed("v", [(3 * REGION, 1)], None, True)
+        assert world.states() == ["lost"]
+        with pytest.raises(Refused, match="not within"):
+            await world.node.people.changed("v", [(REGIONS * REGION, 1)], None, False)
+
+    primary(test)
