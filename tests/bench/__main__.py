@@ -7,15 +7,12 @@ subjects alike. The table goes to standard output, the samples to ``tests/bench/
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.bench import loads, report, subjects
 from tests.bench.loads import Load, Sample
@@ -23,7 +20,6 @@ from tests.bench.subjects import Subject
 from tests.integration.process import ProcessError
 
 MIB = 1 << 20
-RESULTS = Path(__file__).parent / "results"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,8 +64,8 @@ def _chosen(options: argparse.Namespace) -> list[Load]:
     ]
 
 
-def _source(directory: Path, size: int) -> Path:
-    """A file of random bytes: nothing in it compresses, no block of it is a hole."""
+def source(directory: Path, size: int) -> Path:
+    """A file of random bytes, ``size`` MiB: nothing in it compresses, no block is a hole."""
     path = directory / "source"
     with path.open("wb") as file:
         for _ in range(size):
@@ -107,13 +103,6 @@ def _measure(
     return results
 
 
-def _store(content: dict[str, Any]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / time.strftime("%Y%m%d-%H%M%S.json", time.gmtime())
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the table, stores the samples."""
     options = _options(argv)
@@ -123,11 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rivals: list[Subject] = []
     failed: dict[str, str] = {}
     try:
-        source = _source(directory, options.size)
+        content = source(directory, options.size)
         for name in options.subjects:
             rivals.append(kinds[name](directory))
-            rivals[-1].prepare(source)
-        source.unlink()
+            rivals[-1].prepare(content)
+        content.unlink()
         results = _measure(chosen, rivals, options.rounds, options.seconds, failed)
         for rival in rivals:
             if rival.name not in failed:  # else it was killed, perhaps behind
@@ -147,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(report.markdown(results, options.subjects, conditions))
     stored = {
-        "machine": machine,
         "conditions": conditions,
         "subjects": {rival.name: rival.what for rival in rivals},
         "failed": list(failed.values()),
@@ -159,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for load, by in results.items()
         ],
     }
-    print(f"\nsamples: {_store(stored)}", file=sys.stderr)
+    print("\nsamples:", report.keep("", stored), file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -6,7 +6,6 @@ page cache of a file of its own, by the event loop's thread, and by it and anoth
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import sys
@@ -22,7 +21,6 @@ from nbdmirror.codec.batch import LENGTH_MAX
 from nbdmirror.codec.batchpure import PLACE
 from nbdmirror.edge.files import LinuxDisk, LinuxFile
 from tests.bench import report
-from tests.bench.__main__ import RESULTS
 
 MIB = 1 << 20
 SIZE = 256 * MIB
@@ -95,9 +93,7 @@ def main() -> int:
     for name, ways in samples.items():
         row = [f"{median(values):,.0f}" for values in ways.values()]
         print(f"| {name} | {' | '.join(row)} |")
-    path = RESULTS / time.strftime("facets-%Y%m%d-%H%M%S.json", time.gmtime())
-    content = {"machine": report.machine(), "samples": samples}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    report.keep("facets", {"samples": samples})
     return 0
 
 

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.bench import report
 from tests.integration.cluster import MIB, Cluster
 from tests.integration.tools import connect, pattern
 
@@ -133,7 +134,7 @@ def measure(directory: Path, connections: int, seconds: float) -> dict[str, Any]
 
 
 def main() -> int:
-    """Measures and prints; or, for itself, attacks."""
+    """Measures, keeps and prints; or, for itself, attacks."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.hostile", description=__doc__)
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (5)")
@@ -145,6 +146,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="nbdm-bench-", dir=options.directory) as directory:
         result = measure(Path(directory), options.connections, options.seconds)
+    report.keep("hostile", result)
     print(json.dumps(result, indent=1))
     return 0 if result["passed"] else 1
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench import report
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.tools import connect, pattern
 
@@ -82,11 +83,12 @@ def measure(directory: Path, log_size: int, block: int, fill: float) -> dict[str
 
 
 def main() -> int:
-    """Measures and prints."""
+    """Measures, keeps and prints."""
     options = _options()
     with tempfile.TemporaryDirectory(prefix="nbdm-bench-", dir=options.directory) as directory:
         path = Path(directory)
         result = measure(path, options.log * MIB, options.block * 1024, options.fill)
+    report.keep("recovery", result)
     print(json.dumps(result, indent=1))
     return 0 if result["passed"] else 1
 

@@ -10,7 +10,6 @@ the samples to ``tests/bench/results``.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from tests.bench import report
-from tests.bench.__main__ import RESULTS
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.tools import Fio
 
@@ -100,10 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for key in samples["alone"][0]:
         row = [f"{median(run[key] for run in runs):,.4g}" for runs in samples.values()]
         print(f"| {key} | {' | '.join(row)} |")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / time.strftime("remotes-%Y%m%d-%H%M%S.json", time.gmtime())
-    content = {"machine": report.machine(), "rate": RATE, "slow": SLOW, "samples": samples}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    report.keep("remotes", {"rate": RATE, "slow": SLOW, "samples": samples})
     return 0
 
 

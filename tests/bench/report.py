@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -12,6 +14,7 @@ from typing import Any
 
 from tests.bench.loads import Load, Sample
 
+RESULTS = Path(__file__).parent / "results"
 Samples = Mapping[str, Sequence[Sample]]  # subject -> one sample a round, in order of rounds
 
 
@@ -41,6 +44,15 @@ def machine() -> dict[str, Any]:
         "fio": _first_line("fio", "--version"),
         "commit": _first_line("git", "rev-parse", "--short=12", "HEAD"),
     }
+
+
+def keep(kind: str, content: Mapping[str, Any]) -> Path:
+    """Writes a measurement to a file of its own among the results, with the machine; its path."""
+    RESULTS.mkdir(exist_ok=True)
+    name = time.strftime("%Y%m%d-%H%M%S.json", time.gmtime())
+    path = RESULTS / (f"{kind}-{name}" if kind else name)
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    return path
 
 
 def _median(samples: Sequence[Sample], figure: str) -> float:

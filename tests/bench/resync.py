@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -32,7 +31,6 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench import report
-from tests.bench.__main__ import RESULTS
 from tests.integration.cluster import Cluster, Volume
 from tests.integration.process import free_port, wait_until
 from tests.integration.proxy import Proxy
@@ -253,10 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table)
     machine = report.machine()
     print(f"\n{machine['cores']} cores {machine['processor']}, {options.size} MiB", file=sys.stderr)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / time.strftime("resync-%Y%m%d-%H%M%S.json", time.gmtime())
-    content = {"machine": machine, "size": size, "link": options.link, "samples": samples}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    report.keep("resync", {"size": size, "link": options.link, "samples": samples})
     return 0
 
 

@@ -13,7 +13,6 @@ a secondary after them. The table goes to standard output, the samples to ``test
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -25,7 +24,6 @@ from statistics import median
 from typing import Any
 
 from tests.bench import report
-from tests.bench.__main__ import RESULTS
 from tests.integration.cluster import MIB, Cluster, Node, Volume
 from tests.integration.tools import fio
 
@@ -144,9 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, figures in samples.items():
         print(f"| {name} | {' | '.join(f'{figures[c]:,.2f}' for c in columns)} |")
-    path = RESULTS / time.strftime("scale-%Y%m%d-%H%M%S.json", time.gmtime())
-    content = {"machine": report.machine(), "samples": samples}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    report.keep("scale", {"samples": samples})
     return 0
 
 

@@ -33,11 +33,10 @@ from nbdmirror.edge.env import real_env, run
 from nbdmirror.engine.create import create
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change
-from tests.bench.report import machine
+from tests.bench.report import keep
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.tools import Writer, connect, fio, pattern
 
-RESULTS = Path(__file__).parent / "results"
 GIB = 1024 * MIB
 SYNC_S = 900.0
 
@@ -305,13 +304,11 @@ def main() -> None:
     """Runs what is wanted, and keeps the figures."""
     options = _options()
     command = " ".join(["python -m tests.bench.snapshots", *sys.argv[1:]])
-    result: dict[str, Any] = {"command": command, "machine": machine()}
+    result: dict[str, Any] = {"command": command}
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         for part in options.only or PARTS:
             result[part] = PARTS[part](Path(name), options)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"snapshots-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    keep("snapshots", result)
     print(json.dumps(result, indent=1))
 
 

@@ -11,7 +11,6 @@ The table goes to standard output, the samples to ``tests/bench/results``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -22,7 +21,6 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from tests.bench import report
-from tests.bench.__main__ import RESULTS
 from tests.integration.cluster import MIB, Cluster, Node, Volume
 from tests.integration.tools import Fio
 
@@ -174,10 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = [f"{median(one[figure] for one in found):,.0f}" for figure in FIGURES]
         lines.append(f"| {name} | {' | '.join(values)} |")
     print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / time.strftime("tails-%Y%m%d-%H%M%S.json", time.gmtime())
-    content = {"machine": report.machine(), "sync": syncs, "samples": samples}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    report.keep("tails", {"sync": syncs, "samples": samples})
     return 0
 
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.bench import report
 from tests.integration.cluster import MIB, Cluster, Volume
 from tests.integration.pki import Authority, tls_line
 from tests.integration.tools import run
@@ -93,7 +94,7 @@ def measure(directory: Path, size: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measures and prints."""
+    """Measures, keeps and prints."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.tls", description=__doc__)
     parser.add_argument("--size", type=int, default=512, metavar="MIB", help="of a copy (512)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -101,6 +102,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nbdm-bench-", dir=options.directory) as directory:
         result = measure(Path(directory), options.size * MIB, options.rounds)
+    report.keep("tls", result)
     print(json.dumps(result, indent=1))
     return 0 if result["passed"] else 1
 

@@ -300,9 +300,12 @@ class Guest:
             )
 
     def complaints(self) -> str:
-        """What QEMU and the file-share daemon printed."""
-        paths = sorted(self._directory.glob("*.out"))
-        return "\n".join(f"{path.stem}: {path.read_text(errors='replace')}" for path in paths)
+        """How QEMU ended, if it did, and what it and the file-share daemon printed."""
+        code = self._processes[-1].poll()
+        words = [] if code is None else [f"qemu ended with {code}"]
+        for path in sorted(self._directory.glob("*.out")):
+            words.append(f"{path.stem}: {path.read_text(errors='replace')}")
+        return "\n".join(words)
 
 
 def _traced(number: int, path: Path, trace: Path) -> list[str]:

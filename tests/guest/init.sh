@@ -15,6 +15,7 @@ mount -t tmpfs -o size=75% memory /run
 stty -F /dev/ttyS1 raw -echo
 
 finish() {
+    echo "guest: ends with $1${2:+: $2}"
     echo "exit $1" > /dev/ttyS1
     poweroff -f
 }
@@ -23,19 +24,29 @@ parameter() {
     sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" /proc/cmdline
 }
 
+# A device may be there a moment later than its driver.
+soon() {
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        "$@" && return
+        sleep 1
+    done
+    return 1
+}
+
 while read -r module; do
-    insmod "$module" || finish 99
+    insmod "$module" || finish 99 "no module $module"
 done < /lib/order
 ip link set lo up
-ip link set eth0 up
+soon ip link set eth0 up || finish 96 "no network"
 ip addr add 10.0.2.15/24 dev eth0
 
 case $(parameter share) in
-    9p) mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=524288,cache=loose host /host ;;
-    virtiofs) mount -t virtiofs -o ro host /host ;;
-esac || finish 98
+    9p) soon mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=524288,cache=loose host /host ;;
+    virtiofs) soon mount -t virtiofs -o ro host /host ;;
+esac || finish 98 "the host's files cannot be mounted"
 mkdir /run/upper /run/work
-mount -t overlay -o lowerdir=/host,upperdir=/run/upper,workdir=/run/work host /root || finish 97
+mount -t overlay -o lowerdir=/host,upperdir=/run/upper,workdir=/run/work host /root ||
+    finish 97 "no layer over the host's files"
 for directory in proc sys dev dev/pts dev/shm; do
     mount --bind /$directory /root/$directory
 done

@@ -45,11 +45,11 @@ class Direction:
 
 
 class Proxy:
-    """Forwards loopback connections to ``target`` (``HOST:PORT``); thread-safe to steer."""
+    """Forwards loopback connections to ``target`` (``HOST:PORT`` or ``unix:PATH``); thread-safe to
+    steer."""
 
     def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        self._target = target
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -188,12 +188,18 @@ class Proxy:
             self._writers.discard(writer)
             writer.close()
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, _, rest = self._target.rpartition(":")
+        if host == "unix":
+            return await asyncio.open_unix_connection(rest, limit=CHUNK)
+        return await asyncio.open_connection(host, int(rest), limit=CHUNK)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._refusing:
             self._abort(writer)
             return
         try:
-            far_reader, far_writer = await asyncio.open_connection(*self._target, limit=CHUNK)
+            far_reader, far_writer = await self._connect()
         except OSError:
             self._abort(writer)
             return
