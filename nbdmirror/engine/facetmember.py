@@ -56,6 +56,8 @@ class Member:
         self.dcm: DcmFile | None = None
         self.copy: FacetCopy | None = None
         self.task: asyncio.Task[None] | None = None
+        self.in_hand = False
+        """Somebody gives it a file: it does not come back by itself meanwhile."""
         self.mapping = asyncio.Lock()
         """Held while what it lacks is on its way: from the log into the map, or into the facet."""
 

@@ -6,7 +6,8 @@ room for that, it is marked in a map of the facet's own. To return, everything i
 that map; from one step on the facet takes every write again, and beside them the marked regions
 are copied to it (``engine.facetcopy``). It is trusted when none is left, durably.
 
-What is durable of a facet: see ``engine.facetmember``.
+What is durable of a facet: see ``engine.facetmember``; what people may ask of it:
+``engine.facetcommands``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec.record import MARK
 from nbdmirror.engine.events import EventLog
-from nbdmirror.engine.facet import FacetState, LocalFacet, make_facet, open_facet
+from nbdmirror.engine.facet import FacetState, LocalFacet, open_facet
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import NEW, Member
 from nbdmirror.engine.facetredo import redo
@@ -25,7 +26,7 @@ from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused, StateError, UsageError
+from nbdmirror.errors import DiskFailed, NbdmirrorError, StateError, UsageError
 from nbdmirror.ports import Disk
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ RELEASE_SECONDS = 10.0
 
 
 class Facets:
-    """All local facets of a primary, and what people may ask of them."""
+    """All local facets of a primary."""
 
     def __init__(
         self, group: Group, store: Store, events: EventLog, disk: Disk, directory: str
@@ -125,7 +126,7 @@ class Facets:
         """Begins to bring back what is not in service, but for what a person took out."""
         for member in self.members:
             if not member.facet.in_service and not member.saved["offline"]:
-                self._serve(member, pause=0.0)
+                self.serve(member, pause=0.0)
 
     async def stop(self) -> None:
         """Ends what is being copied; it goes on after the next start."""
@@ -186,7 +187,7 @@ class Facets:
             await self.store.save()  # another request saw it first; it may be about to save it
             facet.unnoted = False
             return
-        self._take_out(member, why)
+        self.take_out(member, why)
         # Nobody goes on: no reply follows, so what its last sync left is all that was promised.
         volume.ended = not self.has_source(volume)
         for one in (other for other in self.members if other.volume is volume):
@@ -199,9 +200,10 @@ class Facets:
         if self.has_source(volume):
             facet.close()
             await self.settle_owed()
-            self._serve(member, pause=RETRY_SECONDS)
+            self.serve(member, pause=RETRY_SECONDS)
 
-    def _take_out(self, member: Member, why: str | None) -> None:
+    def take_out(self, member: Member, why: str | None) -> None:
+        """From this step on it takes no write; the caller saves."""
         facet = member.facet
         facet.leave()
         facet.state = FacetState.NOT_SYNCHRONISED
@@ -220,43 +222,7 @@ class Facets:
             if member.owed and self.has_source(member.volume):
                 await member.to_map()
 
-    async def offline(self, path: str) -> None:
-        """Takes a facet out of service until ``online`` (M8); Refused if it is the last."""
-        member = self.member(path)
-        facet, volume = member.facet, member.volume
-        # Out of service already it may be what a restart heals, if nobody else has the volume.
-        if volume.in_service() == [facet] or not self.has_source(volume):
-            raise Refused(
-                f"{path} is the last facet of volume {volume.name}",
-                hint="bring another into service first: nbdmirror facet online, or facet add",
-            )
-        member.saved["offline"] = True
-        await self._end(member)
-        if facet.in_service:
-            try:
-                await facet.sync()
-            except DiskFailed:
-                await self.lost(volume, facet)
-        if facet.writable:
-            self._take_out(member, "by a person")
-        await self.store.save()
-        facet.close()
-        await self.settle_owed()
-        self.events.emit("facet-offline", volume=volume.name, facet=path)
-
-    async def _settle(self, member: Member) -> bool:
-        """Before a facet out of service gets another file: that it failed may still be about to be
-        noted, and a new file with its old state would be read. No attempt to return goes on, unless
-        one has just succeeded: then this is false."""
-        facet = member.facet
-        if facet.unnoted:
-            await self.lost(member.volume, facet)
-        await self._end(member)
-        if facet.writable and not facet.in_service:
-            self._serve(member, pause=0.0)
-        return not facet.writable
-
-    async def _end(self, member: Member) -> None:
+    async def end(self, member: Member) -> None:
         """Ends an attempt to return, if there is one."""
         task, member.task = member.task, None
         if task is not None:
@@ -265,89 +231,7 @@ class Facets:
 
     # -- the way back --------------------------------------------------------------------------
 
-    async def online(self, path: str) -> None:
-        """Brings a facet back: only what it lacks is copied (M8). Returns when that has begun."""
-        member = self.member(path)
-        if member.facet.in_service or member.facet.writable:
-            return
-        if not await self._settle(member):
-            return
-        await self._attach(member)
-        member.saved.update(offline=False, why=None)
-        await self.store.save()
-        self._serve(member, pause=0.0)
-
-    async def add(self, volume_name: str, path: str) -> None:
-        """A further facet for a volume in use (M17); what is there is compared, not trusted."""
-        volume = next((v for v in self.group.volumes if v.name == volume_name), None)
-        if volume is None:
-            names = ", ".join(v.name for v in self.group.volumes)
-            raise UsageError(f"there is no volume {volume_name!r} (volumes: {names})")
-        if any(member.facet.path == path for member in self.members):
-            raise UsageError(f"{path} is a facet already")
-        self.store.check_room()
-        await self._make_file(path, volume.size)
-        facet = LocalFacet(None, path, volume.size, FacetState.NOT_SYNCHRONISED)
-        saved: dict[str, Any] = {"path": path, "state": facet.state.value}
-        member = Member(self, volume, facet, saved)
-        saved.update(compare=True)
-        member.fill()
-        await member.sync_map()
-        await self._attach(member)
-        volume.facets.append(facet)
-        self.members.append(member)
-        self.store.state["volumes"][volume.index]["facets"].append(saved)
-        await self.store.save()
-        self.events.emit("facet-added", volume=volume.name, facet=path)
-        self._serve(member, pause=0.0)
-
-    async def remove(self, path: str) -> None:
-        """Forgets a facet; its file stays (M17). Refused if it is the last in service."""
-        await self.offline(path)
-        member = self.member(path)
-        member.volume.facets.remove(member.facet)
-        self.members.remove(member)
-        entries: list[dict[str, Any]] = self.store.state["volumes"][member.volume.index]["facets"]
-        entries[:] = [entry for entry in entries if entry["path"] != path]
-        await self.store.save()
-        await member.forget()
-        self.events.emit("facet-removed", volume=member.volume.name, facet=path)
-
-    async def replace(self, path: str, new: str | None) -> None:
-        """Puts a new disk in the place of a facet that is out of service: under its path, or under
-        ``new``. All of it is compared with a facet in service."""
-        member = self.member(path)
-        in_service = Refused(
-            f"{path} is in service",
-            hint="nbdmirror facet offline takes it out; facet add makes a further one",
-        )
-        if member.facet.writable:
-            raise in_service
-        if new is not None and new != path:
-            await self.add(member.volume.name, new)
-            await self.remove(path)
-            return
-        if not await self._settle(member):
-            raise in_service
-        member.saved["offline"] = True  # nor does it come back by itself now
-        await self._make_file(path, member.volume.size)
-        await member.distrust()
-        await self._attach(member)
-        member.saved["offline"] = False
-        await self.store.save()
-        self._serve(member, pause=0.0)
-
-    async def _make_file(self, path: str, size: int) -> None:
-        """A file that is not there is made, as large as the volume."""
-        try:
-            await make_facet(self._disk, path, size, grow=False)
-        except OSError as error:
-            raise StateError(
-                f"cannot make the facet {path}: {error.strerror or error}",
-                hint="make its directory, or mount its disk",
-            ) from error
-
-    async def _attach(self, member: Member) -> None:
+    async def attach(self, member: Member) -> None:
         """Opens the facet's file; StateError says why it cannot be."""
         facet = member.facet
         facet.close()
@@ -367,7 +251,8 @@ class Facets:
                     f"the facet {facet.path} cannot be opened: {error.strerror or error}"
                 ) from error
 
-    def _serve(self, member: Member, pause: float) -> None:
+    def serve(self, member: Member, pause: float) -> None:
+        """Begins to bring it back, after a pause in seconds, unless that goes on already."""
         if member.task is None or member.task.done():
             member.task = asyncio.ensure_future(self._guard(member, pause))
 
@@ -389,7 +274,7 @@ class Facets:
                 await asyncio.sleep(pause)
             try:
                 if not facet.is_open:
-                    await self._attach(member)
+                    await self.attach(member)
                 await self._return(member)
                 return
             except (NbdmirrorError, OSError) as error:
@@ -401,7 +286,7 @@ class Facets:
                 why = error.message if isinstance(error, NbdmirrorError) else str(error)
             pause = min(max(2 * pause, RETRY_SECONDS), RETRY_SECONDS_MAX)
             if facet.writable or facet.state is not FacetState.NOT_SYNCHRONISED:
-                self._take_out(member, why)
+                self.take_out(member, why)
             member.saved["why"] = why
             await self.store.save()
             facet.unnoted = False
@@ -439,7 +324,9 @@ class Facets:
     def _is_in_log(self, member: Member) -> bool:
         """Whether the log holds all that a volume's last facet lacks: it needs nobody else then."""
         kept, volume = member.facet.kept_seq, member.volume
-        if member.saved["offline"] or member.dcm is not None or volume.overlay is not None:
+        if member.saved["offline"] or member.in_hand:
+            return False
+        if member.dcm is not None or volume.overlay is not None:
             return False
         if kept is None or volume.in_service():
             return False
@@ -449,7 +336,7 @@ class Facets:
         """The log is full: a facet that can come back from it alone does so now, not later."""
         if not self._is_in_log(member):
             return
-        await self._end(member)
+        await self.end(member)
         if member.task is not None:
             return  # somebody brings it back by now
         attempt = member.task = asyncio.ensure_future(self._hurry(member))
@@ -458,11 +345,11 @@ class Facets:
             return  # by somebody who does something else with it
         attempt.result()
         if not member.facet.writable:
-            self._serve(member, pause=RETRY_SECONDS)
+            self.serve(member, pause=RETRY_SECONDS)
 
     async def _hurry(self, member: Member) -> None:
         try:
-            await self._attach(member)
+            await self.attach(member)
             await self._redo(member)
         except (NbdmirrorError, OSError) as error:
             if isinstance(error, DiskFailed) and member.facet.failed is None:
@@ -496,24 +383,6 @@ class Facets:
         if member in self.group.trackers:
             self.group.trackers.remove(member)
         member.saved.update(state=FacetState.BEING_SYNCHRONISED.value, since=None, tracking=True)
-
-    # -- for people ----------------------------------------------------------------------------
-
-    async def command(self, action: str, path: str, other: str | None) -> None:
-        """One of the commands; ``other`` is the volume to add to, or the path of the new facet."""
-        match action:
-            case "offline":
-                await self.offline(path)
-            case "online":
-                await self.online(path)
-            case "add":
-                await self.add(other or "", path)
-            case "remove":
-                await self.remove(path)
-            case "replace":
-                await self.replace(path, other)
-            case _:
-                raise AssertionError(action)
 
     def status(self, volume: Volume) -> list[dict[str, Any]]:
         """The facets of a volume, as in the status."""

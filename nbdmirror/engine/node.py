@@ -20,6 +20,7 @@ from nbdmirror.engine.doubt import mark_doubtful
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.group import Group
@@ -73,6 +74,7 @@ class Node:
         self.secondary: Secondary | None = None
         self.restorer: Restorer | None = None
         self.facets: Facets | None = None
+        self._facet_commands: FacetCommands | None = None
         self.exports: ExportServer | None = None
         self._started_at = 0.0
         self._access = {volume.name: volume.access for volume in config.volumes}
@@ -177,6 +179,7 @@ class Node:
         active.safe_seq = self._safe_seq
         active.make_safe = self._make_safe
         self.facets = Facets(group, self.store, self.events, self.env.disk, config.state_dir)
+        self._facet_commands = FacetCommands(self.facets, self.env.disk)
         await mark_doubtful(self.store, self.primary.remotes, self.facets, recovered, active)
         await active.settle()
         state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
@@ -470,30 +473,25 @@ class Node:
 
     async def facet(self, action: str, path: str, other: str | None = None) -> list[dict[str, Any]]:
         """One of the commands on local facets; returns all facets as in the status."""
-        await self._need_facets().command(action, path, other)
+        await self._need_facets().do(action, path, other)
         return self.facet_list()
 
     def facet_list(self) -> list[dict[str, Any]]:
         """The local facets, as in the status, each with its volume."""
-        facets = self._need_facets()
-        return [
-            {"volume": volume.name, **entry}
-            for volume in self.volumes
-            for entry in facets.status(volume)
-        ]
+        return self._need_facets().entries()
 
     async def log_replace(self, path: str) -> dict[str, Any]:
         """Moves the log to a new file, or brings it back to a disk."""
         self._need_primary()
         return await self.logkeeper.replace(path)
 
-    def _need_facets(self) -> Facets:
-        if self.facets is None:
+    def _need_facets(self) -> FacetCommands:
+        if self._facet_commands is None:
             raise Refused(
                 f"{self.config.node} is a secondary: its facets follow its log",
                 hint="run this on the primary",
             )
-        return self.facets
+        return self._facet_commands
 
     async def remote_remove(self, name: str) -> None:
         """Forgets a remote."""

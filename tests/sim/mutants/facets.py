@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from nbdmirror.engine import doubt, node, recovery, remoteread
+from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
@@ -44,16 +45,16 @@ def _(assign: Assign) -> None:
     ),
 )
 def _(assign: Assign) -> None:
-    async def settle(self: Facets, member: Member) -> bool:
-        await self._end(member)
+    async def settle(self: FacetCommands, member: Member) -> bool:
+        await self._facets.end(member)
         return not member.facet.writable
 
-    assign(Facets, "_settle", settle)
+    assign(FacetCommands, "_settle", settle)
 
 
 @mutant("M8 a facet gets another file while it comes back from the log", run=HURRIED)
 def _(assign: Assign) -> None:
-    assign(Facets, "_end", nothing)
+    assign(Facets, "end", nothing)
 
 
 @mutant("M6 a facet is trusted before it has all that it lacks")
