@@ -22,31 +22,26 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from os import fdatasync, pread, preadv, pwrite, pwritev
+from os import fdatasync, pread, pwrite, pwritev
 from typing import ParamSpec, TypeVar
 
 from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
+from nbdmirror.edge.scatterpure import write_all
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.ports import Buffer
 
 if batch.COMPILED:
-    from nbdmirror.edge._scatter import pwrite_places
+    from nbdmirror.edge._scatter import pread_cached, pwrite_places
 else:
-
-    def pwrite_places(fd: int, block: Buffer, places: bytes, volume: int, /) -> None:
-        """What ``_scatter.c`` does."""
-        for offset, data in batch.pieces(block, places, volume):
-            _write_all(fd, offset, data)
-
+    from nbdmirror.edge.scatterpure import pread_cached, pwrite_places
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 THREADS_MAX = 32  # of each kind; they start one by one, when they are needed
 IOV_MAX = 1024  # parts that Linux takes in one vectored call
-NOWAIT = os.RWF_NOWAIT
 CLOSED_FD = (1 << 31) - 1  # no descriptor: every system call answers EBADF
 BLKGETSIZE64 = 0x80081272
 FS_IOC_GETVERSION = 0x80087601
@@ -94,23 +89,12 @@ def _hash_all(fd: int, offset: int, length: int, step: int, key: bytes) -> bytes
     )
 
 
-def _write_all(fd: int, offset: int, data: Buffer) -> None:
-    """Writes everything; a write that makes no progress is a full device (ENOSPC)."""
-    view = memoryview(data)
-    while view:
-        count = pwrite(fd, view, offset)
-        if count == 0:
-            raise OSError(errno.ENOSPC, "the device took no more bytes")
-        view = view[count:]
-        offset += count
-
-
 def _write_zeros(fd: int, offset: int, length: int) -> None:
     view = memoryview(ZEROS)
     end = offset + length
     while offset < end:
         count = min(MIB, end - offset)
-        _write_all(fd, offset, view[:count])
+        write_all(fd, offset, view[:count])
         offset += count
 
 
@@ -200,9 +184,8 @@ class LinuxFile:
         """
         if not self._nowait:
             return None
-        buffer = bytearray(length)
         try:
-            count = preadv(self._fd, (buffer,), offset, NOWAIT)
+            data = pread_cached(self._fd, length, offset)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -210,8 +193,10 @@ class LinuxFile:
                 raise
             self._nowait = False
             return None
-        if count == length or offset + count >= self.size():
-            return bytes(buffer)
+        if len(data) == length:
+            return data
+        if offset + len(data) >= self.size():
+            return data + bytes(length - len(data))
         return None
 
     async def read(self, offset: int, length: int) -> bytes:
@@ -232,7 +217,7 @@ class LinuxFile:
         """Writes all of ``data`` into the page cache; OSError if not all of it fits."""
         count = pwrite(self._fd, data, offset)
         if count != len(data):
-            _write_all(self._fd, offset + count, memoryview(data)[count:])
+            write_all(self._fd, offset + count, memoryview(data)[count:])
 
     def pwritev(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Writes the parts one behind the other, IOV_MAX of them in a system call."""
@@ -244,7 +229,7 @@ class LinuxFile:
             return
         count = pwritev(self._fd, parts, offset)
         if count != sum(map(len, parts)):
-            _write_all(self._fd, offset + count, memoryview(b"".join(parts))[count:])
+            write_all(self._fd, offset + count, memoryview(b"".join(parts))[count:])
 
     def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
         """Writes pieces of ``block`` to their places (``codec.batch``), one after the other."""
@@ -252,7 +237,7 @@ class LinuxFile:
 
     async def write(self, offset: int, data: Buffer) -> None:
         """As ``pwrite``, in a thread; ``data`` must not change until it returns."""
-        await self._offload(self._disk.io_threads, _write_all, self._fd, offset, data)
+        await self._offload(self._disk.io_threads, write_all, self._fd, offset, data)
 
     async def sync(self) -> None:
         """fdatasync in a thread; a failure is final for this object (O16)."""
@@ -376,7 +361,7 @@ class ScatteredFile(LinuxFile):
             self._let_go(offset >> STRETCH_SHIFT)
         count = pwrite(self._fd, data, offset)
         if count != len(data):
-            _write_all(self._fd, offset + count, memoryview(data)[count:])
+            write_all(self._fd, offset + count, memoryview(data)[count:])
 
     def pwrite_places(self, block: Buffer, places: bytes, volume: int) -> None:
         """As ``LinuxFile.pwrite_places``."""

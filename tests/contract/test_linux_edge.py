@@ -14,11 +14,13 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from nbdmirror.codec.batchpure import PLACE
 from nbdmirror.config import KIB, MIB
-from nbdmirror.edge import files
+from nbdmirror.edge import _scatter, files, scatterpure
 from nbdmirror.edge.clock import LinuxClock
 from nbdmirror.edge.files import LinuxDisk
 from nbdmirror.edge.net import LinuxNetwork
@@ -89,12 +91,12 @@ def test_clearing_falls_back_to_writing_zeros(
 def test_try_pread_gives_up_where_it_is_not_offered(
     disk: LinuxDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(*_args: object) -> int:
+    def unsupported(*_args: object) -> bytes:
         raise OSError(errno.EOPNOTSUPP, "no")
 
     file = disk.open(f"{tmp_path}/file", create=True)
     file.pwrite(0, b"data")
-    monkeypatch.setattr(files, "preadv", unsupported)
+    monkeypatch.setattr(files, "pread_cached", unsupported)
     assert file.try_pread(0, 4) is None
     monkeypatch.undo()
     assert file.try_pread(0, 4) is None, "remembered"
@@ -107,10 +109,43 @@ def test_try_pread_wants_all_of_it(
     """The kernel answers with the part that is in memory: that is not yet an answer."""
     file = disk.open(f"{tmp_path}/file", create=True)
     file.pwrite(0, b"d" * 8192)
-    monkeypatch.setattr(files, "preadv", lambda *_args: 4096)
+    monkeypatch.setattr(files, "pread_cached", lambda *_args: b"d" * 4096)
     assert file.try_pread(0, 8192) is None
     assert file.try_pread(4096, 8192) is not None, "that was all up to the end"
     file.close()
+
+
+FORMS = [scatterpure, _scatter]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "compiled"])
+def test_both_forms_read_what_is_cached(form: ModuleType, tmp_path: Path) -> None:
+    """X4: whole, short at the end, nothing behind it, and an error with its number."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 64)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        assert form.pread_cached(fd, 8192, 256) == bytes(range(256)) * 32
+        assert form.pread_cached(fd, 8192, 63 * 256) == bytes(range(256))
+        assert form.pread_cached(fd, 8192, 64 * 256) == b""
+        assert form.pread_cached(fd, 0, 0) == b""
+    finally:
+        os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        form.pread_cached(fd, 1, 0)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "compiled"])
+def test_both_forms_write_to_places(form: ModuleType, tmp_path: Path) -> None:
+    """Those of one volume only."""
+    path = tmp_path / "file"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        places = [(0, 0, 4, 7), (8, 4, 2, 7), (4, 4, 4, 6)]
+        form.pwrite_places(fd, b"abcdefgh", b"".join(PLACE.pack(*one) for one in places), 7)
+    finally:
+        os.close(fd)
+    assert path.read_bytes() == b"abcd" + bytes(4) + b"ef"
 
 
 def test_a_directory_is_synced_once_for_all_who_ask_together(
