@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from os import pwrite
 
 from nbdmirror.codec import batch
 from nbdmirror.ports import Buffer
@@ -13,7 +14,7 @@ def write_all(fd: int, offset: int, data: Buffer) -> None:
     """Writes everything; a write that makes no progress is a full device (ENOSPC)."""
     view = memoryview(data)
     while view:
-        count = os.pwrite(fd, view, offset)
+        count = pwrite(fd, view, offset)
         if count == 0:
             raise OSError(errno.ENOSPC, "the device took no more bytes")
         view = view[count:]

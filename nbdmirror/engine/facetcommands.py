@@ -61,13 +61,15 @@ class FacetCommands:
                 f"{path} is the last facet of volume {volume.name}",
                 hint="bring another into service first: nbdmirror facet online, or facet add",
             )
+        with _in_hand(member):
+            if facet.in_service:
+                try:
+                    await facet.sync()
+                except DiskFailed:
+                    await facets.lost(volume, facet)
+            await facets.end(member)  # an attempt to return: the loss began one
+        # Both or neither, whenever somebody saves.
         member.saved["offline"] = True
-        await facets.end(member)
-        if facet.in_service:
-            try:
-                await facet.sync()
-            except DiskFailed:
-                await facets.lost(volume, facet)
         if facet.writable:
             facets.take_out(member, "by a person")
         await facets.store.save()
@@ -78,10 +80,11 @@ class FacetCommands:
     async def _online(self, path: str) -> None:
         """Brings a facet back: only what it lacks is copied (M8)."""
         member = self._facets.member(path)
-        if member.facet.in_service or member.facet.writable or not await self._settle(member):
+        if not member.facet.writable and await self._settle(member):
+            with _in_hand(member):
+                await self._facets.attach(member)
+        if member.facet.in_service:
             return
-        with _in_hand(member):
-            await self._facets.attach(member)
         member.saved.update(offline=False, why=None)
         await self._facets.store.save()
         self._facets.serve(member, pause=0.0)

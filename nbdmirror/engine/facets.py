@@ -224,8 +224,8 @@ class Facets:
 
     async def end(self, member: Member) -> None:
         """Ends an attempt to return, if there is one."""
-        task, member.task = member.task, None
-        if task is not None:
+        while (task := member.task) is not None:
+            member.task = None
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
@@ -253,7 +253,7 @@ class Facets:
 
     def serve(self, member: Member, pause: float) -> None:
         """Begins to bring it back, after a pause in seconds, unless that goes on already."""
-        if member.task is None or member.task.done():
+        if not member.facet.in_service and (member.task is None or member.task.done()):
             member.task = asyncio.ensure_future(self._guard(member, pause))
 
     async def _guard(self, member: Member, pause: float) -> None:

@@ -56,13 +56,15 @@ def test_short_writes_go_on_and_no_progress_is_enospc(
 ) -> None:
     """Fault 10: the kernel may take a part of a write."""
     file = disk.open(f"{tmp_path}/file", create=True)
-    monkeypatch.setattr(files, "pwrite", lambda fd, data, at: os.pwrite(fd, data[:100], at))
+    for module in (files, scatterpure):
+        monkeypatch.setattr(module, "pwrite", lambda fd, data, at: os.pwrite(fd, data[:100], at))
     monkeypatch.setattr(files, "pwritev", lambda fd, parts, at: os.pwrite(fd, parts[0], at))
     file.pwrite(3, b"a" * 1234)
     file.pwritev(2000, [b"b" * 10, b"c" * 20, b"d" * 300])
     assert file.pread(3, 1234) == b"a" * 1234
     assert file.pread(2000, 330) == b"b" * 10 + b"c" * 20 + b"d" * 300
-    monkeypatch.setattr(files, "pwrite", lambda fd, data, at: 0)
+    for module in (files, scatterpure):
+        monkeypatch.setattr(module, "pwrite", lambda fd, data, at: 0)
     with pytest.raises(OSError) as caught:
         file.pwrite(0, b"e")
     assert caught.value.errno == errno.ENOSPC

@@ -11,7 +11,7 @@ from nbdmirror.engine.access import Client, Rules
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.methods import METHODS
 from nbdmirror.errors import UsageError
-from tests.unit.test_snapshots import Primary, primary
+from tests.unit.primary import Primary, primary
 
 READING = {
     "status", "wait", "events", "remote.list", "facet.list", "snapshot.list", "snapshot.diff",
