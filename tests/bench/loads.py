@@ -68,7 +68,8 @@ class Sample:
 
     ``replicated`` is requests per second of load and drain together: what the copy keeps up with.
     ``written_per_byte``: what all processes together put into the page cache of disks, for each
-    byte that clients wrote.
+    byte that clients wrote; the kernel counts the whole folio that a write is in, so one with a
+    flush behind each small write counts hundreds of times what the disk is given.
     """
 
     iops: float
