@@ -182,15 +182,17 @@ class Node:
         self._facet_commands = FacetCommands(self.facets, self.env.disk)
         await mark_doubtful(self.store, self.primary.remotes, self.facets, recovered, active)
         await active.settle()
+        # From here on a facet that fails goes out of service; who stands in for it goes on.
+        self.rescue = Rescue(self.volumes, self.primary.remotes, self.events, self.facets.lost)
+        group.goes_on, group.in_reach = self.rescue.goes_on, self.rescue.in_reach
+        group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
+        self.housekeeper.facets, self.housekeeper.rescue = self.facets, self.rescue
         state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
         state["durable_seq"] = self.log.durable_seq
         state["log_spill"] = await may_spill(config, self.housekeeper, self.volumes, state)
         # The new epoch is durable before the first append (O10).
         await self.store.save()
         group.need_space = self.housekeeper.need_space
-        group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
-        self.housekeeper.facets = self.facets
-        self.rescue = Rescue(self.volumes, self.primary.remotes, self.events, self.facets.lost)
         keeper = self.logkeeper = LogKeeper(
             self.log,
             config.log.size,
@@ -202,8 +204,6 @@ class Node:
         )
         keeper.on_failed = self._fail
         self.log.on_failed, group.log_back = keeper.lost, keeper.back
-        group.goes_on, group.in_reach = self.rescue.goes_on, self.rescue.in_reach
-        self.housekeeper.rescue = self.rescue
         group.on_failed = self._fail
         group.on_pressure = self.housekeeper.kick
         keeper.begin()

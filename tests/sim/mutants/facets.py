@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from nbdmirror.engine import doubt, node, recovery, remoteread
+from nbdmirror.config import Config
+from nbdmirror.engine import doubt, node, recovery, remoteread, spill
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import Member
@@ -21,7 +23,7 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
-from tests.sim.mutants.plays import HURRIED, LAST_OF_TWO, STOOD_IN_AHEAD
+from tests.sim.mutants.plays import FAILED_AT_START, HURRIED, LAST_OF_TWO, STOOD_IN_AHEAD
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 
 
@@ -50,6 +52,24 @@ def _(assign: Assign) -> None:
         return not member.facet.writable
 
     assign(FacetCommands, "_settle", settle)
+
+
+@mutant("M12 a facet that fails as the node starts ends it", run=FAILED_AT_START)
+def _(assign: Assign) -> None:
+    original = spill.may_spill
+
+    async def may_spill(config: Config, housekeeper: Housekeeper, *args: Any) -> bool:
+        lost, housekeeper.facet_lost = housekeeper.facet_lost, ends
+        try:
+            return await original(config, housekeeper, *args)
+        finally:
+            housekeeper.facet_lost = lost
+
+    async def ends(volume: Volume, facet: LocalFacet) -> None:
+        assert facet.failed is not None
+        raise facet.failed
+
+    assign(node, "may_spill", may_spill)
 
 
 @mutant("M8 a facet gets another file while it comes back from the log", run=HURRIED)

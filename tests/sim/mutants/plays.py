@@ -116,6 +116,33 @@ async def _filled_twice(s: Script) -> None:
     await s.in_sync()
 
 
+async def _failed_at_start(s: Script) -> None:
+    """A log that was on disk for want of a facet is to be in memory again, and the process died. So
+    the start syncs what it redid, and one of two facets cannot be. The node goes on with the other,
+    and says so durably."""
+    world, a = s.world, s.world.a
+    for path in ("/facets/v1.0", "/facets/v1.1"):
+        s.spoil(path)
+    await s.write(1, 0)
+    await s.until(lambda node: bool(node.status()["log"]["spill"]["on_disk"]))
+    await s.write(0, 0, count=BLOCK)
+    s.kill(a)
+    for path in ("/facets/v1.0", "/facets/v1.1"):
+        s.mend(path)
+    a.disk.faults = _strikes("sync", "/facets/v0.1", Fault(Kind.LOSE), lambda: None)
+    await world.start(a)
+    a.disk.faults = None
+    await s.up(a)
+    node = await s.primary()
+    if len(node.volumes[0].in_service()) != 1:
+        raise Violation("the start did not come by the facet")
+    await s.write(0, 0, fua=True)
+    world.power_cut(a, AllLost())
+    await world.start(a)
+    await s.facets_back()
+    await s.in_sync()
+
+
 async def _hurried(s: Script) -> None:
     """The only facet of a volume is lost, and the log that it would come back from is full, so it
     comes back from it at once. In the middle of that somebody puts another disk in its place."""
@@ -488,6 +515,7 @@ async def _only_in_the_cache(s: Script) -> None:
 
 PUNCHED = directed(_punched)
 CONSISTENT_AND_DEAD = directed(_consistent_and_dead)
+FAILED_AT_START = directed(_failed_at_start, spill=8 * KIB, facets=2, last_facet=True)
 HURRIED = directed(_hurried, last_facet=True)
 FILLED_TWICE = directed(_filled_twice)
 OUTLIVED = directed(_outlived)
