@@ -67,8 +67,9 @@ guest: setup
 	POWER_CUTS=$(CUTS) POSTGRESQL=1 $(PYTEST) tests/guest
 
 # Long, and for an idle machine; each part can be run by itself, and says in its docstring what it is.
-BENCHES := resync snapshots remotes tails recovery tls hostile scale facets commits
+BENCHES := resync snapshots remotes tails recovery tls hostile scale facets commits ways
 bench: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python -m tests.bench --all
 	for part in $(BENCHES); do $(BIN)/python -m tests.bench.$$part || exit 1; done
 
