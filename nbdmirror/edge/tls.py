@@ -212,7 +212,8 @@ class NbdTls:
             )
         except (OSError, ssl.SSLError) as error:
             raise ConnectionError(word(error)) from error
-        assert secured is not None
+        if secured is None or secured.get_extra_info("ssl_object") is None:
+            raise ConnectionError("hung up")  # aborted here, which is no error to the loop
         identity = Identity(secured)
         if not identity.pinned(self._pins):
             secured.abort()

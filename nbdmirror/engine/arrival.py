@@ -53,6 +53,7 @@ class Arrival:
     def _too_slow(self) -> None:
         seconds = self._server.limits.handshake_seconds
         self.refused(f"too slow: no export was chosen within {seconds:g} s")
+        self.leave()
         self._end()
 
     def refused(self, why: str) -> None:
@@ -87,12 +88,14 @@ class Arrival:
         protocol: asyncio.BufferedProtocol,
         secured: Callable[[asyncio.Transport], None],
     ) -> None:
-        assert self.tls is not None
+        assert self.tls is not None and self._guest is not None
         try:
             transport, names = await self.tls.secure(plain, protocol)
         except OSError as error:
-            self.refused(f"tls: {error}")
+            if self._guest.inside:  # else it was sent away, and that was told
+                self.refused(f"tls: {error}")
             plain.abort()
+            protocol.connection_lost(error)  # which TLS does not tell where it had not begun
             return
         self.client = replace(self.client, names=names)
         secured(transport)

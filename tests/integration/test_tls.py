@@ -228,6 +228,24 @@ def test_a_stalled_tls_handshake_has_a_deadline(served: Cluster, authority: Auth
         assert client.hung_up()
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_who_goes_in_the_middle_of_a_tls_handshake_is_gone(served: Cluster, reset: bool) -> None:
+    """Fault 36, I6: nothing is kept of it, however it went."""
+    for _ in range(5):
+        with raw(served) as client:
+            assert client.replies(STARTTLS)[0].kind == REP_ACK
+            client.send(b"\x16\x03\x01")  # the first bytes of a hello
+            if reset:
+                client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, *bytes(7)]))
+    connections = served.primary.status()["connections"]["nbd"]
+    wait_until(
+        "all are gone",
+        lambda: served.primary.status()["connections"]["nbd"]["open"] == 0,
+    )
+    assert connections["evicted"] == 0
+    wait_until("it is told", lambda: any("hung up" in why for why in refusals(served)))
+
+
 def test_certificates_are_reloaded(
     make_cluster: MakeCluster, authority: Authority, stranger: Authority, tmp_path: Path
 ) -> None:
