@@ -191,7 +191,10 @@ class ControlConnection(asyncio.BufferedProtocol):
             await self._send(encode_result(request_id, result))
         if method.stream is not None:
             self._begin_waiting()
-            await method.stream(call, result)
+            try:
+                await method.stream(call, result)
+            finally:
+                self._waiting = False
 
     async def _run(self, name: str, method: Method, call: Call) -> Any:
         """The result of a call; a defect in the node is reported and becomes an error as well."""

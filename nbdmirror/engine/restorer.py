@@ -36,6 +36,8 @@ class Restorer:
         self._snapshots = node.snapshots
         self._store = node.store
         self._running: list[VolumeRestore] = []
+        self._maps: list[DcmFile] = []
+        """Of what is left to copy; all that may be open."""
         self._task: asyncio.Task[None] | None = None
 
     # -- after a restart -----------------------------------------------------------------------
@@ -81,7 +83,9 @@ class Restorer:
     def _map(self, index: int) -> DcmFile:
         volume = self._snapshots.volumes[index]
         path = f"{self._node.config.state_dir}/restore/{volume.name}"
-        return DcmFile(self._node.env.disk, path, volume.regions, volume.region_size)
+        left = DcmFile(self._node.env.disk, path, volume.regions, volume.region_size)
+        self._maps.append(left)
+        return left
 
     def _volume_restore(self, index: int, members: list[Member], left: DcmFile) -> VolumeRestore:
         chain = self._snapshots.chains[index]
@@ -302,6 +306,8 @@ class Restorer:
                 remote.verify_wanted.set()  # it waited for this
 
     def _release(self) -> None:
+        """A restore is through, or did not begin: then the next one is to open its maps."""
+        self.close()
         self._snapshots.release_restore()
         if self._node.secondary is not None:
             self._node.secondary.detached = False
@@ -314,8 +320,9 @@ class Restorer:
 
     def close(self) -> None:
         """Closes the maps."""
-        for one in self._running:
-            one.left.close()
+        for left in self._maps:
+            left.close()
+        self._maps.clear()
 
     def status(self) -> dict[str, Any] | None:
         """The ``restore`` object of the status: progress of the copy behind; None if none runs."""

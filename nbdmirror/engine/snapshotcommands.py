@@ -144,11 +144,15 @@ class SnapshotCommands:
 
     def list(self) -> builtins.list[dict[str, Any]]:
         """Every snapshot, oldest first, with both maps' counts. Costs the maps, not the volumes."""
-        return [self._describe(entry) for entry in self._snapshots.entries]
+        return [self._describe(entry) for entry in self._taken()]
 
     def brief(self) -> builtins.list[dict[str, Any]]:
         """As in the status: without the counts that take a look at the maps (I7)."""
-        return [self._facts(entry) for entry in self._snapshots.entries]
+        return [self._facts(entry) for entry in self._taken()]
+
+    def _taken(self) -> builtins.list[Entry]:
+        """Not those that are planned: they hold nothing yet."""
+        return [entry for entry in self._snapshots.entries if entry["seq"] is not None]
 
     def _facts(self, entry: Entry) -> dict[str, Any]:
         volumes = self._snapshots.volumes

@@ -105,7 +105,7 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
         volumes=[bytes(await v.read(0, v.size)) if v.in_service() else None for v in node.volumes],
-        pending=records(disk, node),
+        pending=records(disk.clone(seed), node),
         node=node,
         snapshots=await read_all(node),
     )

@@ -77,6 +77,10 @@ class SimDisk:
         self._names: dict[str, Inode] = {}
         self._durable_names: dict[str, Inode] = {}
         self._unsynced_names: list[NameChange] = []
+        self.exclusive = False
+        """A file that is open for writing cannot be opened so once more, as it is on a host."""
+        self._writers: dict[int, SimFile] = {}
+        """Who opened a file for writing last, by inode."""
 
     # What the world does to it.
 
@@ -177,7 +181,19 @@ class SimDisk:
             raise OSError(errno.EISDIR, "simulated: a directory", path)
         if path not in self._names:
             raise _missing(path)
-        return SimFile(self, path, self._names[path], read_only)
+        inode = self._names[path]
+        if self.exclusive and not (read_only or inode.block_device):
+            self._claim(inode, path)
+        file = SimFile(self, path, inode, read_only)
+        if not read_only:
+            self._writers[inode.serial] = file
+        return file
+
+    def _claim(self, inode: Inode, path: str) -> None:
+        """As every opening for writing does against all others."""
+        holder = self._writers.get(inode.serial)
+        if holder is not None and holder.holds():
+            raise BlockingIOError(errno.EAGAIN, "simulated: in use by another node", path)
 
     def list(self, directory: str) -> list[str]:
         INCARNATION.get().check()

@@ -12,7 +12,7 @@ from nbdmirror.ports import Buffer
 from tests.sim.faults import Fault, Kind
 from tests.sim.image import SECTOR, Change
 from tests.sim.inode import Inode
-from tests.sim.loop import INCARNATION, NodeDead
+from tests.sim.loop import INCARNATION, WORLD, NodeDead
 
 if TYPE_CHECKING:
     from tests.sim.disk import SimDisk
@@ -125,6 +125,11 @@ class SimFile:
 
     def close(self) -> None:
         self._open = False
+
+    def holds(self) -> bool:
+        """Whether it is open in a node that lives."""
+        living = self._life.alive and self._life is not WORLD
+        return self._open and living and self._boot == self._disk.boots
 
     # What all of them share.
 

@@ -56,6 +56,7 @@ class Host:
         self.disk = SimDisk(
             self.name, f"{self.world.seed}:{self.replaced}", timing=self.world.options.timing
         )
+        self.disk.exclusive = True
         self.clock = SimClock(self.world.loop, self.disk)
 
     @property

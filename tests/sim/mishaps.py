@@ -374,7 +374,7 @@ class Faults:
 
     async def _new_disk(self, host: Host, path: str) -> None:
         """What a person puts in may hold anything."""
-        size = host.disk.open(path).size()
+        size = host.disk.open(path, read_only=True).size()
         host.disk.broken.discard(path)
         host.disk.unlink(path)
         if self._random.random() < 0.5:
@@ -383,6 +383,7 @@ class Faults:
                 file.pwrite(0, b"\xff" * size)
                 await file.sync()
                 await host.disk.sync_directory(path.rpartition("/")[0])
+            file.close()
 
     async def _admin(self, kind: str) -> None:
         world, rng = self._world, self._random

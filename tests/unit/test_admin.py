@@ -369,6 +369,26 @@ def test_a_change_is_carried_out_though_the_client_hangs_up(path: Path) -> None:
     assert run_session(path, session) == []
 
 
+def test_a_change_is_carried_out_that_follows_a_stream_which_has_ended(path: Path) -> None:
+    async def session(node: FakeNode, reader: Any, writer: Any) -> None:
+        node.resync_gate = asyncio.Event()
+        send(writer, "events", 1, follow=False)
+        send(writer, "resync", 2, remote="beta")  # sent ahead
+        while not node.calls:
+            await asyncio.sleep(0)
+        writer.close()
+        # By the time that somebody else is answered the end of this connection was seen.
+        others_reader, other = await asyncio.open_unix_connection(str(path))
+        await ask(others_reader, other, "status")
+        other.close()
+        node.resync_gate.set()
+        page = await node.events.follow(0)
+        assert page.events[0]["error"] is None
+        assert node.calls[-1] == ("resync done", "beta", False)
+
+    assert run_session(path, session) == []
+
+
 def test_a_client_that_only_sends_is_answered(path: Path) -> None:
     async def session(node: FakeNode, reader: Any, writer: Any) -> None:
         send(writer, "status", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 
 import pytest
 
@@ -11,10 +12,10 @@ from nbdmirror.config import (
     SnapshotConfig,
 )
 from nbdmirror.engine.volume import Change
-from nbdmirror.errors import Refused, VolumeFailed
+from nbdmirror.errors import DiskFailed, Refused, VolumeFailed
 from tests.sim.faults import AllLost, Fault
 from tests.unit.primary import REGION, REGIONS, Cut, Primary, primary
-from tests.unit.world import make_disk, run
+from tests.unit.world import fail, make_disk, run
 
 
 def test_a_restore_is_complete_at_once_and_its_copy_survives_any_cut() -> None:
@@ -54,6 +55,24 @@ def test_a_restore_is_complete_at_once_and_its_copy_survives_any_cut() -> None:
         assert [data[region * REGION] for region in range(REGIONS)] == wanted
         await world.node.people.restore(done["undo"][:8], None, False, False, False)
         assert await world.volume_fills() == before
+
+    primary(test)
+
+
+def test_a_restore_that_could_not_begin_begins_when_the_disk_is_mended() -> None:
+    """V12: it leaves nothing open that the next one needs."""
+
+    async def test(world: Primary) -> None:
+        world.disk.exclusive = True
+        await world.write(0, 1)
+        await world.take()
+        await world.write(0, 2)
+        world.disk.faults = fail("pwrite", path="/state/restore/v", number=errno.ENOSPC)
+        with pytest.raises(DiskFailed, match="No space left"):
+            await world.node.people.restore("1", None, False, True, False)
+        world.disk.faults = None
+        await world.node.people.restore("1", None, False, True, False)
+        assert (await world.volume_fills())[0] == 1
 
     primary(test)
 

@@ -62,6 +62,21 @@ def test_one_whose_taking_is_cancelled_keeps_what_it_needs_or_is_gone(cut: bool)
     primary(test)
 
 
+def test_one_that_is_being_taken_is_not_in_the_list_yet() -> None:
+    """X4: nor does it keep the others from being listed."""
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        taking = asyncio.ensure_future(world.take())
+        while len(world.node.snapshots.entries) < 2:
+            await asyncio.sleep(0.000_01)
+        assert len(world.node.people.list()) == len(world.node.people.brief()) == 1
+        await taking
+        assert len(world.node.people.list()) == len(world.node.people.brief()) == 2
+
+    primary(test)
+
+
 def test_one_write_copies_once_however_many_snapshots_there_are() -> None:
     """The chain."""
 
