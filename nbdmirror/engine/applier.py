@@ -82,19 +82,24 @@ class Applier:
     async def run(self) -> None:
         """Applies for ever; OSError from a facet ends it."""
         while True:
-            until = self._due()
-            if self.applied_seq >= until:
+            if self.applied_seq >= self._due():
                 await self._wait()
                 continue
-            if self.bounded:
-                self.settings["limit"] = until
-                await self._store.save()
             async with self.lock:
-                # Another may have applied it, or emptied the log, in the meantime.
-                if self.applied_seq < min(until, self._log.durable_seq):
-                    await self._apply_until(until)
+                await self._apply_some()
             if self.applied_seq >= self._due():
                 await self.caught_up()
+
+    async def _apply_some(self) -> None:
+        """Applies some of what is due in the step in which the lock is had: whoever held it before
+        may have applied that, emptied the log, or frozen it."""
+        until = self._due()
+        if self.applied_seq >= until:
+            return
+        if self.bounded:
+            self.settings["limit"] = until
+            await self._store.save()
+        await self._apply_until(until)
 
     def _due(self) -> int:
         """The last record that may be applied now."""
@@ -189,13 +194,18 @@ class Applier:
             if self.settings["limit"] is not None and self.settings["limit"] < last:
                 self.settings["limit"] = last
                 await self._store.save()
-            while self.applied_seq < last:
-                await self._apply_until(last)
+            await self._apply_all(last)
 
     async def settle(self) -> None:
-        """Clean stop: applies what may be applied; what is held back stays in the log."""
-        if not self.bounded:
-            await self.drain()
+        """Clean stop: applies what may be applied; what is held back stays in the log. The next
+        start redoes nothing, so it is all up to the bound, which may have moved just before."""
+        async with self.lock:
+            last, limit = self._log.next_seq - 1, self.settings["limit"]
+            await self._apply_all(last if limit is None else min(limit, last))
+
+    async def _apply_all(self, until: int) -> None:
+        while self.applied_seq < until:
+            await self._apply_until(until)
 
     def reset(self, seq: int) -> None:
         """The log was emptied, to go on with ``seq``; everything before it is applied."""

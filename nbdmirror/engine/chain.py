@@ -61,6 +61,8 @@ class Chain:
         """Whether so many bytes more are within the limit."""
         self._wanted: dict[int, asyncio.Future[None]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._moving = asyncio.Lock()
+        """Held while regions move from one layer to the one before: neither of them leaves."""
 
     # -- the guard of the data path --------------------------------------------------------------
 
@@ -145,6 +147,8 @@ class Chain:
                     if self._awaits_facet(region):
                         raise
                     unreadable.append(region)  # as it is for who reads the volume
+            if not self.members or self.members[-1].layer is not newest:
+                continue  # it has left meanwhile, or is not the newest any more
             try:
                 await newest.keep(contents, unreadable)
                 return
@@ -203,32 +207,29 @@ class Chain:
     async def read_region(self, uuid: str, region: int, start: int, end: int) -> Buffer:
         """Bytes start..end of a region of a snapshot; VolumeFailed if they cannot be had."""
         while True:
-            index = self.index(uuid)
-            member = self.members[index]
-            source: LayerFile | None = None
-            if member.own is not None and member.own.map.kept.is_marked(region):
-                source = member.own
-            else:
-                at = layers.holder([m.layer.map for m in self.members], index, region)
-                source = None if at is None else self.members[at].layer
+            source = self._source(uuid, region)
             if source is not None:
                 try:
                     return memoryview(await source.read(region))[start:end]
                 except (FormatError, OSError) as error:
-                    if self._moved(uuid, source):
-                        continue  # it was merged away while it was read
+                    if self._source(uuid, region) is not source:
+                        continue  # it was moved from there while it was read
                     raise VolumeFailed(f"snapshot {uuid}: {error}", number=5) from error
             offset = region * self.volume.region_size
             await self.volume.wait_landed(offset, self.volume.region_size)
             data = await self.volume.read_below(offset + start, end - start)
             # Kept meanwhile: what was read may be newer. The keeping precedes any change.
-            index = self.index(uuid)
-            if layers.holder([m.layer.map for m in self.members], index, region) is None:
+            if self._source(uuid, region) is None:
                 return data
 
-    def _moved(self, uuid: str, source: LayerFile) -> bool:
-        member = self.members[self.index(uuid)]
-        return source is not member.own and all(m.layer is not source for m in self.members)
+    def _source(self, uuid: str, region: int) -> LayerFile | None:
+        """Where a region of a snapshot is; ``None``: in the volume. VolumeFailed if it is gone."""
+        index = self.index(uuid)
+        own = self.members[index].own
+        if own is not None and own.map.kept.is_marked(region):
+            return own
+        at = layers.holder([m.layer.map for m in self.members], index, region)
+        return None if at is None else self.members[at].layer
 
     async def read(self, uuid: str, offset: int, length: int) -> bytes:
         """A range of a snapshot; VolumeFailed if it cannot be had."""
@@ -274,7 +275,7 @@ class Chain:
             self.volume.guard = self
 
     def drop(self, uuid: str) -> Member | None:
-        """Takes a snapshot out of the chain; what older ones need of it must have been merged."""
+        """Takes a snapshot out of the chain, as it is: what older ones need of it goes with it."""
         for member in self.members:
             if member.uuid == uuid:
                 self.members.remove(member)
@@ -283,37 +284,38 @@ class Chain:
                 return member
         return None
 
-    async def merge(self, uuid: str, *, free: bool) -> None:
+    async def leave(self, uuid: str, *, free: bool) -> Member | None:
         """Moves what the snapshot before needs of this one into that one's layer, a few regions at
-        a time. In the step in which it returns nothing is left to move: ``drop`` follows at once.
-        Where the disk is full and ``free`` is given, what nobody will read of this one makes room.
-        OSError as from ``keep``."""
+        a time, and takes it out of the chain in the step in which nothing is left to move; ``None``
+        if it is gone already. Where the disk is full and ``free`` is given, what nobody will read
+        of this one makes room. OSError as from ``keep``."""
         at, count, freeing = 0, MERGE_REGIONS, False
         while True:
-            index = next((i for i, m in enumerate(self.members) if m.uuid == uuid), 0)
-            if index == 0:
-                return  # the oldest, or gone
-            older, deleted = self.members[index - 1].layer, self.members[index].layer
-            regions = layers.orphans(older.map, deleted.map, at, count)
-            if not regions and at == 0:
-                return
-            if not regions:
-                at = 0  # once more from the start: it may have kept some meanwhile
-                continue
-            try:
-                await self._move(deleted, older, regions)
-            except OSError as error:
-                if error.errno not in FULL or not free or (freeing and count == 1):
-                    raise
+            async with self._moving:
+                index = next((i for i, m in enumerate(self.members) if m.uuid == uuid), 0)
+                if index == 0:
+                    return self.drop(uuid)  # the oldest, or gone
+                older, deleted = self.members[index - 1].layer, self.members[index].layer
+                regions = layers.orphans(older.map, deleted.map, at, count)
+                if not regions and at == 0:
+                    return self.drop(uuid)
+                if not regions:
+                    at = 0  # once more from the start: it may have kept some meanwhile
+                    continue
+                try:
+                    await self._move(deleted, older, regions)
+                except OSError as error:
+                    if error.errno not in FULL or not free or (freeing and count == 1):
+                        raise
+                    if freeing:
+                        count //= 2
+                    else:
+                        freeing = True
+                        await deleted.release(layers.shared(older.map, deleted.map))
+                    continue
                 if freeing:
-                    count //= 2
-                else:
-                    freeing = True
-                    await deleted.release(layers.shared(older.map, deleted.map))
-                continue
-            if freeing:
-                await deleted.release((region, 1) for region in regions)
-            at = regions[-1] + 1
+                    await deleted.release((region, 1) for region in regions)
+                at = regions[-1] + 1
 
     @staticmethod
     async def _move(deleted: LayerFile, older: LayerFile, regions: Iterable[int]) -> None:

@@ -105,7 +105,7 @@ class Comparer:
             if self._link.cause is not None:
                 return  # a stale session never writes after a new one
             at = hashes.offset + index * region
-            self._secondary.write_again(hashes.volume, at, min(region, end - at))
+            await self._secondary.write_again(hashes.volume, at, min(region, end - at))
             await asyncio.sleep(0)
 
 

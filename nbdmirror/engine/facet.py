@@ -49,6 +49,10 @@ class LocalFacet:
         """Every record up to here is durable in this facet (O5)."""
         self.pending: dict[int, None] = {}
         """Records being applied off the loop: a sync does not cover them."""
+        self._streams = 0
+        """Of records, that there were: a sync says nothing of one that began after it."""
+        self._clearing: dict[asyncio.Task[None], None] = {}
+        """What a thread is at: ranges that will read as zeros."""
         self.outstanding = 0
         """Reads that wait for the disk."""
         self.next_offset = -1
@@ -93,6 +97,12 @@ class LocalFacet:
             self.writable = False
             self.kept_seq = self.synced_seq
 
+    def restart(self, seq: int) -> None:
+        """All that was written is durable, and the records that follow are counted from ``seq``,
+        though that may be less than what they were."""
+        self.written_seq = self.synced_seq = seq - 1
+        self._streams += 1
+
     def fail(self, what: str, error: OSError) -> DiskFailed:
         """Takes the facet out for good (O16); returns what to raise or report."""
         self.errors += 1
@@ -123,7 +133,7 @@ class LocalFacet:
         self.pending[seq] = None
         try:
             if keep_space:
-                await _to_the_end(self.file.zero(offset, length))
+                await self._clear(self.file.zero(offset, length))
             else:
                 await self.punch(offset, length)
         finally:
@@ -132,7 +142,21 @@ class LocalFacet:
 
     async def punch(self, offset: int, length: int) -> None:
         """The range reads as zeros and gives its space back; OSError if the disk refuses."""
-        await _to_the_end(self.file.punch(offset, length))
+        await self._clear(self.file.punch(offset, length))
+
+    async def _clear(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._clearing[task] = None
+        task.add_done_callback(lambda done: self._clearing.pop(done, None))
+        await _to_the_end(task)
+
+    async def write_again(self, offset: int, length: int) -> None:
+        """Writes what the range holds over itself: what was in the page cache only is then to be
+        synced (O16). Not beside a clearing, which a thread would make between the two: what was
+        cleared would be there again. OSError if the disk refuses."""
+        while self._clearing:
+            await asyncio.wait([*self._clearing])
+        self.pwrite(offset, self.file.pread(offset, length))
 
     def write(self, seq: int, offset: int, payload: Buffer) -> None:
         """Carries the data of record ``seq`` into the facet; OSError if the disk refuses."""
@@ -169,7 +193,7 @@ class LocalFacet:
         if self.failed is not None:
             raise self.failed
         upto = min([self.written_seq, *(seq - 1 for seq in self.pending)])
-        file = self._file
+        file, stream = self._file, self._streams
         if file is None:
             # It left while its turn was waited for, after the others'.
             raise DiskFailed(f"sync of facet {self.path} failed: it was closed")
@@ -179,7 +203,7 @@ class LocalFacet:
             if file is self._file:
                 raise self.fail("sync", error) from error
             raise DiskFailed(f"sync of facet {self.path} failed: it was closed") from error
-        if file is self._file:
+        if file is self._file and stream == self._streams:
             self.synced_seq = max(self.synced_seq, upto)
 
     def close(self) -> None:
@@ -229,10 +253,9 @@ def open_facet(disk: Disk, path: str, size: int) -> File:
     return file
 
 
-async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+async def _to_the_end(task: asyncio.Task[None]) -> None:
     """Awaits what the disk goes on doing though the caller is cancelled: the cancellation waits,
     or a write that follows would be overtaken."""
-    task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:

@@ -95,9 +95,8 @@ class Follower:
 
     def _drop(self, uuid: str | None) -> None:
         known = self._snapshots.entry(uuid) if uuid else None
-        if known is not None and not known.get("deleting"):
-            known["deleting"] = True
-            self._snapshots.spawn(self._snapshots.finish_delete, known)
+        if known is not None:
+            self._snapshots.give_back(known)
 
     def left_out(self, told: Iterable[LeftOut], epoch: int) -> None:
         """A new stream leaves out these marks: what they say of snapshots is followed as far as it
@@ -134,8 +133,7 @@ class Follower:
         for entry in self._snapshots.usable():
             lost = entry["after"] is not None and entry["after"] >= seq
             if entry["kind"] == "user" and lost and entry["uuid"] not in kept:
-                entry["deleting"] = True
-                self._snapshots.spawn(self._snapshots.finish_delete, entry)
+                self._snapshots.give_back(entry)
             entry["after"] = seq - 1
         self._snapshots.store.state["marked_seq"] = seq - 1
 
@@ -143,7 +141,7 @@ class Follower:
         """A secondary is consistent, at ``seq``, and is about to be resynchronised."""
         if not self._snapshots.config.before_resync:
             return
-        former = [e for e in self._snapshots.usable() if e["kind"] == "resync"]
+        former = self.images()
         volumes = range(len(self._snapshots.volumes))
         try:
             await self._snapshots.take_here("resync", volumes, seq, now, protected=True)
@@ -152,11 +150,14 @@ class Follower:
                 "snapshot-failed", why=f"the last consistent image: {error}"
             )
             return
-        for old in former:
-            self._snapshots.spawn(self._snapshots.delete, old)
+        self.release(former)
 
-    def consistent_again(self) -> None:
-        """The secondary is consistent: the image from before the resync is released."""
-        for entry in self._snapshots.usable():
-            if entry["kind"] == "resync" and not entry.get("deleting"):
-                self._snapshots.spawn(self._snapshots.delete, entry)
+    def images(self) -> list[Entry]:
+        """Those from before resyncs."""
+        usable = self._snapshots.usable()
+        return [e for e in usable if e["kind"] == "resync" and not e.get("deleting")]
+
+    def release(self, images: Iterable[Entry]) -> None:
+        """Something later than these images is consistent, durably."""
+        for entry in images:
+            self._snapshots.give_back(entry)

@@ -87,7 +87,7 @@ class Secondary:
         ]
         if (self.store.state["upstream"] or {}).get("consistent"):
             # It may have ended just before; and perhaps no primary comes any more.
-            self.follower.consistent_again()
+            self.follower.release(self.follower.images())
 
     async def stop(self) -> None:
         """Ends the tasks, then commits what is in the log, and applies what may be applied.
@@ -306,7 +306,7 @@ class Secondary:
         is applied and durable, no redo comes by it, and the primary will compare everything.
         ``change`` goes into the superblock in the same save. No primary is let in until
         ``detached`` is taken back. Refused while the link is active."""
-        if self.current is not None:
+        if self.current is not None or self._entered:  # what one began in a thread may yet land
             raise Refused(
                 f"{self.node_name} is connected to its primary: what is restored here would be "
                 "replaced",
@@ -329,7 +329,7 @@ class Secondary:
         self.follower.restarted(seq, left_out)
         for volume in self.volumes:
             for facet in volume.facets:
-                facet.written_seq = facet.synced_seq = seq - 1
+                facet.restart(seq)
         ring = self.log.ring
         self.store.state["tail"] = {"position": ring.tail, "seq": ring.tail_seq}
         self.store.state["durable_seq"] = self.log.durable_seq
@@ -339,9 +339,11 @@ class Secondary:
         self.store.state["upstream"].update(consistent=True, since=seq)
         self.store.state["cache_doubt"] = False
         trust(self.store, self.volumes)
+        # Should the next resync begin before that is durable, it has an image of its own.
+        images = self.follower.images()
         await self.store.save()
         self.events.emit("consistent", seq=seq)
-        self.follower.consistent_again()
+        self.follower.release(images)
 
     # -- facets ------------------------------------------------------------------------------
 
@@ -423,15 +425,14 @@ class Secondary:
                 raise self._read_failed(facet, error) from error
         return found[0] if len(found) == 1 else agreed(found)
 
-    def write_again(self, volume: int, offset: int, length: int) -> None:
-        """Writes what the facets hold over itself, in one step: what was in the page cache only is
-        then to be synced. DiskFailed if the disk refuses."""
-        self._placed += 1
+    async def write_again(self, volume: int, offset: int, length: int) -> None:
+        """Has the facets write what they hold over itself; DiskFailed if the disk refuses."""
         for facet in self.volumes[volume].facets:
             try:
-                facet.pwrite(offset, facet.file.pread(offset, length))
+                await facet.write_again(offset, length)
             except OSError as error:
                 raise self._read_failed(facet, error) from error
+        self._placed += 1
 
     def _read_failed(self, facet: LocalFacet, error: OSError) -> DiskFailed:
         failure = facet.fail("read", error)

@@ -90,6 +90,7 @@ class Snapshots:
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._planned: dict[str, None] = {}
         """In the list, and not durable yet: nobody reads or deletes them."""
+        self._started = False
 
     # -- files -------------------------------------------------------------------------------
 
@@ -204,7 +205,8 @@ class Snapshots:
                 entry["deleting"] = True
 
     def start(self) -> None:
-        """Goes on with deletions that a restart has cut."""
+        """Goes on with deletions that a restart has cut, and those that redo came by."""
+        self._started = True
         for entry in list(self.entries):
             if entry.get("deleting"):
                 self.spawn(self.finish_delete, entry)
@@ -368,6 +370,14 @@ class Snapshots:
 
     # -- dropping ----------------------------------------------------------------------------
 
+    def give_back(self, entry: Entry) -> None:
+        """Deletes a snapshot beside what is done now; after ``start`` only: what saves the
+        superblock in the middle of a recovery saves what that has changed too soon."""
+        if not entry.get("deleting"):
+            entry["deleting"] = True
+            if self._started:
+                self.spawn(self.delete, entry)
+
     async def delete(self, entry: Entry) -> None:
         """Deletes a snapshot; what the one before needs of it moves there first."""
         entry["deleting"] = True
@@ -392,16 +402,16 @@ class Snapshots:
     async def _merge(self, chain: Chain, uuid: str) -> None:
         while True:
             try:
-                await chain.merge(uuid, free=uuid not in self.kept_for_restore)
-                break
+                self._discard(await self._left(chain, uuid))
+                return
             except OSError as error:
                 await self._give_up(chain, error)
-        member = chain.drop(uuid)
-        if member is not None:
-            self._discard(member)
 
-    def _discard(self, member: Member) -> None:
-        if member.uuid in self.kept_for_restore:
+    async def _left(self, chain: Chain, uuid: str) -> Member | None:
+        return await chain.leave(uuid, free=uuid not in self.kept_for_restore)
+
+    def _discard(self, member: Member | None) -> None:
+        if member is None or member.uuid in self.kept_for_restore:
             return  # the restore closes it
         self.spawn(member.layer.discard)
         if member.own is not None:
@@ -453,16 +463,13 @@ class Snapshots:
         await self.store.save()
         for entry in entries:
             for index in entry["volumes"]:
-                chain = self.chains[index]
-                free = entry["uuid"] not in self.kept_for_restore
+                chain, uuid = self.chains[index], entry["uuid"]
                 try:
-                    await chain.merge(entry["uuid"], free=free)
+                    member = await self._left(chain, uuid)
                 except OSError:
-                    older = [m.uuid for m in chain.members[: chain.index(entry["uuid"])]]
-                    await self.lose(older, why)
-                member = chain.drop(entry["uuid"])
-                if member is not None:
-                    self._discard(member)
+                    await self.lose([m.uuid for m in chain.members[: chain.index(uuid)]], why)
+                    member = await self._left(chain, uuid)
+                self._discard(member)
             entry["lost"] = why
         self.prune()
         await self.store.save()

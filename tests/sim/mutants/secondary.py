@@ -22,6 +22,7 @@ from nbdmirror.ports import Buffer
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import CACHED, RESYNCS, TWO_THERE
 from tests.sim.mutants.plays import HOLES_REVERT, LOST_IN_PART, PUNCHED
+from tests.sim.mutants.turns import MOVED_AND_FROZEN, MOVED_AND_STOPPED, SYNCED_BEFORE
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -214,7 +215,7 @@ def _(assign: Assign) -> None:
             if hashes.hashes and not flags[index]:
                 at = hashes.offset + index * region
                 size = min(region, hashes.offset + hashes.length - at)
-                original(self._secondary, hashes.volume, at, size)
+                await original(self._secondary, hashes.volume, at, size)
 
     assign(comparer, "different", different)
     assign(Comparer, "_write_again", write_again)
@@ -242,3 +243,44 @@ def _(assign: Assign) -> None:
 @mutant("M12 another file in the place of a facet is taken for that one", TWO_THERE)
 def _(assign: Assign) -> None:
     assign(recovery, "_distrust", lambda saved, facets: None)
+
+
+@mutant(
+    "V8 a clean stop leaves the facets below the bound of what is applied", run=MOVED_AND_STOPPED
+)
+def _(assign: Assign) -> None:
+    original = Applier.settle
+
+    async def settle(self: Applier) -> None:
+        if not self.bounded:
+            await original(self)
+
+    assign(Applier, "settle", settle)
+
+
+@mutant("V8 what is due is looked at before the lock is had", run=MOVED_AND_FROZEN)
+def _(assign: Assign) -> None:
+    async def run(self: Applier) -> None:
+        while True:
+            until = self._due()
+            if self.applied_seq >= until:
+                await self._wait()
+                continue
+            if self.bounded:
+                self.settings["limit"] = until
+                await self._store.save()
+            async with self.lock:
+                if self.applied_seq < min(until, self._log.durable_seq):
+                    await self._apply_until(until)
+            if self.applied_seq >= self._due():
+                await self.caught_up()
+
+    assign(Applier, "run", run)
+
+
+@mutant("O5 a sync of the stream before counts for the one that follows", run=SYNCED_BEFORE)
+def _(assign: Assign) -> None:
+    def restart(self: LocalFacet, seq: int) -> None:
+        self.written_seq = self.synced_seq = seq - 1
+
+    assign(LocalFacet, "restart", restart)

@@ -28,6 +28,11 @@ from tests.sim.mutants.plays import (
     OUTLIVED,
     PUNCHED,
 )
+from tests.sim.mutants.turns import (
+    CONSISTENT_AND_BACK,
+    DELETED_WHILE_KEPT,
+    GIVEN_UP_WHILE_DELETED,
+)
 from tests.sim.mutation import Assign, mutant, nothing
 
 
@@ -151,7 +156,10 @@ def _(assign: Assign) -> None:
 
 @mutant("V9 what an older snapshot needs of a deleted one does not move")
 def _(assign: Assign) -> None:
-    assign(Chain, "merge", nothing)
+    async def leave(self: Chain, uuid: str, *, free: bool) -> Member | None:
+        return self.drop(uuid)
+
+    assign(Chain, "leave", leave)
 
 
 @mutant("V9 a secondary takes snapshots in the middle of a resync")
@@ -266,7 +274,7 @@ def _(assign: Assign) -> None:
 
 @mutant("X2 the image from before a resync is never released")
 def _(assign: Assign) -> None:
-    assign(Follower, "consistent_again", lambda self: None)
+    assign(Follower, "release", lambda self, images: None)
 
 
 @mutant("X2 a start does not release the image from before a resync", run=CONSISTENT_AND_DEAD)
@@ -274,9 +282,9 @@ def _(assign: Assign) -> None:
     original = Secondary.start
 
     def start(self: Secondary) -> None:
-        setattr(self.follower, "consistent_again", lambda: None)  # noqa: B010
+        setattr(self.follower, "release", lambda images: None)  # noqa: B010
         original(self)
-        del self.follower.consistent_again
+        del self.follower.release
 
     assign(Secondary, "start", start)
 
@@ -288,3 +296,38 @@ def _(assign: Assign) -> None:
 
     assert Applier is not None
     assign(Follower, "make_way", make_way)
+
+
+@mutant("X2 the image of the next resync goes with that of the last", run=CONSISTENT_AND_BACK)
+def _(assign: Assign) -> None:
+    original = Follower.release
+    assign(Follower, "release", lambda self, images: original(self, self.images()))
+
+
+@mutant("V9 a region is kept in a layer that has left", run=DELETED_WHILE_KEPT)
+def _(assign: Assign) -> None:
+    original = Chain._content
+
+    async def keep(self: Chain, batch: list[int]) -> None:
+        newest = self.members[-1].layer
+        contents = [(region, await original(self, region)) for region in batch]
+        try:
+            await newest.keep(contents)
+        except OSError as error:
+            await self._give_up(self, error)
+
+    assign(Chain, "_keep", keep)
+
+
+@mutant("V9 a layer leaves while regions move to it", run=GIVEN_UP_WHILE_DELETED)
+def _(assign: Assign) -> None:
+    original = Chain.leave
+
+    async def leave(self: Chain, uuid: str, *, free: bool) -> Member | None:
+        saved, self._moving = self._moving, asyncio.Lock()
+        try:
+            return await original(self, uuid, free=free)
+        finally:
+            self._moving = saved
+
+    assign(Chain, "leave", leave)
