@@ -238,6 +238,7 @@ class Node:
             self._follower,
             self.env.clock,
         )
+        self.secondary.on_failed, self.store.on_failed = self._fail, self.secondary.fail
         if paths := await rejoin(self.env.disk, self.store, self.volumes, self.log):
             self.store.state["rejoined"] = True
             self.events.emit("facets-rejoin", facets=paths)
@@ -250,7 +251,6 @@ class Node:
         if (recovered.lost or self.store.damaged) and self.store.state["upstream"] is not None:
             self.store.state["upstream"]["consistent"] = False  # it promised more than it has
         await self.store.save()
-        self.secondary.on_failed = self._fail
         self.secondary.need_space = self.housekeeper.need_space
         self.secondary.start()
 

@@ -113,11 +113,14 @@ class Secondary:
             self.fail(error)
 
     def fail(self, error: NbdmirrorError | OSError) -> None:
-        """A disk of this node failed for good: no more promises, the primary is told (O16)."""
+        """A disk of this node failed for good: no more promises, the primary is told (O16); and
+        nothing is applied any more, for what may be, as memory has it, may not be on the disk."""
         if not isinstance(error, NbdmirrorError):
             error = DiskFailed(str(error), number=error.errno or 5)
         if self.failed is None:
             self.failed = error
+            for task in self._tasks:
+                task.cancel()
             if self.current is not None:
                 self.current.link.close(error)
             self.on_failed(error)

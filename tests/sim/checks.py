@@ -236,6 +236,11 @@ class Checks:
         wanted = world.history.image(image.epoch, image.seq)
         what = f"a clone of {host.name} at record {image.seq} (I1)"
         compare(image.images(), wanted, what)
+        if image.held is not None:
+            seq, volumes = image.held
+            here = f"a clone of {host.name} that is held back at record {seq} (I1, V8)"
+            compare(volumes, world.history.image(image.epoch, seq), here)
+            world.fired["clone that is held back"] += 1
         for volume, data in zip(image.node.volumes, wanted, strict=True):
             for facet in volume.in_service():
                 content = image.node.env.disk.content(facet.path)  # type: ignore[attr-defined]

@@ -48,6 +48,8 @@ class Image:
     seq: int
     volumes: list[bytes | None]
     """None: no facet of it is in service."""
+    held: tuple[int, list[bytes]] | None
+    """Of a secondary that is held back: the record that it is at, and its volumes there."""
     pending: list[Record]
     """What its log holds for remotes, and for volumes without a facet."""
     node: Node
@@ -92,6 +94,7 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
     env = Env(disk, Nobody(), SimClock(loop, disk), random.Random(seed))
     node = Node(env, config)
     await node.start(nbd=False)
+    held = _held(disk, node)
     if node.secondary is not None:
         await node.secondary.drain()
     assert node.failed is not None
@@ -105,10 +108,19 @@ async def _boot(loop: SimLoop, disk: SimDisk, config: Config, seed: str) -> Imag
         epoch=state["epoch"],
         seq=node.log.next_seq - 1,
         volumes=[bytes(await v.read(0, v.size)) if v.in_service() else None for v in node.volumes],
+        held=held,
         pending=records(disk.clone(seed), node),
         node=node,
         snapshots=await read_all(node),
     )
+
+
+def _held(disk: SimDisk, node: Node) -> tuple[int, list[bytes]] | None:
+    secondary = node.secondary
+    if secondary is None or not secondary.applier.bounded:
+        return None
+    paths = [(volume.source().path, volume.size) for volume in node.volumes]
+    return secondary.applied_seq, [disk.content(path)[:size] for path, size in paths]
 
 
 def records(disk: SimDisk, node: Node) -> list[Record]:

@@ -12,6 +12,7 @@ from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError
 from tests.sim.faults import AllLost, Fault, Injector, Kind
+from tests.sim.held import Held
 from tests.sim.host import Host
 from tests.sim.options import ADMIN_FAULTS, DISK_FAULTS
 from tests.sim.oracle import Violation
@@ -35,6 +36,7 @@ class Faults:
         world.on_failed = self._restart_soon
         self._moments = 0
         self._over = False
+        self.held = Held(world)
         if world.options.moments:
             world.on_moment.append(self._moment)
 
@@ -434,6 +436,7 @@ class Faults:
 
     async def _bring_back(self, node: Node) -> None:
         world = self._world
+        await self.held.end()
         for remote in world.remotes:
             await world.in_life(world.a, node.resume(remote.name))
         if node.status()["log"]["in_memory"] and self._random.random() < 0.5:

@@ -122,6 +122,8 @@ class Options:
     """As few as there may be, or two sectors of them."""
     astray: float = 0.6
     """How likely a disk then loses, or misplaces, a write that it said it had made."""
+    held: float = 0.0
+    """Seconds between what holds back secondaries, or lets go of them; 0: nothing does (V8)."""
     replaces: float = 0.3
     """How likely a secondary whose disk failed gets a new one."""
 
@@ -173,6 +175,9 @@ def draw(seed: int) -> Options:
     options = storm(options, rng) if rng.random() < 0.08 else options
     if random.Random(f"{seed}:sectors").random() < 0.15:
         options = replace(options, hot_extents=2 * mappage.SLOTS)
+    holding = random.Random(f"{seed}:held")
+    if holding.random() < 0.15:
+        options = replace(options, held=holding.choice([0.02, 0.2, 1.0]))
     options = _spill(options, random.Random(f"{seed}:spill"))
     return _snapshots(options, random.Random(f"{seed}:snapshots"))
 

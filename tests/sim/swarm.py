@@ -139,7 +139,7 @@ async def _chance(world: World, checks: Checks, faults: Faults) -> asyncio.Futur
     """Clients, people and faults as they are drawn; returns the clients' work."""
     clients = Clients(world)
     people = People(world)
-    background = [world.spawn(checks.run()), world.spawn(faults.run())]
+    background = [world.spawn(work.run()) for work in (checks, faults, faults.held)]
     world.spawn(people.run())
     working = asyncio.ensure_future(clients.run())
     # A full log that blocks, and a link that is down: they may need the healing themselves.

@@ -14,6 +14,7 @@ from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.log import Log
+from nbdmirror.engine.node import Node
 from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
@@ -22,7 +23,12 @@ from nbdmirror.ports import Buffer
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import CACHED, RESYNCS, TWO_THERE
 from tests.sim.mutants.plays import HOLES_REVERT, LOST_IN_PART, PUNCHED
-from tests.sim.mutants.turns import MOVED_AND_FROZEN, MOVED_AND_STOPPED, SYNCED_BEFORE
+from tests.sim.mutants.turns import (
+    MOVED_AND_FROZEN,
+    MOVED_AND_STOPPED,
+    SYNCED_BEFORE,
+    THAWED_AND_FAILED,
+)
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 
@@ -276,6 +282,17 @@ def _(assign: Assign) -> None:
                 await self.caught_up()
 
     assign(Applier, "run", run)
+
+
+@mutant("V8 a thaw is followed that could not be saved", run=THAWED_AND_FAILED)
+def _(assign: Assign) -> None:
+    original = Node._start_secondary
+
+    async def start_secondary(self: Node, recovered: Any) -> None:
+        await original(self, recovered)
+        self.store.on_failed = self._fail
+
+    assign(Node, "_start_secondary", start_secondary)
 
 
 @mutant("O5 a sync of the stream before counts for the one that follows", run=SYNCED_BEFORE)

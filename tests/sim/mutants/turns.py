@@ -12,7 +12,7 @@ from tests.sim.faults import AllLost, Fault, Injector, Kind, Timing
 from tests.sim.host import Host
 from tests.sim.mutants.plays import FAR, _all_is_there, _cleared, _strikes
 from tests.sim.options import KIB
-from tests.sim.oracle import Violation
+from tests.sim.oracle import Violation, compare
 from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
 SLOW_SECONDS = 2.0
@@ -74,6 +74,25 @@ async def _moved_and_frozen(s: Script) -> None:
         raise Violation(
             "what is applied is beyond the bound, which a power loss comes back to (V8)"
         )
+    await s.freeze(on=False)
+    await s.in_sync()
+
+
+async def _thawed_and_failed(s: Script) -> None:
+    """Somebody thaws a secondary, and that cannot be saved: nothing is applied by it, for the next
+    start may find it frozen where it was."""
+    (b,) = s.world.remotes
+    await s.freeze(on=True)
+    await s.write(0, 0, FAR, count=BLOCK)
+    await s.until(_all_is_there)
+    b.disk.faults = _strikes("sync", "/state/superblock", Fault(Kind.LOSE), _nothing)
+    await s.freeze(on=False)
+    await s.up(b)
+    assert b.node is not None and b.node.secondary is not None
+    applier, epoch = b.node.secondary.applier, b.node.store.state["epoch"]
+    if applier.bounded:
+        wanted = s.world.history.image(epoch, applier.applied_seq)
+        compare(b.images(), wanted, "a secondary that is frozen (I1, V8)")
     await s.freeze(on=False)
     await s.in_sync()
 
@@ -194,6 +213,7 @@ async def _are_there(s: Script, *uuids: str) -> None:
 MISSES = Timing(sync=(0.000_1, 0.002), miss=1.0)
 MOVED_AND_STOPPED = directed(_moved_and_stopped)
 MOVED_AND_FROZEN = directed(_moved_and_frozen)
+THAWED_AND_FAILED = directed(_thawed_and_failed)
 SYNCED_BEFORE = directed(_synced_before)
 CONSISTENT_AND_BACK = directed(_consistent_and_back)
 DELETED_WHILE_KEPT = directed(_deleted_while_kept, timing=MISSES)

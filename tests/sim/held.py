@@ -1,0 +1,56 @@
+"""Secondaries that are held back in a run: frozen and thawed, delayed and not (V8)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import TYPE_CHECKING
+
+from nbdmirror.errors import NbdmirrorError
+from tests.sim.oracle import Violation
+
+if TYPE_CHECKING:
+    from tests.sim.host import Host
+    from tests.sim.world import World
+
+
+class Held:
+    """Holds back one secondary after the other, now more, now less."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._random = random.Random(f"{world.seed}:held")
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        gap, rng = self._world.options.held, self._random
+        while gap:
+            await asyncio.sleep(gap * rng.expovariate(1.0))
+            host, draw = rng.choice(self._world.remotes), rng.random()
+            if draw < 0.3:
+                await self._hold(host, frozen=True)
+            elif draw < 0.6:
+                await self._hold(host, frozen=False)
+            else:
+                await self._hold(host, delay=rng.choice([0.0, 0.01, 0.1, 1.0]))
+
+    async def end(self) -> None:
+        """All may be applied."""
+        for host in self._world.remotes if self._world.options.held else []:
+            await self._hold(host, frozen=False, delay=0.0)
+
+    async def _hold(
+        self, host: Host, *, frozen: bool | None = None, delay: float | None = None
+    ) -> None:
+        from tests.sim.world import Gone
+
+        node = host.node
+        if node is None or node.secondary is None:
+            return
+        applier = node.secondary.applier
+        with contextlib.suppress(Gone, NbdmirrorError):
+            await self._world.in_life(host, applier.change(frozen=frozen, delay=delay))
+            self._world.fired["held back"] += applier.bounded
+        if applier.bounded and applier.applied_seq > applier.settings["limit"]:
+            raise Violation(f"{host.name} has applied more than its bound (V8)")
