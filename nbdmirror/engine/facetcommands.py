@@ -13,7 +13,7 @@ from typing import Any
 
 from nbdmirror.engine.facet import FacetState, LocalFacet, make_facet
 from nbdmirror.engine.facetmember import Member
-from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.facets import RELEASE_SECONDS, Facets
 from nbdmirror.errors import DiskFailed, Refused, StateError, UsageError
 from nbdmirror.ports import Disk
 
@@ -144,6 +144,7 @@ class FacetCommands:
         if not await self._settle(member):
             raise in_service
         with _in_hand(member):
+            member.facet.close()  # an attempt to return may have opened what is there
             await self._make_file(path, member.volume.size)
             await member.distrust()
             await self._facets.attach(member)
@@ -165,13 +166,20 @@ class FacetCommands:
 
     async def _make_file(self, path: str, size: int) -> None:
         """A file that is not there is made, as large as the volume."""
-        try:
-            await make_facet(self._disk, path, size, grow=False)
-        except OSError as error:
-            raise StateError(
-                f"cannot make the facet {path}: {error.strerror or error}",
-                hint="make its directory, or mount its disk",
-            ) from error
+        end = asyncio.get_running_loop().time() + RELEASE_SECONDS
+        while True:
+            try:
+                await make_facet(self._disk, path, size, grow=False)
+                return
+            except BlockingIOError as error:
+                if asyncio.get_running_loop().time() > end:
+                    raise StateError(f"the facet {path} is in use: {error}") from error
+                await asyncio.sleep(0.05)
+            except OSError as error:
+                raise StateError(
+                    f"cannot make the facet {path}: {error.strerror or error}",
+                    hint="make its directory, or mount its disk",
+                ) from error
 
 
 @contextlib.contextmanager
