@@ -46,7 +46,7 @@ class Bypass:
 async def relieve_log(facets: Facets) -> None:
     """Local facets that are out of service have what they lack in their maps, not in the log, but
     for a volume's last one."""
-    for member in facets.members:
+    for member in list(facets.members):
         if not member.facet.writable and facets.has_source(member.volume):
             await member.to_map()
 
@@ -55,7 +55,7 @@ async def note_beside(facets: Facets, volume: int, ranges: Iterable[tuple[int, i
     """(offset, length) ranges of a volume were, or are about to be, changed beside the log: local
     facets that are out of service lack them too, and their maps say so, durably."""
     ranges = list(ranges)
-    for member in facets.members:
+    for member in list(facets.members):
         if member.volume.index != volume or member.facet.writable:
             continue
         if facets.has_source(member.volume):
@@ -85,38 +85,37 @@ async def bypass(
 ) -> AsyncIterator[Bypass]:
     """Takes the remotes out of the log and locks the volumes; Refused names a remote that may not
     be (V14, M11), before anything is done."""
-    for remote in primary.remotes:
-        primary.check_needed(remote)
-    steps = {remote.name: _decide(primary, remote, force=force) for remote in primary.remotes}
-    for name, step in steps.items():
-        if step is Step.REFUSE:
-            raise Refused(
-                f'changes are not tracked for remote {name}: on_full is "block", so it never goes '
-                "to DCM logging",
-                hint="--force compares everything with it afterwards",
-            )
-    held = list(primary.remotes)
-    try:
-        for remote in held:
-            remote.hold()
-        for remote in held:
-            await remote.released()
-            primary.check_needed(remote)  # a facet may have been lost meanwhile
-            if not remote.tracking and steps.get(remote.name) is Step.FULL:
-                await remote.fill(why)
-            elif not remote.tracking:
-                await remote.overflow(why)
-            while remote.marked_seq is not None:  # an overflow of before is still marking
-                await remote.changed.wait()
-        await relieve_log(facets)
-        async with AsyncExitStack() as stack:
-            for index in volumes:
-                volume = primary.group.volumes[index]
-                await stack.enter_async_context(volume.locked(0, volume.size, exclusive=True))
-            yield Bypass(primary, facets)
-    finally:
-        for remote in held:
-            remote.go_on()
+    async with primary.roster:
+        for remote in primary.remotes:
+            primary.check_needed(remote)
+        steps = {remote.name: _decide(primary, remote, force=force) for remote in primary.remotes}
+        for name, step in steps.items():
+            if step is Step.REFUSE:
+                raise Refused(
+                    f'changes are not tracked for remote {name}: on_full is "block", so it never '
+                    "goes to DCM logging",
+                    hint="--force compares everything with it afterwards",
+                )
+        held = list(primary.remotes)
+        try:
+            for remote in held:
+                remote.hold()
+            for remote in held:
+                await remote.released()
+                primary.check_needed(remote)  # a facet may have been lost meanwhile
+                if not remote.tracking and steps.get(remote.name) is Step.FULL:
+                    await remote.fill(why)
+                else:
+                    await remote.overflow(why)  # or what is left of one that has begun
+            await relieve_log(facets)
+            async with AsyncExitStack() as stack:
+                for index in volumes:
+                    volume = primary.group.volumes[index]
+                    await stack.enter_async_context(volume.locked(0, volume.size, exclusive=True))
+                yield Bypass(primary, facets)
+        finally:
+            for remote in held:
+                remote.go_on()
 
 
 def _decide(primary: Primary, remote: Remote, *, force: bool) -> Step:

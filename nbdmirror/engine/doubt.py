@@ -64,7 +64,8 @@ async def mark_doubtful(
         for volume, offset, length in differing:
             remote.mark(volume.index, offset, length)
         if lost is not None:
-            await remote.fill(lost)
+            # Saved with the rest: until all is in the maps, another start must have the same doubt.
+            await remote.fill(lost, save=False)
         elif differing:
             # Records past the end are not in the history: the remote may be set back to there.
             remote.facts["base_seq"] = min(remote.facts["base_seq"], recovered.end_seq)

@@ -55,19 +55,19 @@ class FacetCommands:
         """Takes a facet out of service until ``online`` (M8); Refused if it is the last."""
         facets, member = self._facets, self._facets.member(path)
         facet, volume = member.facet, member.volume
-        # Out of service already it may be what a restart heals, if nobody else has the volume.
-        if volume.in_service() == [facet] or not facets.has_source(volume):
-            raise Refused(
-                f"{path} is the last facet of volume {volume.name}",
-                hint="bring another into service first: nbdmirror facet online, or facet add",
-            )
+        self._check_last(member)
         with _in_hand(member):
             if facet.in_service:
                 try:
                     await facet.sync()
                 except DiskFailed:
                     await facets.lost(volume, facet)
-            await facets.end(member)  # an attempt to return: the loss began one
+            await facets.end(member)
+        try:
+            self._check_last(member)  # another one may have failed meanwhile
+        except Refused:
+            facets.serve(member, pause=0.0)
+            raise
         # Both or neither, whenever somebody saves.
         member.saved["offline"] = True
         if facet.writable:
@@ -76,6 +76,16 @@ class FacetCommands:
         facet.close()
         await facets.settle_owed()
         facets.events.emit("facet-offline", volume=volume.name, facet=path)
+
+    def _check_last(self, member: Member) -> None:
+        """Refused for a volume's last facet. Out of service already it may be what a restart heals,
+        if nobody else has the volume."""
+        volume = member.volume
+        if volume.in_service() == [member.facet] or not self._facets.has_source(volume):
+            raise Refused(
+                f"{member.facet.path} is the last facet of volume {volume.name}",
+                hint="bring another into service first: nbdmirror facet online, or facet add",
+            )
 
     async def _online(self, path: str) -> None:
         """Brings a facet back: only what it lacks is copied (M8)."""

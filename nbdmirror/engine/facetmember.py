@@ -107,18 +107,19 @@ class Member:
         saved = self.saved
         self.dcm = self._owner.map_of(self)
         self.dcm.open(bool(saved["default"]))
-        if saved["fill"]:
+        if self.dcm.damage is not None:
+            saved["fill"] = True
+        elif saved["fill"]:
             self.dcm.fill()
-        saved.update(default=self.dcm.map.default, fill=False)
         if not self.facet.writable and self not in self._owner.group.trackers:
             self._owner.group.trackers.append(self)
 
     def is_same(self) -> bool:
-        """Whether the open file is the one that the entry speaks of: asked once of each, and what
-        cannot be told is doubted (I5). The caller has it compared if not."""
-        known, found = self.saved.get("identity"), self.facet.file.identity()
-        self.saved["identity"] = found
-        return bool(found) and known == found
+        """Whether the open file is the one that the entry speaks of; what cannot be told is doubted
+        (I5). If not the caller has it compared, and says that it is this one, not sooner than that.
+        """
+        found = self.facet.file.identity()
+        return bool(found) and self.saved.get("identity") == found
 
     async def distrust(self) -> None:
         """Nothing is known of its content, durably, when this returns."""
@@ -130,14 +131,14 @@ class Member:
             await self._owner.store.save()
 
     def fill(self) -> None:
-        """Nothing is known of its content; the caller makes that durable."""
+        """Nothing is known of its content; the caller makes that durable. Until the map is, a start
+        fills it again: what is on disk may have fewer marks."""
         self.facet.kept_seq = None
         self.saved.update(tracking=True, since=None, fill=True)
         if self.dcm is None:
             self.open_map()
         else:
             self.dcm.fill()
-            self.saved.update(default=True, fill=False)
 
     async def to_map(self) -> None:
         """Returns when the map holds, durably, all that the facet lacks and will lack."""
@@ -146,7 +147,10 @@ class Member:
             if facet.kept_seq is None:
                 return
             if self.dcm is None:
-                await self._new_map()
+                self._new_map()
+            await self.sync_map()  # empty, durably so, before it is said to be in use
+            if not saved["tracking"]:
+                saved.update(default=False, fill=False)
             log = owner.group.log
             # From this step on changes are marked; what is pending is, piece by piece.
             if self not in owner.group.trackers:
@@ -190,28 +194,29 @@ class Member:
                 offset = extent * active.extent_size
                 self.mark(index, offset, min(active.extent_size, self.volume.size - offset))
 
-    async def _new_map(self) -> None:
-        """An empty map, durably so before it is said to be in use; DiskFailed if there is none to
-        be had, for the whole node: what the facet lacks could not be told."""
+    def _new_map(self) -> None:
+        """An empty map, open from now on, whoever is cancelled; DiskFailed if there is none to be
+        had, for the whole node: what the facet lacks could not be told."""
         dcm = self._owner.map_of(self)
         try:
             dcm.open(True)
             dcm.clear()
-            await dcm.sync()
         except DiskFailed as error:
             self._owner.group.fail(error)
             raise
-        self.saved.update(default=False, fill=False)
         self.dcm = dcm
 
     async def sync_map(self) -> None:
         """Makes every mark so far durable; DiskFailed if it cannot, for the whole node (O16)."""
+        filled = bool(self.saved["fill"])
         if self.dcm is not None:
             try:
                 await self.dcm.sync()
             except DiskFailed as error:
                 self._owner.group.fail(error)
                 raise
+            if filled:
+                self.saved.update(default=True, fill=False)
 
     async def forget(self) -> None:
         """Neither log nor map is kept for it any more."""

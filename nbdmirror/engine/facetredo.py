@@ -13,8 +13,9 @@ from nbdmirror.engine.log import Cursor, Log
 
 async def redo(facet: LocalFacet, log: Log, volume: int) -> None:
     """Brings an open facet of the volume with that index to the log's head. In the step in which
-    this returns it takes every write; the caller makes its state durable. DiskFailed or OSError if
-    its disk refuses."""
+    this returns it takes every write; it is trusted when the caller has made that durable: what is
+    flushed by its sync alone would else be lost, where the log is in memory (M13). DiskFailed or
+    OSError if its disk refuses."""
     assert facet.kept_seq is not None
     cursor = Cursor(facet.kept_seq + 1)
     await _carry(cursor, facet, log, volume)
@@ -23,7 +24,7 @@ async def redo(facet: LocalFacet, log: Log, volume: int) -> None:
     facet.written_seq = log.next_seq - 1
     facet.kept_seq = None
     facet.writable = True
-    facet.state = FacetState.SYNCHRONISED
+    facet.state = FacetState.BEING_SYNCHRONISED
 
 
 async def _carry(cursor: Cursor, facet: LocalFacet, log: Log, volume: int) -> None:

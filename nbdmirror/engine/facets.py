@@ -54,6 +54,7 @@ class Facets:
         """Of a log that is partly in memory: it minds whether each volume has a facet."""
         self.beside: dict[int, list[tuple[int, int]]] = {}
         """What is being changed beside the log, by volume (see ``engine.bypass``)."""
+        self._last_id = 0
         self.members: list[Member] = []
         for volume, saved in zip(group.volumes, store.state["volumes"], strict=True):
             for facet, entry in zip(volume.facets, saved["facets"], strict=True):
@@ -66,7 +67,8 @@ class Facets:
         """The map's file; no remote can be named as it is."""
         if member.saved.get("id") is None:
             used = [other.saved.get("id") or 0 for other in self.members]
-            member.saved["id"] = max(used) + 1
+            # Also not that of one which is only being added.
+            self._last_id = member.saved["id"] = max([self._last_id, *used]) + 1
         volume = member.volume
         path = f"{self._directory}/dcm/@{member.saved['id']}.{volume.name}"
         return DcmFile(self._disk, path, volume.regions, volume.region_size)
@@ -90,7 +92,7 @@ class Facets:
                 continue
             if facet.is_open and not member.is_same():
                 member.fill()
-                member.saved["compare"] = True
+                member.saved.update(compare=True, identity=facet.file.identity())
             if lost is not None and (member.dcm is not None or facet.kept_seq is not None):
                 member.fill()
             if gone and facet.kept_seq is not None:
@@ -143,7 +145,7 @@ class Facets:
 
     async def sync_maps(self) -> None:
         """Makes every mark so far durable."""
-        for member in self.members:
+        for member in list(self.members):
             await member.sync_map()
 
     def holding(self) -> list[Member]:
@@ -172,14 +174,16 @@ class Facets:
         paths = ", ".join(member.facet.path for member in self.members)
         raise UsageError(f"there is no facet {path} (facets: {paths})")
 
-    def _of(self, facet: LocalFacet) -> Member:
-        return next(member for member in self.members if member.facet is facet)
+    def _of(self, facet: LocalFacet) -> Member | None:
+        return next((member for member in self.members if member.facet is facet), None)
 
     # -- out of service ------------------------------------------------------------------------
 
     async def lost(self, volume: Volume, facet: LocalFacet) -> None:
         """A facet failed: durably not-synchronised when this returns (M12)."""
         member = self._of(facet)
+        if member is None:
+            return  # a person has removed it meanwhile: nothing rests on it
         why = facet.failed.message if facet.failed else None
         if facet.failed is not None and self.spill is not None:
             await self.spill.facet_lost()
@@ -193,10 +197,11 @@ class Facets:
         for one in (other for other in self.members if other.volume is volume):
             one.saved["last"] = one is member and not volume.in_service()
         self.events.emit("facet-failed", volume=volume.name, facet=facet.path, why=why)
+        on_disk = self.spill is not None and not self.spill.said
         await self.store.save()
         facet.unnoted = False
         if self.spill is not None:
-            self.spill.look()
+            self.spill.look(on_disk=on_disk)
         if self.has_source(volume):
             facet.close()
             await self.settle_owed()
@@ -218,7 +223,7 @@ class Facets:
     async def settle_owed(self) -> None:
         """Who lacks what the log has no more gets it into its map while the active map knows of
         it, but for a volume's last one."""
-        for member in self.members:
+        for member in list(self.members):
             if member.owed and self.has_source(member.volume):
                 await member.to_map()
 
@@ -240,7 +245,9 @@ class Facets:
             try:
                 facet.attach(open_facet(self._disk, facet.path, facet.size))
                 if not member.is_same():
+                    found = facet.file.identity()
                     await member.distrust()
+                    member.saved["identity"] = found
                 return
             except BlockingIOError as error:
                 if asyncio.get_running_loop().time() > end:
@@ -252,7 +259,10 @@ class Facets:
                 ) from error
 
     def serve(self, member: Member, pause: float) -> None:
-        """Begins to bring it back, after a pause in seconds, unless that goes on already."""
+        """Begins to bring it back, after a pause in seconds, unless that goes on already, or a
+        person has it out of service, or in hand."""
+        if member.saved["offline"] or member.in_hand or member not in self.members:
+            return
         if not member.facet.in_service and (member.task is None or member.task.done()):
             member.task = asyncio.ensure_future(self._guard(member, pause))
 
@@ -272,6 +282,8 @@ class Facets:
         while True:
             if pause:
                 await asyncio.sleep(pause)
+            if facet.in_service:
+                return  # somebody has brought it back meanwhile
             try:
                 if not facet.is_open:
                     await self.attach(member)
@@ -326,7 +338,7 @@ class Facets:
         kept, volume = member.facet.kept_seq, member.volume
         if member.saved["offline"] or member.in_hand:
             return False
-        if member.dcm is not None or volume.overlay is not None:
+        if member.saved["tracking"] or volume.overlay is not None:
             return False
         if kept is None or volume.in_service():
             return False
@@ -334,6 +346,8 @@ class Facets:
 
     async def hurry(self, member: Member) -> None:
         """The log is full: a facet that can come back from it alone does so now, not later."""
+        if member.facet.unnoted:  # another file with its old state would be read
+            await self.lost(member.volume, member.facet)
         if not self._is_in_log(member):
             return
         await self.end(member)
@@ -360,14 +374,18 @@ class Facets:
         """Whether the log alone has brought it back."""
         facet, where = member.facet, {"facet": member.facet.path, "volume": member.volume.name}
         async with member.mapping:  # what it lacks does not go from the log into its map meanwhile
-            if not self._is_in_log(member):
-                return False
-            self.events.emit("facet-returns", **where)
-            await redo(facet, self.group.log, member.volume.index)
-            member.saved.update(state=facet.state.value, since=None, last=False, why=None)
+            if not facet.writable or member.saved["tracking"]:  # else who began was cancelled
+                if not self._is_in_log(member):
+                    return False
+                self.events.emit("facet-returns", **where)
+                await redo(facet, self.group.log, member.volume.index)
+            state = FacetState.SYNCHRONISED
+            member.saved.update(state=state.value, since=None, last=False, why=None)
             await self.store.save()
-        if facet.failed is not None:
-            raise facet.failed
+            if facet.failed is not None:
+                raise facet.failed
+            facet.state = state
+            member.drop_map()
         if self.spill is not None:
             self.spill.look()
         self.events.emit("facet-synchronised", **where, copied_bytes=0)

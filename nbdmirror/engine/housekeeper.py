@@ -87,6 +87,7 @@ class Housekeeper:
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
         self.releasing = asyncio.Lock()
+        self._passing = asyncio.Lock()
         self._waiting = 0
         self._synced_at = 0.0
         self._stalled = False
@@ -185,8 +186,9 @@ class Housekeeper:
             if not volume.in_service() and not self._goes_on(volume):
                 failed = (facet.failed for facet in volume.facets if facet.failed is not None)
                 raise next(failed, None) or DiskFailed(volume.no_facet().message)
-            if not volume.in_service() and self.rescue is not None:
-                await self.rescue.durable(volume, upto)
+            away = not volume.in_service() and self.rescue is not None
+            if away and self.rescue is not None and not await self.rescue.durable(volume, upto):
+                return await self.sync_log()  # a facet is back, which has it: to be synced
         await self._pass_on()
         return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
 
@@ -194,16 +196,19 @@ class Housekeeper:
         """Once a remote that stands in for a volume's facets has all that the last of them had, the
         volume comes back from there; durably. Until then it comes back from that facet: should the
         log be gone with its memory, nobody else has what was flushed to it (I3, M13)."""
-        passed = False
         rescue = self.rescue
-        for volume in rescue.leaning() if rescue is not None else []:
-            had = max(facet.written_seq for facet in volume.facets)
-            if rescue is not None and rescue.goes_on(volume) and rescue.holds(volume, had):
-                for entry in self._store.state["volumes"][volume.index]["facets"]:
-                    passed = passed or bool(entry["last"])
-                    entry["last"] = False
-        if passed:
-            await self._store.save()
+        if rescue is None or not rescue.leaning():
+            return
+        async with self._passing:  # what another is about to save is not durable yet
+            passed = False
+            for volume in rescue.leaning():
+                had = max(facet.written_seq for facet in volume.facets)
+                if rescue.goes_on(volume) and rescue.holds(volume, had):
+                    for entry in self._store.state["volumes"][volume.index]["facets"]:
+                        passed = passed or bool(entry["last"])
+                        entry["last"] = False
+            if passed:
+                await self._store.save()
 
     async def sync_facets(self, *, everything: bool = False) -> None:
         """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did."""
@@ -252,7 +257,7 @@ class Housekeeper:
     async def _release(self) -> None:
         # One at a time: what one has released the next must not look for records in.
         async with self.releasing:
-            ring = self._log.ring
+            ring, redone = self._log.ring, self._log.redone
             seq = self._floor() + 1
             if seq > ring.tail_seq:
                 seq, position = await releasable(self._log, seq)
@@ -261,7 +266,7 @@ class Housekeeper:
                 self._log.release(seq, position)
                 for volume in self._volumes:
                     for facet in volume.writable():
-                        has = seq - 1 if self._log.redone else facet.floor(seq - 1)
+                        has = seq - 1 if redone else facet.floor(seq - 1)
                         facet.synced_seq = max(facet.synced_seq, has)
             if ring.durable_tail < ring.tail:
                 await self._confirm()
@@ -269,7 +274,7 @@ class Housekeeper:
     async def _confirm(self) -> None:
         """Makes the tail durable; only then is the space free (O5)."""
         ring = self._log.ring
-        for remote in self.remotes:
+        for remote in list(self.remotes):
             if remote.tracking:
                 await remote.sync_maps()  # what was pending is in the DCM before it goes (O12)
         if self.facets is not None:

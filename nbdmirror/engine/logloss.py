@@ -78,7 +78,6 @@ class LogKeeper:
         self._housekeeper = housekeeper
         self._disk = disk
         self._task: asyncio.Task[None] | None = None
-        self._moving = asyncio.Lock()
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         self.spill: Spill | None = None
         if spill_threshold:
@@ -126,7 +125,9 @@ class LogKeeper:
 
     async def _go_on(self, error: DiskFailed) -> None:
         try:
-            async with self._moving, self._housekeeper.releasing:
+            async with self._primary.moving, self._housekeeper.releasing:
+                if not self._is_lost():
+                    return  # a person was moving it, and has
                 self._events.emit("log-lost", why=error.message)
                 if self.spill is not None:
                     await self.spill.end()
@@ -142,15 +143,16 @@ class LogKeeper:
         except NbdmirrorError as failure:
             self.on_failed(failure)
 
+    def _is_lost(self) -> bool:
+        return self._log.failed is not None
+
     async def _settle(self, why: str) -> None:
         """Steps 1 to 3."""
         await self._primary.stop()
         for remote in self._primary.remotes:
-            while remote.marked_seq is not None:  # an overflow is still reading the log
-                await remote.changed.wait()
-            if not remote.tracking and remote.durable_seq < self._log.next_seq - 1:
-                await remote.overflow(why)
-            await remote.sync_maps()  # also what an overflow has marked just now (O12)
+            if remote.tracking or remote.durable_seq < self._log.next_seq - 1:
+                await remote.overflow(why)  # or what is left of one that has begun
+            await remote.sync_maps()
         # A TRIM that is in the log, and perhaps at a remote, must be in the facets too.
         while any(facet.pending for facet in self._writable()):
             await asyncio.sleep(PENDING_POLL_SECONDS)
@@ -184,7 +186,7 @@ class LogKeeper:
         """Goes on in a new file at ``path``, which must not exist; clients wait for moments."""
         if self._disk.exists(path):
             raise Refused(f"{path} exists already", hint="name a file that does not exist")
-        async with self._moving:
+        async with self._primary.moving:
             try:
                 self._disk.make_directory(path.rpartition("/")[0] or "/")
                 await Log.create(self._disk, path, self._size)
@@ -228,7 +230,7 @@ class LogKeeper:
         """What remotes confirm in time need not be marked."""
         upto = self._log.next_seq - 1
         end = asyncio.get_running_loop().time() + CATCH_UP_SECONDS
-        for remote in self._primary.remotes:
+        for remote in list(self._primary.remotes):
             while remote.link == "connected" and not remote.tracking and remote.durable_seq < upto:
                 try:
                     async with asyncio.timeout_at(end):
@@ -248,9 +250,9 @@ class LogKeeper:
 
     async def mark_pending(self, why: str, upto: int) -> None:
         """Puts what remotes lack up to a seq into their maps."""
-        for remote in self._primary.remotes:
-            if not remote.tracking and remote.durable_seq < upto:
-                await remote.overflow(why)
+        for remote in list(self._primary.remotes):
+            if remote.tracking or remote.durable_seq < upto:
+                await remote.overflow(why)  # or what is left of one that has begun
 
     async def stop(self) -> None:
         """Clean stop, after the links have ended: what is pending is marked, for it is gone."""

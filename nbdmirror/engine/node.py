@@ -270,7 +270,7 @@ class Node:
         await self.log.sync(upto)
         await self.log.keep()  # a spilling log: in the file too, for remotes
         await self.logkeeper.make_safe(upto)
-        for remote in self.primary.remotes:
+        for remote in list(self.primary.remotes):
             await remote.sync_maps()
         assert self.facets is not None
         await self.facets.settle_owed()
@@ -340,8 +340,10 @@ class Node:
         if self.primary is not None:
             await self._make_safe()
             await self.primary.group.active.drop_safe()
-        # A failed log may hold a record that nobody was told of: redo decides about it.
-        if self.log.failed is None and all(volume.in_service() for volume in self.volumes):
+        # A failed log may hold a record that nobody was told of: redo decides about it, and brings
+        # what has outlived the patience for requests into all facets.
+        landed = not any(f.pending or f.unnoted for v in self.volumes for f in v.facets)
+        if self.log.failed is None and landed and all(v.in_service() for v in self.volumes):
             self.store.state.update(clean=True, end_seq=self.log.next_seq - 1)
             await self.store.save()
 

@@ -55,6 +55,12 @@ class Primary:
         self.remotes: list[Remote] = []
         housekeeper.remotes = self.remotes
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.roster = asyncio.Lock()
+        """Held while remotes come and go, and by who needs the same ones from its first to its last
+        step (``engine.bypass``)."""
+        self.moving = asyncio.Lock()
+        """Held while all sessions are ended and begun anew, and while remotes come and go. Taken
+        after ``roster``."""
         self._exports: ExportServer | None = None
         self.governor = Governor(env.clock, self._activity)
         self._context = Context(
@@ -152,7 +158,10 @@ class Primary:
     def start(self) -> None:
         """Starts connecting."""
         for remote in self.remotes:
-            self._tasks[remote.name] = asyncio.ensure_future(self._serve(remote))
+            self._begin(remote)
+
+    def _begin(self, remote: Remote) -> None:
+        self._tasks[remote.name] = asyncio.ensure_future(self._serve(remote))
 
     async def stop(self) -> None:
         """Ends the connections."""
@@ -301,8 +310,6 @@ class Primary:
 
     async def add(self, name: str, address: str, mode: str, on_link_loss: str = "continue") -> None:
         """A new remote, while the volumes are in use (M17): first synchronisation follows."""
-        if any(remote.name == name for remote in self.remotes):
-            raise UsageError(f"there is a remote {name!r} already")
         self._store.check_room()
         facts: dict[str, Any] = {
             **NEW_FACTS,
@@ -313,31 +320,46 @@ class Primary:
             "compression": "off",
             "added": True,
         }
-        remote = self._make(name, facts)
-        self._store.state["remotes"][name] = facts
-        await remote.sync_maps()
-        await self._store.save()
-        self._tasks[name] = asyncio.ensure_future(self._serve(remote))
+        async with self.roster, self.moving:
+            if any(remote.name == name for remote in self.remotes):
+                raise UsageError(f"there is a remote {name!r} already")
+            remote = self._make(name, facts)
+            self._store.state["remotes"][name] = facts
+            await remote.sync_maps()
+            await self._store.save()
+            self._begin(remote)
         self._events.emit("remote-added", remote=name, address=address)
 
     async def remove(self, name: str) -> None:
         """Forgets a remote and its map (M17)."""
-        remote = self.remote(name)
-        self.check_needed(remote)
-        task = self._tasks.pop(name)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        async with self.roster, self.moving:
+            remote = self.remote(name)
+            self.check_needed(remote)
+            task = self._tasks.pop(name)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            remote.gone = True
+            await remote.overflow("it is removed")  # what is left of one that has begun
+            try:
+                self.check_needed(remote)  # a facet may have been lost meanwhile
+            except Refused:
+                remote.gone = False
+                self._begin(remote)
+                raise
+            self._forget(remote)
+            await self._store.save()
+            remote.close(unlink=True)
+        self._housekeeper.kick()
+        self._events.emit("remote-removed", remote=name)
+
+    def _forget(self, remote: Remote) -> None:
         self.remotes.remove(remote)
         if remote.gate is not None:
             self.group.gates.remove(remote.gate)
             remote.gate.excuse(True)
         if remote in self.group.trackers:
             self.group.trackers.remove(remote)
-        del self._store.state["remotes"][name]
-        await self._store.save()
-        remote.close(unlink=True)
-        self._housekeeper.kick()
-        self._events.emit("remote-removed", remote=name)
+        del self._store.state["remotes"][remote.name]
 
     # -- status ------------------------------------------------------------------------------
 

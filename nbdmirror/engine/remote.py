@@ -101,6 +101,10 @@ class Remote:
         self.received_seq = self.durable_seq = self.applied_seq = log.ring.tail_seq - 1
         self.marked_seq: int | None = None
         """While pending entries are being marked: they are in the DCM up to here."""
+        self._mark_end = 0
+        self._marking = asyncio.Lock()
+        self.gone = False
+        """Removed by a person."""
         self.starting = False
         """A stream is being agreed upon: the log is kept for it already."""
         self.held = False
@@ -268,11 +272,12 @@ class Remote:
                 self.dcms[index].merge(regions)
         await self.sync_maps()
 
-    async def fill(self, why: str) -> None:
+    async def fill(self, why: str, *, save: bool = True) -> None:
         """Marks everything, to be compared, durably: the maps first, because what the superblock
         says of them must never be less than what they hold (O12). The log is not needed then, and
         is not read for this remote any more: it may be what is damaged. Until the maps are durable
-        it is: whoever asked may be cancelled, or the process die."""
+        it is: whoever asked may be cancelled, or the process die. The caller has to ``save``, or
+        this does."""
         with self._writing_maps():
             for dcm in self.dcms:
                 dcm.fill()
@@ -285,7 +290,8 @@ class Remote:
         self.facts["behind_ns"] = self.behind_ns
         self.facts.update(full=True, compare=True, consistent=False, holds=[], why=why)
         self.save_defaults()
-        await self._store.save()
+        if save:
+            await self._store.save()
 
     def _track(self) -> None:
         """From this step on its changes are marked."""
@@ -294,44 +300,44 @@ class Remote:
 
     async def overflow(self, why: str) -> None:
         """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
-        what is pending is marked piece by piece, and its space released as that is durable."""
-        assert not self.tracking
-        log, facts = self.group.log, self.facts
-        upto = log.next_seq
-        self.marked_seq = self.durable_seq
-        facts["behind_ns"] = self.behind_ns
-        facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[], why=why)
-        self._track()
-        self.cancel_start()
-        self._events.emit(
-            "overflow",
-            remote=self.name,
-            why=why,
-            pending_records=upto - 1 - self.durable_seq,
-        )
-        await self._store.save()
-        cursor = Cursor(self.durable_seq + 1)
-        try:
-            while cursor.seq < upto:
-                chunk = await log.read(cursor)
-                with self._writing_maps():
-                    for record in chunk.parsed():
-                        self.note(record)
-                self.marked_seq = chunk.last_seq
-                await asyncio.sleep(0)
-        except FormatError as error:
-            # What cannot be read back cannot be marked: then everything is.
-            self._events.emit("log-damaged", remote=self.name, why=error.message)
-            await self.fill(error.message)
-        self.marked_seq = None
-        self.notify()
+        what is pending is marked piece by piece, and its space released as that is durable. Returns
+        when all is marked, whoever began: one who asks meanwhile goes on where that one ended."""
+        if not self.tracking and not self.gone:
+            pending = self.group.log.next_seq - 1 - self.durable_seq
+            self.marked_seq, self._mark_end = self.durable_seq, self.group.log.next_seq
+            self._leave(why)
+            self.cancel_start()
+            self._events.emit("overflow", remote=self.name, why=why, pending_records=pending)
+        async with self._marking:
+            if self.marked_seq is not None:
+                await self._store.save()
+                try:
+                    await self._mark_pending(Cursor(self.marked_seq + 1))
+                except FormatError as error:
+                    # What cannot be read back cannot be marked: then everything is.
+                    self._events.emit("log-damaged", remote=self.name, why=error.message)
+                    await self.fill(error.message)
+                self.marked_seq = None
+                self.notify()
+
+    async def _mark_pending(self, cursor: Cursor) -> None:
+        while cursor.seq < self._mark_end:
+            chunk = await self.group.log.read(cursor)
+            with self._writing_maps():
+                for record in chunk.parsed():
+                    self.note(record)
+            self.marked_seq = chunk.last_seq
+            await asyncio.sleep(0)
 
     def leave_log(self) -> None:
         """At start: the caller marks what is pending, and saves."""
         if self.facts["initialised"] and not self.tracking:
-            self.facts["behind_ns"] = self.behind_ns
-            self.facts.update(tracking=True, base_seq=self.durable_seq, consistent=False, holds=[])
-            self._track()
+            self._leave(self.facts["why"])
+
+    def _leave(self, why: str | None) -> None:
+        self.facts.update(behind_ns=self.behind_ns, base_seq=self.durable_seq, why=why)
+        self.facts.update(tracking=True, consistent=False, holds=[])
+        self._track()
 
     def resume_log(self) -> None:
         """The remote reads the log again, from where a handshake said. The facts are saved by

@@ -82,9 +82,12 @@ class Rescue:
         for other in volume.in_service():
             if other is not failed:
                 try:
-                    return await other.read(offset, length)
+                    data = await other.read(offset, length)
                 except OSError as error:
                     await self._count(volume, other, error)
+                else:
+                    if other.in_service:  # still: see ``Volume``
+                        return data
         return None
 
     async def _count(self, volume: Volume, facet: LocalFacet, error: OSError) -> None:
@@ -138,9 +141,11 @@ class Rescue:
         for other in volume.in_service():
             if other is not facet:
                 try:
-                    return await other.read(offset, length)
+                    data = await other.read(offset, length)
                 except OSError:
                     continue
+                if other.in_service:
+                    return data
         return await self._from_remote(volume, offset, length)
 
     # -- remotes -------------------------------------------------------------------------------
@@ -157,15 +162,17 @@ class Rescue:
         """Whether one of these has everything up to record ``seq``, durably."""
         return any(remote.durable_seq >= seq for remote in self.following(volume))
 
-    async def durable(self, volume: Volume, seq: int) -> None:
+    async def durable(self, volume: Volume, seq: int) -> bool:
         """Returns when a remote that holds the volume has everything up to record ``seq``, durably:
         that is what a flush promises where the log is in memory and no facet is left (I3, M13).
-        DiskFailed if none has it within ``REACH_SECONDS``."""
+        False if a facet is back meanwhile. DiskFailed if neither is within ``REACH_SECONDS``."""
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_SECONDS
         while self.goes_on(volume) and loop.time() < end:
+            if volume.in_service():
+                return False
             if self.holds(volume, seq):
-                return
+                return True
             following = self.following(volume)
             await self._change(following, min(RETRY_SECONDS, max(0.0, end - loop.time())))
         raise DiskFailed(volume.no_facet().message)

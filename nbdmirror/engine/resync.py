@@ -122,8 +122,8 @@ class Resync:
             for dcm in remote.dcms:
                 if dcm.map.default:
                     dcm.clear()
-        remote.save_defaults()
         await remote.sync_maps()
+        remote.save_defaults()
         await self._terms.store.save()
         remote.progress = remote.stall = None
         remote.order_failures = 0

@@ -94,6 +94,8 @@ class Session:
         self._ready = asyncio.Event()
         self._deletions: list[str] = []
         """Of snapshots, as the last START told of them."""
+        self._rotten: FormatError | None = None
+        """What a record that cannot be read back has ended the stream with."""
 
     async def run(self, connected: Callable[[], None]) -> None:
         """Runs until the link is lost or the session dropped; raises the cause.
@@ -108,7 +110,12 @@ class Session:
                 decision = self._decide(target)
                 await self._start(decision)
             connected()
-            await self._stream()
+            try:
+                await self._stream()
+            except FormatError as error:
+                if error is self._rotten:
+                    await self._log_rotten(error)
+                raise
         finally:
             self.link.close()
             remote.engaged = remote.starting = False
@@ -231,8 +238,8 @@ class Session:
             facts["consistent"] = False
             if reset:
                 facts["behind_ns"] = behind_ns
-        remote.save_defaults()
         await remote.sync_maps()
+        remote.save_defaults()
         await self.context.store.save()
         self._send_start("reset" if reset else "continue", seq, resync, decision.why)
         await self._receive(Type.READY)
@@ -423,7 +430,7 @@ class Session:
                 try:
                     chunk = await log.read(cursor)
                 except FormatError as error:
-                    await self._log_rotten(error)
+                    self._rotten = error
                     raise
                 parts += chunk.parts
                 size += chunk.size
@@ -447,7 +454,10 @@ class Session:
 
     async def _log_rotten(self, error: FormatError) -> None:
         """A pending record cannot be read back: the regions are copied from the facet instead. A
-        volume that has no facet has it nowhere else: it stays in the log, and is tried again."""
+        volume that has no facet has it nowhere else: it stays in the log, and is tried again.
+
+        Nothing of the session runs any more: a resync would clear what is filled here, and what is
+        written behind its copy this stream does not bring."""
         self.context.events.emit("log-damaged", remote=self.remote.name, why=error.message)
         if all(volume.in_service() for volume in self.remote.group.volumes):
             await self.remote.fill(error.message)

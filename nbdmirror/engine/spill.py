@@ -135,9 +135,15 @@ class Spill:
         if self._both and self._leans():
             self._store.state.update(log_spill=False, durable_seq=self._log.kept_seq)
 
-    def look(self) -> None:
-        """Facets have come or gone, durably: the log goes where it belongs now."""
-        if self._both and not self._store.state["log_spill"]:
+    @property
+    def said(self) -> bool:
+        """Whether the superblock, once it is saved, says that the log is in memory."""
+        return bool(self._store.state["log_spill"])
+
+    def look(self, *, on_disk: bool = False) -> None:
+        """Facets have come or gone, durably: the log goes where it belongs now. ``on_disk``: that
+        it is on disk was said in the save that this follows."""
+        if self._both and on_disk and not self.said:
             self._both = False
             self._log.unspill()
             why = "a volume has no local facet in service"

@@ -377,7 +377,8 @@ class Verify:
             for facet in volume.in_service():
                 if facet.path not in paths and data is None:
                     with contextlib.suppress(OSError):
-                        data = await facet.file.read(offset, length)
+                        found = await facet.file.read(offset, length)
+                        data = found if facet.in_service else None
             if data is None:
                 return False
             lost = []

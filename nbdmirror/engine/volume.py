@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from nbdmirror.codec.hashing import digests
 from nbdmirror.core.ranges import RangeLock, RangeLocks
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from nbdmirror.engine.facet import LocalFacet
 
+
+T = TypeVar("T")
 
 AFFINITY_SHIFT = 22
 """Where several facets are idle, stretches of 4 MiB are dealt out to them in turn: what one has
@@ -167,40 +169,48 @@ class Volume:
 
     async def read_below(self, offset: int, length: int) -> Buffer:
         """As ``read``, from the facets as they are."""
-        facet = self.choose(offset)
-        failure: OSError | None = None
-        if facet is not None:
-            try:
-                return await facet.read(offset, length)
-            except OSError as error:
-                failure = error
-        return await self.rescue(self, offset, length, facet, failure)
+        return await self._ask(offset, length, lambda facet: facet.read(offset, length), _as_it_is)
 
     async def read_aside(self, offset: int, length: int) -> Buffer:
         """As ``read``, always off the event loop: for large pieces that nobody waits for."""
         if self.overlay is not None:
             return await self.overlay.read(offset, length)
-        facet = self.choose(offset)
-        failure: OSError | None = None
-        if facet is not None:
-            try:
-                return await facet.file.read(offset, length)
-            except OSError as error:
-                failure = error
-        return await self.rescue(self, offset, length, facet, failure)
+        return await self._ask(
+            offset, length, lambda facet: facet.file.read(offset, length), _as_it_is
+        )
 
     async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
         """``codec.hashing.digests`` of a range, off the event loop; errors as for ``read``."""
+
+        def hashed(data: Buffer) -> bytes:
+            return digests(data, step, key)
+
         if self.overlay is not None:
-            return digests(await self.overlay.read(offset, length), step, key)
-        facet = self.choose(offset)
+            return hashed(await self.overlay.read(offset, length))
+        return await self._ask(
+            offset, length, lambda facet: facet.file.hashes(offset, length, step, key), hashed
+        )
+
+    async def _ask(
+        self,
+        offset: int,
+        length: int,
+        ask: Callable[[LocalFacet], Awaitable[T]],
+        otherwise: Callable[[Buffer], T],
+    ) -> T:
+        """What a facet answers that is in service still when it does: one whose sync has failed
+        meanwhile may have lost what was written to it (O16). If none can: what is made of the bytes
+        that somebody else has."""
         failure: OSError | None = None
-        if facet is not None:
+        while (facet := self.choose(offset)) is not None:
             try:
-                return await facet.file.hashes(offset, length, step, key)
+                answer = await ask(facet)
             except OSError as error:
                 failure = error
-        return digests(await self.rescue(self, offset, length, facet, failure), step, key)
+                break
+            if facet.in_service:
+                return answer
+        return otherwise(await self.rescue(self, offset, length, facet, failure))
 
     def allocation(self, offset: int, length: int) -> Iterable[tuple[int, int, bool]]:
         """(offset, length, hole) pieces that cover the range, from the first trusted facet; all of
@@ -264,6 +274,10 @@ class Volume:
         if self._landing:
             for lock in [k for k in self._landing if k.start < offset + length and offset < k.end]:
                 await asyncio.shield(lock.waiter)
+
+
+def _as_it_is(data: Buffer) -> Buffer:
+    return data
 
 
 async def _no_rescue(

@@ -53,7 +53,7 @@ def test_a_last_facet_that_leaves_and_another_that_comes_during_the_change_over(
         await world.syncing.wait()
         world.in_service.clear()
         world.spill.note()
-        world.spill.look()
+        world.spill.look(on_disk=True)
         assert world.log.spilled is None and not world.state["log_spill"]
         world.in_service.append(object())
         world.spill.look()

@@ -101,7 +101,7 @@ def _(assign: Assign) -> None:
 
 @mutant("O12 a map that is being filled counts before that is durable", run=ROTTEN_AND_STOPPED)
 def _(assign: Assign) -> None:
-    async def fill(self: Remote, why: str) -> None:
+    async def fill(self: Remote, why: str, *, save: bool = True) -> None:
         for dcm in self.dcms:
             dcm.fill()
         if not self.tracking:
@@ -121,9 +121,9 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Remote.fill
 
-    async def fill(self: Remote, why: str) -> None:
+    async def fill(self: Remote, why: str, *, save: bool = True) -> None:
         try:
-            await original(self, why)
+            await original(self, why, save=save)
         except BaseException:
             assign(Remote, "_track", lambda self: None)
             raise

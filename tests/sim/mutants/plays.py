@@ -21,7 +21,7 @@ FAR = 184
 """A cell of volume 0 in an extent that does not come along with the first ones."""
 
 
-def _strikes(operation: str, path: str, fault: Fault, struck: Callable[[], None]) -> Injector:
+def strikes(operation: str, path: str, fault: Fault, struck: Callable[[], None]) -> Injector:
     """The first such operation on a file has a fault; ``struck`` is called with it."""
     left = [fault]
 
@@ -52,7 +52,7 @@ async def _punched(s: Script) -> None:
     await _cleared(s)
     punching = asyncio.Event()
     slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
-    secondary.disk.faults = _strikes("punch", "/facets", slow, punching.set)
+    secondary.disk.faults = strikes("punch", "/facets", slow, punching.set)
     s.link(up=True)
     await punching.wait()
     s.world.net.reset("a", "b")
@@ -96,7 +96,7 @@ async def _filled_twice(s: Script) -> None:
     (remote,) = node.primary.remotes
     syncing = asyncio.Event()
     slow = Fault(Kind.STALL, seconds=1.0)
-    s.world.a.disk.faults = _strikes("sync", "/state/dcm", slow, syncing.set)
+    s.world.a.disk.faults = strikes("sync", "/state/dcm", slow, syncing.set)
 
     async def fill() -> None:
         first = asyncio.ensure_future(remote.fill("one"))
@@ -129,7 +129,7 @@ async def _failed_at_start(s: Script) -> None:
     s.kill(a)
     for path in ("/facets/v1.0", "/facets/v1.1"):
         s.mend(path)
-    a.disk.faults = _strikes("sync", "/facets/v0.1", Fault(Kind.LOSE), lambda: None)
+    a.disk.faults = strikes("sync", "/facets/v0.1", Fault(Kind.LOSE), lambda: None)
     await world.start(a)
     a.disk.faults = None
     await s.up(a)
@@ -153,7 +153,7 @@ async def _hurried(s: Script) -> None:
     s.mend(path)
     syncing = asyncio.Event()
     slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
-    disk.faults = _strikes("sync", path, slow, syncing.set)
+    disk.faults = strikes("sync", path, slow, syncing.set)
     while not syncing.is_set():
         await s.write(0, BLOCK, count=BLOCK)
     disk.unlink(path)
@@ -166,7 +166,7 @@ async def _hurried(s: Script) -> None:
     await s.in_sync()
 
 
-async def _without_log(s: Script) -> None:
+async def without_log(s: Script) -> None:
     """The log goes on in memory, for its disk is lost."""
     s.spoil("/state/log")
     await s.write(0, 40, fua=True)
@@ -177,7 +177,7 @@ async def _outlived(s: Script) -> None:
     """The log goes on in memory, two snapshots are taken, one of which the remote gets, and the
     process dies: the snapshots are there, their records are not."""
     world = s.world
-    await _without_log(s)
+    await without_log(s)
     await s.write(0, 0)
     await s.snapshot()
     await s.in_sync()
@@ -196,7 +196,7 @@ async def _cleared_late(s: Script) -> None:
     await s.write(0, 0, count=BLOCK)
     punching = asyncio.Event()
     slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
-    s.world.a.disk.faults = _strikes("punch", "/facets", slow, punching.set)
+    s.world.a.disk.faults = strikes("punch", "/facets", slow, punching.set)
     s.world.spawn(s.clear(0, 0, BLOCK // 2, "trim"))
     await punching.wait()
     await s.snapshot()
@@ -244,7 +244,7 @@ async def _restored_and_written(s: Script) -> None:
     await s.restore(uuid)
     clearing = asyncio.Event()
     slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
-    a.disk.faults = _strikes("sync", "/state/restore", slow, clearing.set)
+    a.disk.faults = strikes("sync", "/state/restore", slow, clearing.set)
     await clearing.wait()
     world.spawn(s.write(0, 0))
     await asyncio.sleep(PUNCH_SECONDS / 3)
@@ -257,7 +257,7 @@ async def _restored_and_written(s: Script) -> None:
 
 async def _restored_without_log(s: Script) -> None:
     """... and the log was in memory: the mark of the restore is gone with it."""
-    await _without_log(s)
+    await without_log(s)
     await _restored(s)
 
 
@@ -267,7 +267,7 @@ async def _ahead(s: Script) -> None:
     await s.write(0, 0, fua=True)
     await s.in_sync()
     slow = Fault(Kind.STALL, seconds=60.0)
-    world.a.disk.faults = _strikes("sync", "/state/log", slow, lambda: None)
+    world.a.disk.faults = strikes("sync", "/state/log", slow, lambda: None)
     await s.write(0, 0)
     await s.until(_all_is_there)
     s.link(up=False)
@@ -285,7 +285,7 @@ async def _lost_in_part(s: Script) -> None:
     world = s.world
     (b,) = world.remotes
     slow = Fault(Kind.STALL, seconds=60.0)
-    b.disk.faults = _strikes("sync", "/state/log", slow, lambda: None)
+    b.disk.faults = strikes("sync", "/state/log", slow, lambda: None)
     for _ in range(BLOCK):
         await s.write(0, 0)
     await s.until(_all_is_received)
@@ -313,7 +313,7 @@ async def _stood_in_ahead(s: Script) -> None:
     await s.until(lambda node: not node.volumes[0].in_service())
     await s.write(0, 0, fua=True)
     slow = Fault(Kind.STALL, seconds=60.0)
-    world.a.disk.faults = _strikes("sync", "/state/log", slow, lambda: None)
+    world.a.disk.faults = strikes("sync", "/state/log", slow, lambda: None)
     await s.write(0, 0)
     await s.until(_all_is_there)
     world.power_cut(world.a, AllLost())
@@ -365,7 +365,7 @@ async def _left(s: Script) -> None:
     world, a = s.world, s.world.a
     await s.write(0, 0, count=BLOCK)
     await s.until(lambda node: node.log.ring.tail_seq == node.log.next_seq)
-    a.disk.faults = _strikes("sync", "/facets/v0.1", Fault(Kind.LOSE), lambda: None)
+    a.disk.faults = strikes("sync", "/facets/v0.1", Fault(Kind.LOSE), lambda: None)
     await s.flush()
     await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
     for first in range(2 * BLOCK, 192, BLOCK):
@@ -413,7 +413,7 @@ async def _holes_revert(s: Script) -> None:
     (b,) = world.remotes
     await _cleared(s)
     punched, lost = asyncio.Event(), asyncio.Event()
-    lose = _strikes("sync", "/facets/v0", Fault(Kind.LOSE), lost.set)
+    lose = strikes("sync", "/facets/v0", Fault(Kind.LOSE), lost.set)
 
     def inject(operation: str, path: str, nth: int) -> Fault | None:
         if operation == "punch":
@@ -441,7 +441,7 @@ async def _log_reverts(s: Script) -> None:
     for _ in range(BLOCK):
         await s.write(0, 0, pause=0.0)
     s.kill(a)
-    a.disk.faults = _strikes("sync", "/state/log", Fault(Kind.LOSE), lambda: None)
+    a.disk.faults = strikes("sync", "/state/log", Fault(Kind.LOSE), lambda: None)
     await world.start(a)
     a.disk.faults = None
     while not a.alive:
@@ -453,7 +453,7 @@ async def _last_of_two(s: Script) -> None:
     """The log is in memory, and one of two facets is lost; then the other, which had got more by
     then, while no remote has all of that; and the process dies."""
     a = s.world.a
-    await _without_log(s)
+    await without_log(s)
     s.link(up=False)
     await s.write(0, 0)
     s.spoil("/facets/v0.0")
@@ -480,7 +480,7 @@ async def _rotten_and_stopped(s: Script) -> None:
     filling = asyncio.Event()
     lost = Miswrites("/state/log", Fault(Kind.DROP))
     slow = Fault(Kind.STALL, seconds=PUNCH_SECONDS)
-    stalls = _strikes("sync", "/state/dcm", slow, filling.set)
+    stalls = strikes("sync", "/state/dcm", slow, filling.set)
     a.disk.faults = lambda *operation: lost(*operation) or stalls(*operation)
     await s.write(0, 0)
     await filling.wait()

@@ -170,9 +170,9 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Remote.fill
 
-    async def fill(self: Remote, why: str) -> None:
+    async def fill(self: Remote, why: str, *, save: bool = True) -> None:
         if not self.facts["full"]:
-            await original(self, why)
+            await original(self, why, save=save)
 
     assign(Remote, "fill", fill)
 

@@ -10,7 +10,7 @@ from nbdmirror.engine.node import Node
 from tests.sim.directed import directed
 from tests.sim.faults import AllLost, Fault, Injector, Kind, Timing
 from tests.sim.host import Host
-from tests.sim.mutants.plays import FAR, _all_is_there, _cleared, _strikes
+from tests.sim.mutants.plays import FAR, _all_is_there, _cleared, strikes
 from tests.sim.options import KIB
 from tests.sim.oracle import Violation, compare
 from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
@@ -85,7 +85,7 @@ async def _thawed_and_failed(s: Script) -> None:
     await s.freeze(on=True)
     await s.write(0, 0, FAR, count=BLOCK)
     await s.until(_all_is_there)
-    b.disk.faults = _strikes("sync", "/state/superblock", Fault(Kind.LOSE), _nothing)
+    b.disk.faults = strikes("sync", "/state/superblock", Fault(Kind.LOSE), _nothing)
     await s.freeze(on=False)
     await s.up(b)
     assert b.node is not None and b.node.secondary is not None
@@ -104,12 +104,12 @@ async def _synced_before(s: Script) -> None:
     (b,) = world.remotes
     await s.write(0, 0, fua=True)
     await s.in_sync()
-    world.a.disk.faults = _strikes("sync", "/state/log", Fault(Kind.STALL, seconds=60.0), _nothing)
+    world.a.disk.faults = strikes("sync", "/state/log", Fault(Kind.STALL, seconds=60.0), _nothing)
     syncing = asyncio.Event()
     for _ in range(BLOCK):
         await s.write(0, 0)
     await s.until(_all_is_there)
-    b.disk.faults = _strikes("sync", "/facets/v0", SLOW, syncing.set)
+    b.disk.faults = strikes("sync", "/facets/v0", SLOW, syncing.set)
     await syncing.wait()
     s.link(up=False)
     world.power_cut(world.a, AllLost())
@@ -175,7 +175,7 @@ async def _deleted_while_kept(s: Script) -> None:
     first = await s.snapshot()
     second = await s.snapshot()
     reading = asyncio.Event()
-    s.world.a.disk.faults = _strikes("read", "/facets/v0", SLOW, reading.set)
+    s.world.a.disk.faults = strikes("read", "/facets/v0", SLOW, reading.set)
     s.world.spawn(s.write(0, 0))
     await reading.wait()
     await s.delete(second)
@@ -192,7 +192,7 @@ async def _given_up_while_deleted(s: Script) -> None:
     await s.write(0, 0, BLOCK)
     third = await s.snapshot()
     moving = asyncio.Event()
-    s.world.a.disk.faults = _strikes("read", f"/state/snapshots/{second}", SLOW, moving.set)
+    s.world.a.disk.faults = strikes("read", f"/state/snapshots/{second}", SLOW, moving.set)
     s.world.spawn(s.delete(second))
     await moving.wait()
     await s.write(0, 2 * BLOCK, 3 * BLOCK, 4 * BLOCK)
