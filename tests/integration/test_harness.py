@@ -134,7 +134,7 @@ def test_an_end_of_stream_is_passed_on(proxy: Proxy) -> None:
 def test_a_target_that_is_gone_resets(proxy: Proxy) -> None:
     async def retarget() -> None:
         with socket.create_server(("127.0.0.1", 0)) as unused:
-            proxy._target = unused.getsockname()[:2]
+            proxy._target = "{}:{}".format(*unused.getsockname()[:2])
 
     asyncio.run(retarget())
     with pytest.raises(ConnectionResetError), _dial(proxy) as sock:
