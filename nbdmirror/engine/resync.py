@@ -122,8 +122,10 @@ class Resync:
             for dcm in remote.dcms:
                 if dcm.map.default:
                     dcm.clear()
-        await remote.sync_maps()
+        # With the facts, whoever saves next: consistent, but all of its map marked, it would follow
+        # no volume after a restart (M11).
         remote.save_defaults()
+        await remote.sync_maps()
         await self._terms.store.save()
         remote.progress = remote.stall = None
         remote.order_failures = 0
