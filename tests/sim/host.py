@@ -46,6 +46,7 @@ class Host:
         self.failed: str | None = None
         self.sources = [volume.facets[0] for volume in config.volumes]
         """A facet of each volume that was in service when the node last stopped."""
+        self.leaned = False
         self.replaced = 0
         self.disk: SimDisk
         self.clock: SimClock
@@ -63,6 +64,14 @@ class Host:
     def alive(self) -> bool:
         """Whether a process runs."""
         return self.life.alive and (self.node is not None or self.starting or self.stopping)
+
+    @property
+    def leaning(self) -> bool:
+        """Whether a volume has no facet here, as people know from its last status: nobody then
+        throws away the disk of another node that has it (M11)."""
+        if self.node is None:
+            return self.leaned
+        return any(not volume.in_service() for volume in self.node.volumes)
 
     def paths(self) -> list[list[str]]:
         """The facets of each volume."""

@@ -174,7 +174,8 @@ class Faults:
         host.disk.faults = None
         if host.failed is not None:
             host.failed = None
-            spare = host.role == "secondary" and not world.options.last_facet
+            spared = world.options.last_facet or world.a.leaning
+            spare = host.role == "secondary" and not spared
             try:
                 if spare and self._random.random() < world.options.replaces:
                     await world.replace(host)

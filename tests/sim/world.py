@@ -222,6 +222,7 @@ class World:
         host.gone = self.loop.create_future()
 
     def _end_life(self, host: Host, *, power: bool, stopped: bool = False) -> None:
+        host.leaned = host.leaning
         if host.role == "primary" and host.life.alive:
             self.content.died()
             self.serving.clear()
@@ -327,6 +328,7 @@ class World:
 
     async def stop(self, host: Host) -> None:
         """SIGTERM: the node stops cleanly, if nothing worse comes first."""
+        host.leaned = host.leaning
         node, host.node = host.node, None
         if node is None:
             return

@@ -550,6 +550,38 @@ async def _read_and_failed(s: Script) -> None:
     a.disk.timing.miss = 0.0
 
 
+async def _consistent_and_cut(s: Script) -> None:
+    """Power fails while a remote that has become consistent is noted down, and somebody else has
+    saved the superblock meanwhile. The facet is lost with it: the remote holds the volume."""
+    world, a, path = s.world, s.world.a, "/facets/v0.0"
+    node = await s.primary()
+    assert node.primary is not None
+    (remote,) = node.primary.remotes
+    await s.full_resync()
+    mapping = asyncio.Event()
+    syncs = strikes("sync", "/state/dcm/b", SLOW, mapping.set)
+    a.disk.faults = lambda *operation: syncs(*operation) if remote.facts["consistent"] else None
+    await mapping.wait()
+    await world.in_life(a, node.store.save())
+    world.power_cut(a, AllLost())
+    a.disk.faults = None
+    s.spoil(path)
+    await world.start(a)
+    await _reads_back(s)
+    s.mend(path)
+    await s.facets_back()
+    await s.in_sync()
+
+
+async def _reads_back(s: Script) -> None:
+    """A remote that follows answers reads, after some time."""
+    await s.until(lambda node: node.primary is not None and node.primary.remotes[0].link == "connected")
+    before = s.succeeded
+    await s.read(0, 0, 1)
+    if s.succeeded == before:
+        raise Violation("nobody answers for a volume that a consistent remote has (M11)")
+
+
 LARGE = {"log_size": 260 * KIB, "remote_log_size": 260 * KIB}
 MOVED_AND_LOST = directed(_moved_and_lost)
 ROTTEN_IN_A_RESYNC = directed(
@@ -568,6 +600,7 @@ HURRIED_UNNOTED = directed(_hurried_unnoted, last_facet=True)
 RESTORED_AND_REMOVED = directed(_restored_and_removed, remotes=2)
 REMOVED_WHILE_SYNCED = directed(_removed_while_synced, facets=2)
 ADDED_WHILE_MOVED = directed(_added_while_moved, remotes=2)
+CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
 LAST_TAKEN = directed(_last_taken, facets=2)
 OUT_AND_FAILED = directed(_out_and_failed, facets=2)
 ASKED_FOR_TWICE = directed(_asked_for_twice, facets=2)
@@ -787,3 +820,19 @@ def _(assign: Assign) -> None:
         return original(self, member)
 
     assign(Facets, "map_of", map_of)
+
+
+@mutant("M11 a consistent remote has all marked in the superblock", run=CONSISTENT_AND_CUT)
+def _(assign: Assign) -> None:
+    save, sync = Remote.save_defaults, Remote.sync_maps
+
+    def save_defaults(self: Remote) -> None:
+        if not self.facts["consistent"]:
+            save(self)
+
+    async def sync_maps(self: Remote) -> None:
+        await sync(self)
+        save(self)
+
+    assign(Remote, "save_defaults", save_defaults)
+    assign(Remote, "sync_maps", sync_maps)
