@@ -575,7 +575,9 @@ async def _consistent_and_cut(s: Script) -> None:
 
 async def _reads_back(s: Script) -> None:
     """A remote that follows answers reads, after some time."""
-    await s.until(lambda node: node.primary is not None and node.primary.remotes[0].link == "connected")
+    await s.until(
+        lambda node: node.primary is not None and node.primary.remotes[0].link == "connected"
+    )
     before = s.succeeded
     await s.read(0, 0, 1)
     if s.succeeded == before:
