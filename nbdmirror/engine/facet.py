@@ -51,8 +51,8 @@ class LocalFacet:
         """Records being applied off the loop: a sync does not cover them."""
         self._streams = 0
         """Of records, that there were: a sync says nothing of one that began after it."""
-        self._clearing: dict[asyncio.Task[None], None] = {}
-        """What a thread is at: ranges that will read as zeros."""
+        self._under_way: dict[asyncio.Task[None], None] = {}
+        """What threads are at: ranges that will read otherwise."""
         self.outstanding = 0
         """Reads that wait for the disk."""
         self.next_offset = -1
@@ -133,7 +133,7 @@ class LocalFacet:
         self.pending[seq] = None
         try:
             if keep_space:
-                await self._clear(self.file.zero(offset, length))
+                await self._off_loop(self.file.zero(offset, length))
             else:
                 await self.punch(offset, length)
         finally:
@@ -142,20 +142,25 @@ class LocalFacet:
 
     async def punch(self, offset: int, length: int) -> None:
         """The range reads as zeros and gives its space back; OSError if the disk refuses."""
-        await self._clear(self.file.punch(offset, length))
+        await self._off_loop(self.file.punch(offset, length))
 
-    async def _clear(self, work: Coroutine[Any, Any, None]) -> None:
+    async def copy(self, offset: int, data: Buffer) -> None:
+        """Writes what another facet holds, in a thread; OSError if the disk refuses. Who is
+        cancelled waits for it: what is written there next must not be under it (O13, F1)."""
+        await self._off_loop(self.file.write(offset, data))
+
+    async def _off_loop(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
-        self._clearing[task] = None
-        task.add_done_callback(lambda done: self._clearing.pop(done, None))
+        self._under_way[task] = None
+        task.add_done_callback(lambda done: self._under_way.pop(done, None))
         await _to_the_end(task)
 
     async def write_again(self, offset: int, length: int) -> None:
         """Writes what the range holds over itself: what was in the page cache only is then to be
         synced (O16). Not beside a clearing, which a thread would make between the two: what was
         cleared would be there again. OSError if the disk refuses."""
-        while self._clearing:
-            await asyncio.wait([*self._clearing])
+        while self._under_way:
+            await asyncio.wait([*self._under_way])
         self.pwrite(offset, self.file.pread(offset, length))
 
     def write(self, seq: int, offset: int, payload: Buffer) -> None:

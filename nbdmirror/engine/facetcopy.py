@@ -96,7 +96,7 @@ class FacetCopy:
                 self.progress.skipped_bytes += size
                 continue
             self._check()
-            await facet.file.write(at, data)
+            await facet.copy(at, data)
             self.progress.sent_bytes += size
 
     async def _content(self, offset: int, length: int) -> Buffer:

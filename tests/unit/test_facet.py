@@ -196,7 +196,7 @@ class Beside:
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self._clears: list[tuple[int, int]] = []
+        self.clears: list[tuple[int, int]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -207,14 +207,14 @@ class Beside:
         return data
 
     async def punch(self, offset: int, length: int) -> None:
-        self._clears.append((offset, length))
+        self.clears.append((offset, length))
         await asyncio.sleep(0.01)
         self._clear()
 
     def _clear(self) -> None:
-        for offset, length in self._clears:
+        for offset, length in self.clears:
             self._file.pwrite(offset, bytes(length))
-        self._clears.clear()
+        self.clears.clear()
 
 
 def test_what_is_written_over_itself_is_not_what_a_thread_was_about_to_clear() -> None:
@@ -223,11 +223,31 @@ def test_what_is_written_over_itself_is_not_what_a_thread_was_about_to_clear() -
     async def main() -> None:
         facet = make(make_disk())
         facet.write(1, 0, b"a" * 8192)
-        facet.attach(Beside(facet.file))
+        beside = Beside(facet.file)
+        facet.attach(beside)
         clearing = asyncio.ensure_future(facet.apply(clear(2, codec.TRIM, 0, 4096)))
-        await asyncio.sleep(0)
+        while not beside.clears:
+            await asyncio.sleep(0)
         await facet.write_again(0, 8192)
         await clearing
         assert facet.file.pread(0, 8192) == bytes(4096) + b"a" * 4096
+
+    run(main())
+
+
+def test_a_copy_that_is_given_up_is_not_over_what_is_written_next() -> None:
+    """O13, F1: a thread writes on though who waits for it is cancelled."""
+
+    async def main() -> None:
+        disk = make_disk()
+        facet = make(disk)
+        copying = asyncio.ensure_future(facet.copy(0, b"old" * 1000))
+        await asyncio.sleep(0)
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+        facet.write(1, 0, b"new" * 1000)
+        await asyncio.sleep(60.0)
+        assert facet.file.pread(0, 3000) == b"new" * 1000
 
     run(main())
