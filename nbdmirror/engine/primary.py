@@ -360,6 +360,7 @@ class Primary:
         if remote in self.group.trackers:
             self.group.trackers.remove(remote)
         del self._store.state["remotes"][remote.name]
+        remote.notify()
 
     # -- status ------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from nbdmirror.errors import TimedOut
+from nbdmirror.errors import Refused, TimedOut
 
 if TYPE_CHECKING:
     from nbdmirror.engine.node import Node
@@ -25,7 +25,8 @@ SECONDARY_POLL_SECONDS = 0.2
 async def wait_until(
     node: Node, until: str, remote: str | None, timeout: float | None, seq: int | None
 ) -> None:
-    """Returns when the condition holds for the remote (``None``: for all); TimedOut if not.
+    """Returns when the condition holds for the remote (``None``: for all that stay); TimedOut if
+    not, Refused if the one that was asked for is removed meanwhile.
 
     ``seq``: the last change that has to be there (``None``: the last there is now), so that who
     waits in several steps does not wait for what was written between them."""
@@ -39,8 +40,10 @@ async def wait_until(
             remotes = [primary.remote(remote)] if remote else list(primary.remotes)
             seq = node.log.next_seq - 1 if seq is None else seq
             for one in remotes:
-                while not _holds(one, until, seq):
+                while one in primary.remotes and not _holds(one, until, seq):
                     await one.changed.wait()
+                if remote is not None and one not in primary.remotes:
+                    raise Refused(f"remote {remote} was removed before it was {until}")
     except TimeoutError:
         raise TimedOut(f"not {until} after {timeout:g} s", hint="see: nbdmirror status") from None
 

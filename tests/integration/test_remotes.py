@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.integration.cluster import MIB, Cluster
 from tests.integration.process import wait_until
@@ -80,3 +81,26 @@ def test_remotes_are_added_and_removed_in_use(make_cluster: MakeCluster) -> None
         gamma.kill()
     connect(cluster.primary.uri()).pwrite(pattern(MIB, 9), 0)
     cluster.check_in_sync()
+
+
+def test_a_wait_for_a_remote_ends_when_that_is_removed(make_cluster: MakeCluster) -> None:
+    """M17: who waits for it alone is told; who waits for all goes on with those that stay."""
+    cluster = make_cluster(remotes=NAMES[:2]).start()
+    cluster.secondaries[1].kill()
+    connect(cluster.primary.uri()).pwrite(pattern(4096, 1), 0)
+    wait = ("wait", "--until", "in-sync", "--timeout", "60")
+    with ThreadPoolExecutor() as pool:
+        alone = pool.submit(cluster.primary.cli, *wait, "--remote", "gamma")
+        of_all = pool.submit(cluster.primary.cli, *wait)
+        wait_until("both wait", lambda: _admin_connections(cluster) == 3)
+        cluster.primary.ok("remote", "remove", "gamma")
+        assert of_all.result().code == 0
+        refused = alone.result()
+    assert refused.code == 4
+    assert "remote gamma was removed before it was in-sync" in refused.err
+
+
+def _admin_connections(cluster: Cluster) -> int:
+    """Those that are open, this question's among them."""
+    count: int = cluster.primary.status()["connections"]["admin"]["open"]
+    return count
