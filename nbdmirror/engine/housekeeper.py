@@ -141,13 +141,15 @@ class Housekeeper:
                 await self.cycle()
             except NbdmirrorError as error:
                 if self._log.failed is None:
-                    self._fail(error)
+                    self.fail(error)
                     return
 
-    def _fail(self, error: NbdmirrorError) -> None:
-        self.failed = error
-        self._released.set()
-        self.on_failed(error)
+    def fail(self, error: NbdmirrorError) -> None:
+        """Nothing is released any more, for the node ends: who waits for space is told."""
+        if self.failed is None:
+            self.failed = error
+            self._released.set()
+            self.on_failed(error)
 
     async def cycle(self) -> None:
         """Syncs what is dirty, releases what is not needed, and applies the policy if that does
@@ -224,7 +226,7 @@ class Housekeeper:
             if isinstance(result, DiskFailed):
                 await self.facet_lost(volume, facet)
                 if not volume.in_service() and not self._goes_on(volume):
-                    self._fail(result)  # nobody else holds what was promised, whoever asked
+                    self.fail(result)  # nobody else holds what was promised, whoever asked
                     raise result
             elif isinstance(result, BaseException):
                 raise result
@@ -344,7 +346,7 @@ class Housekeeper:
         if not away:
             self._stalled_at = now
         elif needed and now - self._stalled_at >= REACH_SECONDS:
-            self._fail(away[0].no_facet())
+            self.fail(away[0].no_facet())
 
     def _furthest_behind(self) -> Holder | None:
         holding: list[Holder] = [r for r in self.remotes if not r.tracking or r.starting]
@@ -362,7 +364,7 @@ class Housekeeper:
             work.result()
             await self._release()
         except NbdmirrorError as error:
-            self._fail(error)
+            self.fail(error)
         finally:
             work.cancel()
             self._kick.set()  # another remote may hold the same tail

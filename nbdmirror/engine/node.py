@@ -292,6 +292,7 @@ class Node:
             return
         self.failed.set_result(error)
         self.events.emit("failed", why=error.message, hint=error.hint)
+        self.housekeeper.fail(error)
         if self.primary is not None:
             self.primary.group.fail(error)
 
