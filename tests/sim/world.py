@@ -152,7 +152,9 @@ class World:
             if primary
             else (),
             replication=ReplicationConfig(
-                listen=None if primary else f"tcp:{name}:7000", window_bytes=options.window
+                listen=None if primary else f"tcp:{name}:7000",
+                window_bytes=options.window,
+                insecure=True,
             ),
             snapshots=SnapshotConfig(options.snapshots_max, options.snapshot_space),
         )
@@ -345,7 +347,8 @@ class World:
             return
         except (NbdmirrorError, OSError) as error:
             self.trace(host.name, f"stop: {error}")
-        self._end_life(host, power=False, stopped=True)
+        # A command that has not ended is cut off in the middle, as by a kill.
+        self._end_life(host, power=False, stopped=not host.waiting)
 
     people_rest = False
     """Nobody takes, deletes or restores snapshots any more."""
