@@ -1,8 +1,8 @@
 """Runs in which one sequence of events is played that drawn ones come by in thousands of seeds.
 
-A play is a script (``tests.sim.script``): what it does is the same for every seed, and the seed
-draws what the disks and links make of it. Before it the nodes are in sync; after it the run goes
-on as that of any seed does: all is mended, and must come in sync and be as promised.
+A play (``tests.sim.plays``) is a script (``tests.sim.script``): what it does is the same for every
+seed, and the seed draws what the disks and links make of it. Before it the nodes are in sync; after
+it the run goes on as that of any seed does: all is mended, and must come in sync, as promised.
 """
 
 from __future__ import annotations

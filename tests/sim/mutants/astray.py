@@ -14,9 +14,10 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.verify import Verify
 from nbdmirror.ports import Buffer
-from tests.sim.mutants.plays import FILLED_TWICE, ONLY_IN_THE_CACHE, ROTTEN_AND_STOPPED
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import Options
+from tests.sim.plays.log import ONLY_IN_THE_CACHE, ROTTEN_AND_STOPPED
+from tests.sim.plays.remotes import FILLED_TWICE
 
 FACETS = aimed(rot=0.0, astray=1.0, snapshot_gap=0.0, facets=2, faults={}, last_facet=False)
 FILES = aimed(

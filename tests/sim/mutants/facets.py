@@ -1,7 +1,8 @@
-"""Mutants of local facets, synchronous remotes and the loss of the log's disk."""
+"""Mutants of local facets, of remotes that stand in for them, and of synchronous ones (M5-M17)."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,14 +18,25 @@ from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
+from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.remote import Remote, may_follow
-from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
-from tests.sim.mutants.plays import FAILED_AT_START, HURRIED, LAST_OF_TWO, STOOD_IN_AHEAD
 from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.plays.facets import (
+    ADDED_AND_FAILED,
+    ASKED_FOR_TWICE,
+    DISTRUSTED,
+    FAILED_AT_START,
+    HURRIED,
+    HURRIED_UNNOTED,
+    LAST_TAKEN,
+    OUT_AND_FAILED,
+    REMOVED_WHILE_SYNCED,
+)
+from tests.sim.plays.standins import STOOD_IN_AHEAD
 
 
 @mutant("M8 what a facet misses past the log is not marked")
@@ -183,107 +195,79 @@ def _(assign: Assign) -> None:
     assign(SyncGate, "wait", wait)
 
 
-@mutant(
-    "M13 what the lost log held for remotes is not marked",
-    aimed(
-        faults={"sync error a": 2.0, "cut": 1.0},
-        fault_gap=0.3,
-        clients=4,
-        operations=200,
-        pause=0.1,
-        last_facet=False,
-        spill=0,
-    ),
-)
+@mutant("M17 a new disk is known before its map is filled, durably", run=DISTRUSTED)
 def _(assign: Assign) -> None:
-    async def overflow(self: Remote, why: str) -> None:
-        if "log was" not in why or "full" in why:
-            await original(self, why)
+    original = Member.fill
 
-    original = Remote.overflow
-    assign(Remote, "overflow", overflow)
+    def fill(self: Member) -> None:
+        original(self)
+        found = self.facet.file.identity() if self.facet.is_open else None
+        self.saved.update(default=True, fill=False, identity=found)
+
+    assign(Member, "fill", fill)
 
 
-@mutant("M13 a flush is not in the facets while the log is in memory")
+@mutant("M12 a facet hurries back before its failure was noted", run=HURRIED_UNNOTED)
 def _(assign: Assign) -> None:
-    async def sync_log(self: Housekeeper) -> int:
-        return self._log.next_seq - 1
+    original = Facets.hurry
 
-    assign(Housekeeper, "sync_log", sync_log)
+    async def hurry(self: Facets, member: Member) -> None:
+        member.facet.unnoted = False
+        await original(self, member)
+
+    assign(Facets, "hurry", hurry)
 
 
-@mutant("M13 a facet is healed though what it lacks was in memory only", run=LAST_OF_TWO)
+@mutant("M17 a facet that was removed is looked for", run=REMOVED_WHILE_SYNCED)
 def _(assign: Assign) -> None:
-    original = recovery._healing
+    def of(self: Facets, facet: LocalFacet) -> Member:
+        return next(member for member in self.members if member.facet is facet)
 
-    def healing(store: Store, volumes: list[Volume], log: Log) -> Any:
-        for entry in recovery._entries(store):
-            entry["last"] = entry.get("since") is not None
-        return original(store, volumes, log)
-
-    assign(recovery, "_healing", healing)
+    assign(Facets, "_of", of)
 
 
-@mutant(
-    "M13 a remote is what a volume comes back from before it has all that its facet had",
-    run=LAST_OF_TWO,
-)
+@mutant("M8 a person takes out the last facet", run=LAST_TAKEN)
 def _(assign: Assign) -> None:
-    async def pass_on(self: Housekeeper) -> None:
-        for volume in self._store.state["volumes"]:
-            for entry in volume["facets"]:
-                entry["last"] = False
-        await self._store.save()
+    original, calls = FacetCommands._check_last, list[None]()
 
-    assign(Housekeeper, "_pass_on", pass_on)
+    def check(self: FacetCommands, member: Member) -> None:
+        calls.append(None)
+        if len(calls) % 2:  # before the wait, not after it
+            original(self, member)
+
+    assign(FacetCommands, "_check_last", check)
 
 
-@mutant(
-    "M13 a last facet is trusted though a remote went on for it",
-    aimed(
-        faults={"sync error a": 1.0},
-        fault_gap=0.1,
-        facets=1,
-        remotes=1,
-        mode="sync",
-        on_link_loss="continue",
-        timing=Timing(write=(0.001, 0.05), miss=0.2),
-        clients=2,
-        operations=200,
-        flush=0.2,
-        pause=0.05,
-        spill=0,
-        last_facet=False,
-        snapshot_gap=0.0,
-    ),
-)
+@mutant("M8 what a person took out comes back", run=OUT_AND_FAILED)
 def _(assign: Assign) -> None:
-    original = recovery._healing
+    def serve(self: Facets, member: Member, pause: float) -> None:
+        if member.task is None or member.task.done():
+            member.task = asyncio.ensure_future(self._guard(member, pause))
 
-    def healing(store: Store, volumes: list[Volume], log: Log) -> Any:
-        for entry in recovery._entries(store):
-            entry["last"] = entry.get("last") or len(volumes[0].facets) == 1
-        return original(store, volumes, log)
-
-    assign(recovery, "_healing", healing)
+    assign(Facets, "serve", serve)
 
 
-@mutant(
-    "M13 a flush does not wait for the remote that stands in",
-    aimed(
-        faults={"log error": 1.0, "facet lost": 2.0, "power a": 1.0, "slow link": 1.0},
-        fault_gap=0.2,
-        facets=1,
-        remotes=1,
-        mode="async",
-        clients=4,
-        operations=200,
-        flush=0.3,
-        pause=0.05,
-        spill=0,
-        last_facet=True,
-        snapshot_gap=0.0,
-    ),
-)
+@mutant("M8 a map that is being made is forgotten", run=ASKED_FOR_TWICE)
 def _(assign: Assign) -> None:
-    assign(Rescue, "durable", nothing)
+    original = Member.to_map
+
+    async def to_map(self: Member) -> None:
+        try:
+            await original(self)
+        except asyncio.CancelledError:
+            if not self.saved["tracking"]:
+                self.dcm = None
+            raise
+
+    assign(Member, "to_map", to_map)
+
+
+@mutant("M17 two facets have one map", run=ADDED_AND_FAILED)
+def _(assign: Assign) -> None:
+    original = Facets.map_of
+
+    def map_of(self: Facets, member: Member) -> DcmFile:
+        self._last_id = 0
+        return original(self, member)
+
+    assign(Facets, "map_of", map_of)

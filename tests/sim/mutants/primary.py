@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -17,14 +17,17 @@ from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.engine.log import RING_AT, Log
+from nbdmirror.engine.node import Node
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import FormatError
+from nbdmirror.ports import Buffer
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import DEATHS, UNFINISHED
-from tests.sim.mutants.plays import LOG_REVERTS
 from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.plays.facets import READ_AND_FAILED, STOPPED_AND_CLEARING
+from tests.sim.plays.log import LOG_REVERTS
 
 
 @mutant("O1 an extent counts as in before it is durable")
@@ -291,3 +294,29 @@ def _(assign: Assign) -> None:
             await facet.file.punch(change.offset, change.length)
 
     assign(Group, "clear", clear)
+
+
+@mutant("O5 a stop is clean though a request has not ended", run=STOPPED_AND_CLEARING)
+def _(assign: Assign) -> None:
+    original = Node._settle
+
+    async def settle(self: Node) -> None:
+        for facet in (facet for volume in self.volumes for facet in volume.facets):
+            facet.pending.clear()
+        await original(self)
+
+    assign(Node, "_settle", settle)
+
+
+@mutant("O16 a facet answers that has lost what it held", run=READ_AND_FAILED)
+def _(assign: Assign) -> None:
+    async def ask(
+        self: Volume,
+        offset: int,
+        length: int,
+        ask: Callable[[LocalFacet], Awaitable[Any]],
+        otherwise: Callable[[Buffer], Any],
+    ) -> Any:
+        return await ask(self.facets[0])
+
+    assign(Volume, "_ask", ask)

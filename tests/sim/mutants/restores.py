@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -13,12 +14,18 @@ from nbdmirror.engine import restorer
 from nbdmirror.engine.bypass import Bypass
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.housekeeper import Housekeeper
+from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
 from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
-from tests.sim.mutants.plays import RESTORED, RESTORED_AND_WRITTEN, RESTORED_WITHOUT_LOG
 from tests.sim.mutation import Assign, mutant, nothing
+from tests.sim.plays.restores import (
+    RESTORED,
+    RESTORED_AND_REMOVED,
+    RESTORED_AND_WRITTEN,
+    RESTORED_WITHOUT_LOG,
+)
 
 
 @mutant("M8 a facet is filled while a restore overwrites what was read for it", RESTORES)
@@ -171,3 +178,14 @@ def _(assign: Assign) -> None:
 @mutant("V13 it is taken in before redo is past the log of before", BESIDE)
 def _(assign: Assign) -> None:
     assign(Restorer, "_settle", nothing)
+
+
+@mutant("V11 a remote is removed from under a restore", run=RESTORED_AND_REMOVED)
+def _(assign: Assign) -> None:
+    original = Primary.remove
+
+    async def remove(self: Primary, name: str) -> None:
+        self.roster = asyncio.Lock()
+        await original(self, name)
+
+    assign(Primary, "remove", remove)

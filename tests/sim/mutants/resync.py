@@ -21,11 +21,14 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.session import Session
 from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import FormatError
 from tests.sim import convergence
 from tests.sim.mutants.aims import DEATHS, INTERRUPTED, NEW_DISKS, REWRITTEN
-from tests.sim.mutants.plays import AHEAD
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.options import storm
+from tests.sim.plays.log import LET_GO_TOO_SOON
+from tests.sim.plays.remotes import AHEAD, ROTTEN_IN_A_RESYNC
+from tests.sim.plays.standins import CONSISTENT_AND_CUT
 
 
 @mutant("O12 pending entries are released before they are marked")
@@ -222,3 +225,45 @@ def _(assign: Assign) -> None:
 @mutant("X3 the stream never goes on in order", run=convergence.run)
 def _(assign: Assign) -> None:
     assign(Resync, "_may_order", lambda self, seen: seen.left_bytes == 0)
+
+
+@mutant("O12 a map is filled while a resync clears it", run=ROTTEN_IN_A_RESYNC)
+def _(assign: Assign) -> None:
+    original = Session._ship
+
+    async def ship(self: Session) -> None:
+        try:
+            await original(self)
+        except FormatError as error:
+            await self._log_rotten(error)
+            self._rotten = None
+            raise
+
+    assign(Session, "_ship", ship)
+
+
+@mutant("O12 whoever finds a remote out of the log takes it for marked", run=LET_GO_TOO_SOON)
+def _(assign: Assign) -> None:
+    original = Remote.overflow
+
+    async def overflow(self: Remote, why: str) -> None:
+        if not self.tracking:
+            await original(self, why)
+
+    assign(Remote, "overflow", overflow)
+
+
+@mutant("M11 a consistent remote has all marked in the superblock", run=CONSISTENT_AND_CUT)
+def _(assign: Assign) -> None:
+    save, sync = Remote.save_defaults, Remote.sync_maps
+
+    def save_defaults(self: Remote) -> None:
+        if not self.facts["consistent"]:
+            save(self)
+
+    async def sync_maps(self: Remote) -> None:
+        await sync(self)
+        save(self)
+
+    assign(Remote, "save_defaults", save_defaults)
+    assign(Remote, "sync_maps", sync_maps)

@@ -22,15 +22,17 @@ from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import CACHED, RESYNCS, TWO_THERE
-from tests.sim.mutants.plays import HOLES_REVERT, LOST_IN_PART, PUNCHED
-from tests.sim.mutants.turns import (
+from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.options import KIB
+from tests.sim.plays.secondary import (
+    HOLES_REVERT,
+    LOST_IN_PART,
     MOVED_AND_FROZEN,
     MOVED_AND_STOPPED,
+    PUNCHED,
     SYNCED_BEFORE,
     THAWED_AND_FAILED,
 )
-from tests.sim.mutation import Assign, aimed, mutant, nothing
-from tests.sim.options import KIB
 
 
 @mutant("O2 the secondary applies before its log is durable")

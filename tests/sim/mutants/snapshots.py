@@ -21,19 +21,17 @@ from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, INSCRIBED, MARKERS, RESYNCS, waiting
-from tests.sim.mutants.plays import (
+from tests.sim.mutation import Assign, mutant, nothing
+from tests.sim.plays.secondary import PUNCHED
+from tests.sim.plays.snapshots import (
     CLEARED_LATE,
+    CONSISTENT_AND_BACK,
     CONSISTENT_AND_DEAD,
     DELETED_THERE,
-    OUTLIVED,
-    PUNCHED,
-)
-from tests.sim.mutants.turns import (
-    CONSISTENT_AND_BACK,
     DELETED_WHILE_KEPT,
     GIVEN_UP_WHILE_DELETED,
+    OUTLIVED,
 )
-from tests.sim.mutation import Assign, mutant, nothing
 
 
 class Unsynced:

@@ -17,9 +17,16 @@ from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.engine.store import Store
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import lost_spilled
-from tests.sim.mutants.plays import FAR_BEHIND, IN_MEMORY_AGAIN, LEFT, ON_DISK, PAST_TWICE
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
+from tests.sim.plays.spill import (
+    FAR_BEHIND,
+    IN_MEMORY_AGAIN,
+    LEFT,
+    ON_DISK,
+    PAST_TWICE,
+    UNSPILLED_TOO_SOON,
+)
 
 CROWDED = aimed(
     spill=8 * KIB,
@@ -218,3 +225,13 @@ def _(assign: Assign) -> None:
         return original(self, keys, max(self.hot.values(), default=0), keep)
 
     assign(ActiveMap, "admit", admit)
+
+
+@mutant("M4 a log is on disk before that is durable", run=UNSPILLED_TOO_SOON)
+def _(assign: Assign) -> None:
+    original = Spill.look
+
+    def look(self: Spill, *, on_disk: bool = False) -> None:
+        original(self, on_disk=True)
+
+    assign(Spill, "look", look)

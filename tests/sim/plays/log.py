@@ -1,0 +1,153 @@
+"""Plays of the log and its disk: it is lost, moved, rotten, or has not what it said (M13, O16, X6),
+and what leaves it for a remote's map meanwhile (O12)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdmirror.codec.mappage import SLOTS
+from nbdmirror.engine.housekeeper import HIGH_WATER
+from tests.sim.directed import directed
+from tests.sim.faults import Fault, Kind, Miswrites
+from tests.sim.plays.stage import (
+    FAR,
+    LARGE,
+    READ_BACK,
+    SLOW,
+    SLOW_SECONDS,
+    either,
+    killed,
+    loses,
+    moment,
+    power_loss,
+    slow,
+    slow_at,
+    strikes,
+    within,
+    without_log,
+)
+from tests.sim.script import BLOCK, POLL_S, Script
+
+HOT = SLOTS
+"""Extents that can be active."""
+
+
+async def _moved_and_lost(s: Script) -> None:
+    """The disk of the log fails while a person moves the log: it stays where that one has put it,
+    and what is flushed there is durable."""
+    a = s.world.a
+    making = slow(a, "allocate", "/state/moved")
+    saving = slow_at(s, a, "log-lost", "sync", "/state/superblock")
+    moved = moment(s, a, "log-moved")
+    s.world.spawn(s.replace_log("/state/moved"))
+    await making.wait()
+    s.spoil("/state/log")
+    s.world.spawn(s.write(0, 0))
+    await moved.wait()
+    await within(saving, 1.0)
+    await s.write(0, 0)
+    await asyncio.sleep(2 * SLOW_SECONDS)
+    await s.flush()
+    await power_loss(s, a, "/state/log")
+
+
+async def _log_reverts(s: Script) -> None:
+    """The process dies; at the next start a sync of the log fails, and it has lost what was not
+    durable, as the facets have not."""
+    world, a = s.world, s.world.a
+    await s.write(0, 0, fua=True)
+    for _ in range(BLOCK):
+        await s.write(0, 0, pause=0.0)
+    s.kill(a)
+    loses(a, "/state/log")
+    await world.start(a)
+    a.disk.faults = None
+    while not a.alive:
+        await world.start(a)
+        await asyncio.sleep(POLL_S)
+
+
+async def _rotten_and_stopped(s: Script) -> None:
+    """A record that a remote needs is not in the log, so its map is filled; the node is stopped
+    before that is durable."""
+    world, a = s.world, s.world.a
+    world.astray_on = a
+    filling = asyncio.Event()
+    a.disk.faults = either(
+        Miswrites("/state/log", Fault(Kind.DROP)), strikes("sync", "/state/dcm", SLOW, filling)
+    )
+    await s.write(0, 0)
+    await filling.wait()
+    await s.write(0, FAR)
+    await s.stop(a)
+    await world.start(a)
+    await s.in_sync()
+    world.astray_on = None
+
+
+async def _only_in_the_cache(s: Script) -> None:
+    """A record is not in the log, which the next start sees; the remote gets what it held. Its
+    extent leaves the active map, and then power fails before the facet was ever synced."""
+    world, a = s.world, s.world.a
+    world.astray_on = a
+    s.link(up=False)
+    a.disk.faults = Miswrites("/state/log", Fault(Kind.DROP))
+    await s.write(0, 0)
+    a.disk.faults = None
+    await s.write(0, FAR)
+    await killed(s, a)
+    s.link(up=True)
+    await s.in_sync()
+    for extent in range(1, 90):
+        await s.write(0, 2 * extent)
+    await power_loss(s, a)
+    await s.in_sync()
+    world.astray_on = None
+
+
+async def _forced_out(s: Script, forced: asyncio.Event) -> None:
+    """A remote is away, and clients write until it is to be forced out; nobody waits for that."""
+    log = (await s.primary()).log
+    while log.ring.used <= HIGH_WATER * log.capacity:
+        await s.write(0, 0, count=BLOCK)
+    await forced.wait()
+
+
+async def _let_go_too_soon(s: Script) -> None:
+    """A remote is being forced out of a log in memory, and not all is in its map yet, when extents
+    are to leave the active map; then power fails."""
+    a = s.world.a
+    await without_log(s)
+    s.link(up=False)
+    for extent in (*range(HOT - 1), FAR // 2):  # as many as can be active
+        await s.write(0, 2 * extent)
+    await _forced_out(s, slow_at(s, a, "overflow", "sync", "/state/superblock"))
+    s.world.spawn(s.write(0, FAR - 10))
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    await slow(a, "sync", "/state/dcm").wait()
+    await asyncio.sleep(SLOW_SECONDS / 2)
+    await power_loss(s, a, "/state/log")
+    s.link(up=True)
+    await s.in_sync()
+
+
+async def _stopped_and_forced_out(s: Script) -> None:
+    """A remote is being forced out of a log in memory when the node is stopped."""
+    a = s.world.a
+    await without_log(s)
+    s.link(up=False)
+    await _forced_out(s, slow_at(s, a, "overflow", "sync", "/state/superblock"))
+    await s.stop(a)
+    s.mend("/state/log")
+    a.disk.faults = None
+    await s.world.start(a)
+    s.link(up=True)
+    await s.in_sync()
+
+
+MOVED_AND_LOST = directed(_moved_and_lost)
+LOG_REVERTS = directed(_log_reverts)
+ROTTEN_AND_STOPPED = directed(_rotten_and_stopped, constants=READ_BACK)
+ONLY_IN_THE_CACHE = directed(_only_in_the_cache, **LARGE)
+LET_GO_TOO_SOON = directed(_let_go_too_soon, **LARGE)
+STOPPED_AND_FORCED_OUT = directed(_stopped_and_forced_out, **LARGE)

@@ -1,0 +1,115 @@
+"""Plays of what a primary knows of its remotes: their maps, where their streams begin, who serves
+them (O12, T7, M17)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.sim.directed import directed
+from tests.sim.faults import Fault, Kind, Miswrites
+from tests.sim.oracle import Violation
+from tests.sim.plays.stage import (
+    FAR,
+    LARGE,
+    NEVER_SECONDS,
+    READ_BACK,
+    SLOW_SECONDS,
+    all_is_there,
+    either,
+    only_remote,
+    power_loss,
+    slow,
+    slow_at,
+    strikes,
+)
+from tests.sim.script import BLOCK, Script
+
+
+async def _filled_twice(s: Script) -> None:
+    """Two fill a map at the same time, and the one who began is cancelled: the other's word holds,
+    and changes are marked."""
+    remote = await only_remote(s)
+    syncing = slow(s.world.a, "sync", "/state/dcm", 1.0)
+
+    async def fill() -> None:
+        first = asyncio.ensure_future(remote.fill("one"))
+        await syncing.wait()
+        remote.drop.set()
+        second = asyncio.ensure_future(remote.fill("two"))
+        await asyncio.sleep(0)
+        first.cancel()
+        await second
+        if remote.tracking and remote not in remote.group.trackers:
+            raise Violation("what is written is not marked for a remote in its map (O12)")
+
+    s.link(up=False)
+    await s.world.in_life(s.world.a, fill())
+    await s.write(0, 0)
+    s.link(up=True)
+    await s.in_sync()
+
+
+async def _rotten_in_a_resync(s: Script) -> None:
+    """A record that a remote needs is not in the log while a resync is under way in order: as its
+    map is filled, nothing of it is cleared that the records behind would be needed for."""
+    world, a = s.world, s.world.a
+    (b,) = world.remotes
+    world.astray_on = a
+    remote = await only_remote(s)
+    s.link(up=False)
+    while not remote.tracking:
+        await s.write(1, 0, count=BLOCK, pause=0.02)
+    await s.until(lambda node: remote.marked_seq is None and node.log.ring.used == 0)
+    placing = slow_at(s, b, "snapshot", "sync", "/facets")
+    s.link(up=True)
+    await placing.wait()
+    assert not remote.tracking and remote.dirty_regions
+    filling, longer = asyncio.Event(), Fault(Kind.STALL, seconds=4 * SLOW_SECONDS)
+    a.disk.faults = either(
+        Miswrites("/state/log", Fault(Kind.DROP)), strikes("sync", "/state/dcm", longer, filling)
+    )
+    await s.write(0, 0)
+    await filling.wait()
+    await asyncio.sleep(2 * SLOW_SECONDS)
+    await s.write(0, FAR)
+    await asyncio.sleep(3 * SLOW_SECONDS)
+    await s.in_sync()
+    world.astray_on = None
+
+
+async def _ahead(s: Script) -> None:
+    """The remote has more than the primary, which loses power, and writes before the two meet."""
+    a = s.world.a
+    await s.write(0, 0, fua=True)
+    await s.in_sync()
+    slow(a, "sync", "/state/log", NEVER_SECONDS)
+    await s.write(0, 0)
+    await s.until(all_is_there)
+    s.link(up=False)
+    await power_loss(s, a)
+    await s.write(0, FAR)
+    s.link(up=True)
+    await s.in_sync()
+
+
+async def _added_while_moved(s: Script) -> None:
+    """A remote is added while the log is moved: one session serves it, not two."""
+    _, c = s.world.remotes
+    await s.remote("remove", c)
+    adding = slow(s.world.a, "sync", "/state/dcm/c")
+    s.world.spawn(s.remote("add", c))
+    await adding.wait()
+    await s.replace_log("/state/moved")
+    await asyncio.sleep(SLOW_SECONDS)
+    await s.in_sync()
+    connected: list[str] = []
+    s.world.on_moment.append(lambda host, kind: connected.append(kind))
+    await asyncio.sleep(5.0)
+    if "connected" in connected:
+        raise Violation("two sessions take turns at a remote")
+
+
+FILLED_TWICE = directed(_filled_twice)
+ROTTEN_IN_A_RESYNC = directed(_rotten_in_a_resync, constants=READ_BACK, **LARGE)
+AHEAD = directed(_ahead)
+ADDED_WHILE_MOVED = directed(_added_while_moved, remotes=2)

@@ -1,0 +1,65 @@
+"""Plays of restores, and of what happens before their copy is through (V11, V12)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.sim.directed import directed
+from tests.sim.plays.stage import SLOW_SECONDS, killed, power_loss, slow, slow_at, without_log
+from tests.sim.script import BLOCK, Script
+
+
+async def _restored(s: Script) -> None:
+    """The process dies when a restore is complete, and not copied yet."""
+    await s.write(0, 0, 30, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, 30, count=BLOCK)
+    await s.restore(uuid)
+    await killed(s, s.world.a)
+    await s.write(0, 0)
+
+
+async def _restored_without_log(s: Script) -> None:
+    """... and the log was in memory: the mark of the restore is gone with it."""
+    await without_log(s)
+    await _restored(s)
+
+
+async def _restored_and_written(s: Script) -> None:
+    """A region that is restored is written to, and that flushed, as the map of what is left to copy
+    is being made durable; then power fails."""
+    a = s.world.a
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, count=BLOCK)
+    await s.restore(uuid)
+    await slow(a, "sync", "/state/restore").wait()
+    s.world.spawn(s.write(0, 0))
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    await s.flush()
+    await power_loss(s, a)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+
+
+async def _restored_and_removed(s: Script) -> None:
+    """Of two remotes one is removed while a restore is marked in their maps: it is in the other's
+    all the same."""
+    b, _ = s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    merging = slow_at(s, s.world.a, "overflow", "sync", "/state/dcm/b", nth=2)
+    s.world.spawn(s.restore(uuid))
+    await merging.wait()
+    await s.remote("remove", b)
+    await asyncio.sleep(SLOW_SECONDS)
+    await s.remote("add", b)
+    await s.in_sync()
+
+
+RESTORED = directed(_restored)
+RESTORED_WITHOUT_LOG = directed(_restored_without_log)
+RESTORED_AND_WRITTEN = directed(_restored_and_written)
+RESTORED_AND_REMOVED = directed(_restored_and_removed, remotes=2)

@@ -1,0 +1,186 @@
+"""Plays of a secondary: what its disk is slow with, or loses, while its primary goes on (I1, I2,
+O5, O10, O16, V8)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdmirror.engine.node import Node
+from tests.sim.directed import directed
+from tests.sim.faults import Fault, Injector, Kind
+from tests.sim.host import Host
+from tests.sim.oracle import Violation, compare
+from tests.sim.plays.stage import (
+    FAR,
+    HOLES,
+    NEVER_SECONDS,
+    SLOW_SECONDS,
+    all_is_received,
+    all_is_there,
+    cleared,
+    follower,
+    killed,
+    loses,
+    power_loss,
+    slow,
+    slow_save,
+    strikes,
+)
+from tests.sim.script import BLOCK, POLL_S, Script
+
+DELAY_SECONDS = 0.2
+
+
+async def _punched(s: Script) -> None:
+    """A link is lost while the secondary punches a hole, for seconds and in a thread: what the next
+    session copies there must not be under it in the end (I2, F1)."""
+    (b,) = s.world.remotes
+    await cleared(s)
+    punching = slow(b, "punch", "/facets")
+    s.link(up=True)
+    await punching.wait()
+    s.world.net.reset("a", "b")
+    await s.write(0, *range(0, HOLES * BLOCK, BLOCK), count=1)
+    await asyncio.sleep(2 * SLOW_SECONDS)
+    await s.in_sync()
+
+
+async def _holes_revert(s: Script) -> None:
+    """A resync punches holes at the secondary, and the sync after that loses them: they are there
+    in the page cache only when the next one looks, and then power fails."""
+    (b,) = s.world.remotes
+    await cleared(s)
+    lost = asyncio.Event()
+    b.disk.faults, life = _behind_a_punch("/facets/v0", lost), b.life
+    s.link(up=True)
+    await lost.wait()
+    while b.alive and b.life is life:
+        await asyncio.sleep(POLL_S)
+    await s.up(b)
+    await s.in_sync()
+    await power_loss(s, b)
+    await s.write(1, 0)  # the primary sees that the link is gone
+    await s.in_sync()
+
+
+def _behind_a_punch(path: str, lost: asyncio.Event) -> Injector:
+    """The first sync of that file after a hole was punched loses what there was."""
+    punched = asyncio.Event()
+    lose = strikes("sync", path, Fault(Kind.LOSE), lost, punched.is_set)
+
+    def inject(operation: str, path: str, nth: int) -> Fault | None:
+        if operation == "punch":
+            punched.set()
+        return lose(operation, path, nth)
+
+    return inject
+
+
+async def _lost_in_part(s: Script) -> None:
+    """A secondary loses its power, and some of the records that its log had not synced, with later
+    ones there; it recovers, and its process dies before it gets anything new."""
+    (b,) = s.world.remotes
+    slow(b, "sync", "/state/log", NEVER_SECONDS)
+    for _ in range(BLOCK):
+        await s.write(0, 0)
+    await s.until(all_is_received)
+    s.link(up=False)
+    s.world.power_cut(b)
+    b.disk.faults = None
+    await s.world.start(b)
+    await killed(s, b)
+    s.link(up=True)
+    await s.in_sync()
+
+
+async def _moving(s: Script) -> Host:
+    """A delayed secondary, as the bound of what it may apply moves: that is being saved."""
+    (b,) = s.world.remotes
+    await s.world.in_life(b, follower(b).applier.change(delay=DELAY_SECONDS))
+
+    def moves(node: Node) -> bool:
+        applier = follower(b).applier
+        return bool(applier.settings["limit"] > applier.applied_seq)
+
+    moving = slow_save(b, moves)
+    await s.write(0, 0, BLOCK, count=BLOCK)
+    await moving.wait()
+    return b
+
+
+async def _moved_and_stopped(s: Script) -> None:
+    """It is stopped in that moment: its next start redoes nothing, and is not to take for applied
+    what is not."""
+    b = await _moving(s)
+    await s.stop(b)
+    await s.world.start(b)
+    await s.in_sync()
+
+
+async def _moved_and_frozen(s: Script) -> None:
+    """Somebody freezes it in that moment: from then on nothing is applied, a power loss or not."""
+    b = await _moving(s)
+    await s.freeze(on=True)
+    await asyncio.sleep(SLOW_SECONDS)
+    applier = follower(b).applier
+    if applier.applied_seq > applier.settings["limit"]:
+        raise Violation(
+            "what is applied is beyond the bound, which a power loss comes back to (V8)"
+        )
+    await s.freeze(on=False)
+    await s.in_sync()
+
+
+async def _thawed_and_failed(s: Script) -> None:
+    """Somebody thaws a secondary, and that cannot be saved: nothing is applied by it, for the next
+    start may find it frozen where it was."""
+    (b,) = s.world.remotes
+    await s.freeze(on=True)
+    await s.write(0, 0, FAR, count=BLOCK)
+    await s.until(all_is_there)
+    loses(b, "/state/superblock")
+    await s.freeze(on=False)
+    await s.up(b)
+    applier = follower(b).applier
+    if applier.bounded:
+        assert b.node is not None
+        wanted = s.world.history.image(b.node.store.state["epoch"], applier.applied_seq)
+        compare(b.images(), wanted, "a secondary that is frozen (I1, V8)")
+    await s.freeze(on=False)
+    await s.in_sync()
+
+
+async def _synced_before(s: Script) -> None:
+    """A facet of the secondary is being synced when the primary, which has lost its power and what
+    the secondary has, begins a stream of lower numbers: that sync says nothing of these."""
+    a = s.world.a
+    (b,) = s.world.remotes
+    await s.write(0, 0, fua=True)
+    await s.in_sync()
+    slow(a, "sync", "/state/log", NEVER_SECONDS)
+    for _ in range(BLOCK):
+        await s.write(0, 0)
+    await s.until(all_is_there)
+    await slow(b, "sync", "/facets/v0").wait()
+    s.link(up=False)
+    await power_loss(s, a)
+    s.link(up=True)
+    await s.in_sync()
+    await asyncio.sleep(SLOW_SECONDS)
+    await s.write(0, FAR, fua=True)
+    await s.in_sync()
+    assert b.node is not None
+    while b.node.log.ring.durable_tail < b.node.log.ring.head:
+        await asyncio.sleep(POLL_S)
+    await power_loss(s, b)
+    await s.write(1, 0)
+    await s.in_sync()
+
+
+PUNCHED = directed(_punched)
+HOLES_REVERT = directed(_holes_revert)
+LOST_IN_PART = directed(_lost_in_part)
+MOVED_AND_STOPPED = directed(_moved_and_stopped)
+MOVED_AND_FROZEN = directed(_moved_and_frozen)
+THAWED_AND_FAILED = directed(_thawed_and_failed)
+SYNCED_BEFORE = directed(_synced_before)

@@ -1,0 +1,122 @@
+"""Plays of a log that is partly in memory (M4): what its file lacks, or has too much of."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from tests.sim.directed import directed
+from tests.sim.options import KIB
+from tests.sim.plays.stage import (
+    FAR,
+    LARGE,
+    SLOW_SECONDS,
+    all_is_there,
+    killed,
+    loses,
+    on_disk,
+    power_loss,
+    slow,
+    slow_save,
+    without_facet,
+)
+from tests.sim.script import BLOCK, Script
+
+
+async def _past_twice(s: Script) -> None:
+    """A log in memory has a record in its file whose block was written again since; the process
+    dies, the log is on disk from then on, and the process dies again."""
+    world, a = s.world, s.world.a
+    s.link(up=False)
+    await s.write(0, 0)
+    for turn in range(4):  # the oldest goes to the file
+        await s.write(0, (turn + 1) * BLOCK, count=BLOCK)
+    await s.write(0, 0)
+    s.kill(a)
+    log = replace(a.config.log, mode="disk", spill_threshold=0)
+    a.config = replace(a.config, log=log)
+    await world.start(a)
+    await killed(s, a)
+    s.link(up=True)
+
+
+async def _far_behind(s: Script) -> None:
+    """A remote comes back to a log in memory that had to write out what is to be sent to it."""
+    s.link(up=False)
+    for turn in range(7):
+        await s.write(0, turn * BLOCK, count=BLOCK)
+    s.link(up=True)
+    await s.in_sync()
+
+
+async def _left(s: Script) -> None:
+    """One of two facets loses what it was to make durable, the log in memory has nothing of that
+    any more, and the extent leaves the active map before the facet is back; then power fails."""
+    a = s.world.a
+    await s.write(0, 0, count=BLOCK)
+    await s.until(lambda node: node.log.ring.tail_seq == node.log.next_seq)
+    loses(a, "/facets/v0.1")
+    await s.flush()
+    await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
+    for first in range(2 * BLOCK, 192, BLOCK):
+        await s.write(0, first, count=BLOCK)
+        await s.until(all_is_there)
+    await s.facets_back()
+    await power_loss(s, a)
+
+
+async def _in_memory_again(s: Script) -> None:
+    """The only facet of a volume is lost, and comes back: the log is on disk, and in memory again,
+    when the process dies."""
+    path = "/facets/v0.0"
+    await without_facet(s, path)
+    await s.until(on_disk)
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.until(lambda node: not on_disk(node))
+    await s.write(0, 0)
+    await killed(s, s.world.a)
+
+
+async def _on_disk(s: Script) -> None:
+    """A volume loses its only facet while another has what no sync has reached and the log has no
+    more; what is flushed then is durable, whatever the power does."""
+    await s.write(1, 0)
+    await s.until(lambda node: node.log.ring.durable_tail == node.log.ring.head)
+    await without_facet(s)
+    await s.until(on_disk)
+    await s.flush()
+    await power_loss(s, s.world.a)
+
+
+async def _unspilled_too_soon(s: Script) -> None:
+    """A volume's last facet fails as another volume's is back: what is flushed then is not taken
+    for durable in the log before the superblock says that the log is on disk."""
+    world, a, path = s.world, s.world.a, "/facets/v0.0"
+    await s.facet("offline", "/facets/v0.1")
+    await s.facet("offline", "/facets/v1.1")
+    await s.write(1, 0)
+    back = slow_save(
+        a, lambda node: bool(node.store.state["volumes"][1]["facets"][1]["state"] == "synchronised")
+    )
+    await s.facet("online", "/facets/v1.1")
+    await back.wait()
+    await s.write(0, 0)
+    noting = slow(a, "sync", "/state/superblock")
+    s.spoil(path)
+    world.spawn(s.write(0, FAR))
+    await noting.wait()
+    s.mend(path)
+    world.spawn(s.flush())
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    await power_loss(s, a)
+    await s.in_sync()
+
+
+PAST_TWICE = directed(_past_twice, spill=8 * KIB)
+FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
+LEFT = directed(_left, spill=8 * KIB, facets=2, **LARGE)
+IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
+ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
+UNSPILLED_TOO_SOON = directed(_unspilled_too_soon, spill=8 * KIB, facets=2, last_facet=True)

@@ -1,0 +1,160 @@
+"""Plays of a volume that has lost its last facet: a remote stands in, until a facet is back (M5,
+M11, M13)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdmirror.engine.rescue import REACH_SECONDS
+from tests.sim.directed import directed
+from tests.sim.oracle import Violation
+from tests.sim.plays.stage import (
+    FAR,
+    NEVER_SECONDS,
+    SLOW_SECONDS,
+    all_is_there,
+    killed,
+    only_remote,
+    power_loss,
+    slow,
+    slow_at,
+    slow_save,
+    without_facet,
+    without_log,
+)
+from tests.sim.script import Script
+
+
+async def _stood_in_ahead(s: Script) -> None:
+    """A volume without a facet: the log loses, with the power, what the remote that stands in has;
+    then the facet is back, for which the log holds all but that."""
+    a, path = s.world.a, "/facets/v0.0"
+    await without_facet(s, path)
+    await s.write(0, 0, fua=True)
+    slow(a, "sync", "/state/log", NEVER_SECONDS)
+    await s.write(0, 0)
+    await s.until(all_is_there)
+    await power_loss(s, a)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.read(0, 0, 1)
+
+
+async def _last_of_two(s: Script) -> None:
+    """The log is in memory, and one of two facets is lost; then the other, which had got more by
+    then, while no remote has all of that; and the process dies."""
+    await without_log(s)
+    s.link(up=False)
+    await s.write(0, 0)
+    s.spoil("/facets/v0.0")
+    await s.write(0, 0)
+    await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
+    await s.write(0, 0)
+    await s.flush()
+    s.spoil("/facets/v0.1")
+    s.world.spawn(s.write(0, FAR))
+    await s.until(lambda node: not node.volumes[0].in_service())
+    await asyncio.sleep(1.0)
+    s.mend("/facets/v0.0")
+    s.mend("/facets/v0.1")
+    await killed(s, s.world.a)
+    s.link(up=True)
+
+
+async def _back_and_flushed(s: Script) -> None:
+    """A volume's only facet comes back from a log in memory while the remote that stood in for it
+    is away; what is flushed before it is durable that it is back is not lost with the power."""
+    world, a, path = s.world, s.world.a, "/facets/v0.0"
+    await without_log(s)
+    await without_facet(s, path)
+    await s.flush()
+    await asyncio.sleep(1.0)
+    s.mend(path)
+    saving = slow_at(s, a, "facet-returns", "sync", "/state/superblock")
+    world.spawn(s.facet("online", path))
+    await saving.wait()
+    s.link(up=False)
+    await s.write(0, 0)
+    flushing = world.spawn(s.flush())
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    await power_loss(s, a, "/state/log")
+    s.link(up=True)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+    flushing.cancel()
+
+
+async def _back_while_flushed(s: Script) -> None:
+    """A flush waits for the remote that stands in for a volume's only facet, the log being in
+    memory; that is away, but the facet comes back: it has all that the flush is for."""
+    world, path = s.world, "/facets/v0.0"
+    await without_log(s)
+    await without_facet(s, path)
+    s.link(up=False)
+    await s.write(0, 0)
+    node = await s.primary()
+    world.spawn(s.flush())
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await asyncio.sleep(REACH_SECONDS + 5.0)
+    if world.a.node is not node:
+        raise Violation("the node ended for a remote that nobody needed (I8)")
+    s.link(up=True)
+
+
+async def _passed_and_flushed(s: Script) -> None:
+    """A remote has all that a volume's last facet had, so the volume is to come back from there:
+    what is flushed with that waits until it is durable."""
+    a, path = s.world.a, "/facets/v0.0"
+    await without_log(s)
+    s.link(up=False)
+    await without_facet(s, path)
+    passing = slow_save(a, lambda node: not node.store.state["volumes"][0]["facets"][0]["last"])
+    s.link(up=True)
+    await passing.wait()
+    await s.write(0, 0)
+    s.world.spawn(s.flush())
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    await power_loss(s, a, "/state/log", path)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+
+
+async def _consistent_and_cut(s: Script) -> None:
+    """Power fails while a remote that has become consistent is noted down, and somebody else has
+    saved the superblock meanwhile. The facet is lost with it: the remote holds the volume."""
+    world, a, path = s.world, s.world.a, "/facets/v0.0"
+    node, remote = await s.primary(), await only_remote(s)
+    await s.full_resync()
+    mapping = slow(a, "sync", "/state/dcm/b", when=lambda: bool(remote.facts["consistent"]))
+    await mapping.wait()
+    await world.in_life(a, node.store.save())
+    s.spoil(path)
+    await power_loss(s, a)
+    await _reads_back(s)
+    s.mend(path)
+    await s.facets_back()
+    await s.in_sync()
+
+
+async def _reads_back(s: Script) -> None:
+    """A remote that follows answers reads, after some time."""
+    await s.until(
+        lambda node: node.primary is not None and node.primary.remotes[0].link == "connected"
+    )
+    before = s.succeeded
+    await s.read(0, 0, 1)
+    if s.succeeded == before:
+        raise Violation("nobody answers for a volume that a consistent remote has (M11)")
+
+
+STOOD_IN_AHEAD = directed(_stood_in_ahead, last_facet=True)
+LAST_OF_TWO = directed(_last_of_two, facets=2, last_facet=True)
+BACK_AND_FLUSHED = directed(_back_and_flushed, last_facet=True)
+BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
+PASSED_AND_FLUSHED = directed(_passed_and_flushed, last_facet=True)
+CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
