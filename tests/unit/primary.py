@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from nbdmirror.codec import record as codec
 from nbdmirror.config import (
@@ -24,14 +24,11 @@ from nbdmirror.ports import Env
 from tests.sim.clock import SimClock
 from tests.sim.clone import Nobody
 from tests.sim.disk import SimDisk
+from tests.sim.faults import Fault
 from tests.unit.world import make_disk, run
 
 REGION = 4096
 REGIONS = 16
-
-
-class Cut(BaseException):
-    """The power went at this operation."""
 
 
 class Primary:
@@ -105,6 +102,14 @@ class Primary:
     def states(self) -> list[str]:
         return [found["state"] for found in self.node.people.list()]
 
+    async def revived(self, seed: object) -> Primary:
+        """What starts from its disk after a power cut; ``seed`` draws what that loses."""
+        heir = Primary(self.disk.clone(seed), self.config.snapshots)
+        heir.lives = 5
+        heir.disk.power_cut()
+        await heir.start()
+        return heir
+
 
 def primary(
     test: Callable[[Primary], Awaitable[None]], snapshots: SnapshotConfig | None = None
@@ -117,3 +122,48 @@ def primary(
             await world.node.stop()
 
     run(main())
+
+
+class _Cut(BaseException):
+    """The power went at this operation."""
+
+
+async def cut_at_each(
+    points: Iterable[int],
+    prepare: Callable[[Primary], Awaitable[None]],
+    work: Callable[[Primary], Awaitable[None]],
+    check: Callable[[Primary, int, bool], Awaitable[None]],
+    *,
+    seconds: float = 0.0,
+) -> None:
+    """For each of ``points``, a node that is prepared loses its power at that operation of the disk
+    within ``work``, or within so many seconds of what that leaves behind. ``check`` is given the
+    node that lost it, to revive; which point that was; and whether the work was done by then."""
+    for nth in points:
+        world = Primary(make_disk(nth), SnapshotConfig())
+        await world.start()
+        await prepare(world)
+        world.disk.faults = _power_goes_at(nth)
+        done = False
+        try:
+            await work(world)
+            done = True
+            if seconds:
+                await asyncio.sleep(seconds)
+        except (_Cut, asyncio.CancelledError):  # whoever was struck
+            pass
+        world.disk.faults = None
+        await check(world, nth, done)
+
+
+def _power_goes_at(nth: int) -> Callable[[str, str, int], Fault | None]:
+    left = nth
+
+    def die(operation: str, path: str, _: int) -> Fault | None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise _Cut
+        return None
+
+    return die

@@ -8,14 +8,11 @@ import errno
 import pytest
 
 from nbdmirror.codec import record as codec
-from nbdmirror.config import (
-    SnapshotConfig,
-)
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import DiskFailed, Refused, VolumeFailed
-from tests.sim.faults import AllLost, Fault
-from tests.unit.primary import REGION, REGIONS, Cut, Primary, primary
-from tests.unit.world import fail, make_disk, run
+from tests.sim.faults import AllLost
+from tests.unit.primary import REGION, REGIONS, Primary, cut_at_each, primary
+from tests.unit.world import fail, run
 
 
 def test_a_restore_is_complete_at_once_and_its_copy_survives_any_cut() -> None:
@@ -140,51 +137,32 @@ def test_while_it_is_restored_only_that_snapshot_takes_no_writes() -> None:
 def test_a_restore_is_old_or_new_after_a_cut_at_any_of_its_operations() -> None:
     """O21, V12: never a mixture, and what was written afterwards and flushed is there."""
 
-    async def main() -> None:
-        outcomes = set()
-        for nth in range(1, 90, 4):
-            world = Primary(make_disk(nth), SnapshotConfig())
-            await world.start()
-            for region in range(5):
-                await world.write(region, 1)
-            await world.take()
-            for region in range(1, 7):
-                await world.write(region, 2)
-            await world.group.flush()
-            left = [nth]
+    outcomes = set()
+    new = [1, 1, 1, 1, 1, 0, 0]
 
-            def die(operation: str, path: str, _: int, left: list[int] = left) -> Fault | None:
-                left[0] -= 1
-                if left[0] == 0:
-                    raise Cut
-                return None
+    async def prepare(world: Primary) -> None:
+        for region in range(5):
+            await world.write(region, 1)
+        await world.take()
+        for region in range(1, 7):
+            await world.write(region, 2)
+        await world.group.flush()
 
-            world.disk.faults = die
-            restored = False
-            try:
-                await world.node.people.restore("1", None, False, True, False)
-                restored = True
-                for _ in range(40):
-                    await asyncio.sleep(0.1)
-            except (Cut, asyncio.CancelledError):  # whoever was struck
-                pass
-            world.disk.faults = None
-            dead = world
-            world = Primary(dead.disk.clone(nth), SnapshotConfig())
-            world.lives = 5
-            world.disk.power_cut()
-            await world.start()
-            found = await world.volume_fills()
-            old, new = [1, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]
-            assert found[:7] in ((new,) if restored else (old, new)), nth
-            outcomes.add(found[1])
-            while world.node.status()["restore"] is not None:
-                await asyncio.sleep(0.1)
-            assert await world.volume_fills() == found
-            assert (await world.fills("v@1"))[:7] == new
-        assert outcomes == {1, 2}
+    async def restore(world: Primary) -> None:
+        await world.node.people.restore("1", None, False, True, False)
 
-    run(main())
+    async def check(dead: Primary, nth: int, restored: bool) -> None:
+        world = await dead.revived(nth)
+        found = await world.volume_fills()
+        assert found[:7] in ((new,) if restored else ([1, 2, 2, 2, 2, 2, 2], new)), nth
+        outcomes.add(found[1])
+        while world.node.status()["restore"] is not None:
+            await asyncio.sleep(0.1)
+        assert await world.volume_fills() == found
+        assert (await world.fills("v@1"))[:7] == new
+
+    run(cut_at_each(range(1, 90, 4), prepare, restore, check, seconds=4.0))
+    assert outcomes == {1, 2}
 
 
 def test_clients_that_are_attached_are_not_surprised() -> None:

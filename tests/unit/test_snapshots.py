@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 
 from nbdmirror.codec import record as codec
-from nbdmirror.config import (
-    SnapshotConfig,
-)
+from nbdmirror.config import SnapshotConfig
 from nbdmirror.engine.snapshots import OWN
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import Refused, UsageError, VolumeFailed
 from tests.sim.faults import Fault, Kind
-from tests.unit.primary import REGION, REGIONS, Cut, Primary, primary
-from tests.unit.world import make_disk, run
+from tests.unit.primary import REGION, REGIONS, Primary, cut_at_each, primary
+from tests.unit.world import run
 
 
 def test_a_snapshot_keeps_what_the_volume_overwrites_across_a_power_cut() -> None:
@@ -293,48 +291,32 @@ def test_a_damaged_layer_costs_what_needs_any_other_of_that_snapshot(
 def test_a_first_write_into_a_snapshot_that_is_cut_costs_no_snapshot() -> None:
     """O18, O7, V9: the file for it may be there by then, but names nothing that is not."""
 
-    async def main() -> None:
-        outcomes = set()
-        for nth in range(1, 22):
-            world = Primary(make_disk(nth), SnapshotConfig())
-            await world.start()
-            await world.write(0, 1)
-            await world.take()
-            await world.take()
-            await world.node.people.export("2", True)
-            snapshot, left = world.served("v@2"), [nth]
+    outcomes = set()
 
-            def die(operation: str, path: str, _: int, left: list[int] = left) -> Fault | None:
-                left[0] -= 1
-                if left[0] == 0:
-                    raise Cut
-                return None
+    async def prepare(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        await world.take()
+        await world.node.people.export("2", True)
 
-            world.disk.faults = die
-            change = Change(codec.WRITE, 0, 0, REGION, bytes([6]) * REGION)
-            done = False
-            try:
-                rest = snapshot.write(snapshot, [change], durable=True)
-                assert rest is not None
-                await rest
-                done = True
-            except (Cut, asyncio.CancelledError):  # whoever was struck
-                pass
-            world.disk.faults = None
-            dead = world
-            for seed in range(6):
-                world = Primary(dead.disk.clone(f"{nth} {seed}"), SnapshotConfig())
-                world.lives = 5
-                world.disk.power_cut()
-                await world.start()
-                assert world.states() == ["ok", "ok"], nth
-                assert (await world.fills("v@1"))[0] == 1
-                found = (await world.fills("v@2"))[0]
-                assert found == 6 if done else found in (1, 6), nth
-                outcomes.add(found)
-        assert outcomes == {1, 6}
+    async def write(world: Primary) -> None:
+        snapshot = world.served("v@2")
+        change = Change(codec.WRITE, 0, 0, REGION, bytes([6]) * REGION)
+        rest = snapshot.write(snapshot, [change], durable=True)
+        assert rest is not None
+        await rest
 
-    run(main())
+    async def check(dead: Primary, nth: int, done: bool) -> None:
+        for seed in range(6):
+            world = await dead.revived(f"{nth} {seed}")
+            assert world.states() == ["ok", "ok"], nth
+            assert (await world.fills("v@1"))[0] == 1
+            found = (await world.fills("v@2"))[0]
+            assert found == 6 if done else found in (1, 6), nth
+            outcomes.add(found)
+
+    run(cut_at_each(range(1, 22), prepare, write, check))
+    assert outcomes == {1, 6}
 
 
 def test_a_failed_sync_of_what_was_written_into_a_snapshot_is_final() -> None:
