@@ -234,6 +234,10 @@ class Node:
         """The events that this run of the daemon has seen, newer than a cursor."""
         return self.ok("events", "--json", "--no-follow", "--since", str(since)).lines
 
+    def refusals(self) -> list[str]:
+        """Why strangers were refused, as the events tell."""
+        return [event["why"] for event in self.events() if event["kind"] == "stranger-refused"]
+
     def remote(self, name: str = "beta") -> Json:
         """The entry of one remote in the status."""
         found: list[Json] = [r for r in self.status()["remotes"] if r["name"] == name]

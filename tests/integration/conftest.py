@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.integration.cluster import MIB, Cluster, Volume
+from tests.integration.pki import Authority
 from tests.integration.process import Process
 
 TEST_S = 180
@@ -72,6 +73,17 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     yield make
     for cluster in made:
         cluster.close()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA of the group, with two nodes and two clients."""
+    made = Authority(tmp_path_factory.mktemp("ca") / "ca")
+    for node in ("alpha", "beta"):
+        made.node(node)
+    for client in ("laptop", "backup"):
+        made.client(client)
+    return made
 
 
 class Server(ABC):

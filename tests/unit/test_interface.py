@@ -211,7 +211,7 @@ def test_methods_are_named_as_the_commands() -> None:
 
 
 def test_exit_codes() -> None:
-    """Held by whole commands in ``test_cli`` and ``tests.integration.test_admin``."""
+    """Held by whole commands in ``tests.unit.cli`` and ``tests.integration.test_admin``."""
     codes = {
         errors.NbdmirrorError: 1,
         errors.StateError: 1,
