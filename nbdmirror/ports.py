@@ -39,7 +39,8 @@ class File(Protocol):
         whatever name it is; empty if that cannot be told."""
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes; bytes past the end of the file read as zeros.
+        """Exactly ``length`` bytes; OSError if the file ends before them: a device that is gone
+        has no bytes, and says of nothing that it failed.
 
         May block on a slow disk: for start-up and small state files."""
 
@@ -69,16 +70,19 @@ class File(Protocol):
         """Makes durable every write that returned before this call began (fdatasync)."""
 
     async def punch(self, offset: int, length: int) -> None:
-        """The range reads as zeros afterwards and gives its space back where possible."""
+        """The range, which must lie within the file, reads as zeros afterwards and gives its space
+        back where possible."""
 
     async def zero(self, offset: int, length: int) -> None:
-        """The range reads as zeros afterwards and keeps its space allocated where possible."""
+        """The range, which must lie within the file, reads as zeros afterwards and keeps its space
+        allocated where possible."""
 
     async def allocate(self, length: int) -> None:
         """Fills the file with written zeros up to ``length`` and syncs it (O18); ENOSPC raises."""
 
     def data_ranges(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
-        """The (offset, length) pieces within the range that may hold data; the rest are holes."""
+        """The (offset, length) pieces within the range that may hold data; the rest are holes.
+        Of what cannot be told, or lies past the end, nobody says that it is one."""
 
     def truncate(self, length: int) -> None:
         """Sets the length; new bytes read as zeros."""

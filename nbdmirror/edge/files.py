@@ -66,7 +66,8 @@ STRETCH_SHIFT = 22
 
 
 def _read_all(fd: int, offset: int, length: int) -> bytes:
-    """Exactly ``length`` bytes, zeros past the end; loops because one call may return less."""
+    """Exactly ``length`` bytes; loops because one call may return less. EIO where the file ends
+    before them: so answers a device that was pulled out, whose capacity is nothing then."""
     data = pread(fd, length, offset)
     if len(data) == length:
         return data
@@ -76,7 +77,8 @@ def _read_all(fd: int, offset: int, length: int) -> bytes:
         data = pread(fd, length - done, offset + done)
         parts.append(data)
         done += len(data)
-    parts.append(bytes(length - done))
+    if done < length:
+        raise OSError(errno.EIO, f"it ends at {offset + done}")
     return b"".join(parts)
 
 
@@ -110,11 +112,13 @@ def _clear(fd: int, block_device: bool, mode: int, offset: int, length: int) -> 
     """Makes a range read as zeros by fallocate, or by writing zeros where that is not offered.
 
     fallocate serves block devices too, and unlike BLKDISCARD it promises that zeros are read and
-    drops what the page cache still holds.
+    drops what the page cache still holds. Past the end it would do nothing, and say nothing.
     """
-    length = min(length, _size(fd, block_device) - offset)
-    if length <= 0:
+    if length == 0:
         return
+    size = _size(fd, block_device)
+    if offset + length > size:
+        raise OSError(errno.EIO, f"it ends at {size}")
     while _fallocate(fd, mode | KEEP_SIZE, offset, length) != 0:
         number = ctypes.get_errno()
         if number in UNSUPPORTED:
@@ -174,7 +178,7 @@ class LinuxFile:
         return f"{os.fstatvfs(self._fd).f_fsid:x}:{os.fstat(self._fd).st_ino}:{generation:x}"
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes, zeros past the end; may block."""
+        """Exactly ``length`` bytes; may block."""
         return _read_all(self._fd, offset, length)
 
     def try_pread(self, offset: int, length: int) -> bytes | None:
@@ -193,11 +197,7 @@ class LinuxFile:
                 raise
             self._nowait = False
             return None
-        if len(data) == length:
-            return data
-        if offset + len(data) >= self.size():
-            return data + bytes(length - len(data))
-        return None
+        return data if len(data) == length else None
 
     async def read(self, offset: int, length: int) -> bytes:
         """As ``pread``, in a thread."""
@@ -260,22 +260,22 @@ class LinuxFile:
         await self._offload(self._disk.io_threads, self._allocate_now, self._fd, length)
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """What SEEK_DATA and SEEK_HOLE tell; all of the range where they are not offered."""
-        end = min(offset + length, self.size())
-        while offset < end:
+        """What SEEK_DATA and SEEK_HOLE tell; all of it where they are not offered, or fail."""
+        size, end = self.size(), offset + length
+        while offset < min(end, size):
             try:
                 start = os.lseek(self._fd, offset, os.SEEK_DATA)
-                stop = min(os.lseek(self._fd, start, os.SEEK_HOLE), end)
+                stop = min(os.lseek(self._fd, start, os.SEEK_HOLE), end, size)
             except OSError as error:
-                if error.errno in UNSUPPORTED:
+                if error.errno != errno.ENXIO:  # which says: nothing but a hole up to the end
                     yield offset, end - offset
-                elif error.errno != errno.ENXIO:  # which says: nothing but a hole from here on
-                    raise
-                return
-            if start >= end:
-                return
-            yield start, stop - start
+                    return
+                start = stop = size
+            if start < min(end, size):
+                yield start, stop - start
             offset = stop
+        if end > max(offset, size):
+            yield max(offset, size), end - max(offset, size)
 
     def truncate(self, length: int) -> None:
         """Sets the length; a block device refuses with EINVAL."""

@@ -79,11 +79,11 @@ class LayerFile:
         file = disk.open(path)
         self = cls(file, size, region_size)
         try:
+            if file.size() != self._data_at + size:
+                raise FormatError(f"{path} was cut short")
             found = _HEAD.unpack(file.pread(0, _HEAD.size))
             if found != (_MAGIC, size, region_size, bytes.fromhex(uuid)):
                 raise FormatError(f"{path} is not the layer of snapshot {uuid}")
-            if file.size() != self._data_at + size:
-                raise FormatError(f"{path} was cut short")
             self._load()
         except BaseException:
             file.close()

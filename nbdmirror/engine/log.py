@@ -124,11 +124,11 @@ class Log:
     def open_file(disk: Disk, path: str, *, read_only: bool = False) -> tuple[File, int]:
         """The file of a log, and its capacity; StateError if it is none."""
         if not disk.exists(path):
-            raise StateError(
-                f"the log {path} is missing", hint="restore it, or create the node anew"
-            )
+            hint = "restore it, or create the node anew"
+            raise StateError(f"the log {path} is missing", hint=hint)
         file = disk.open(path, read_only=read_only)
-        magic, capacity = _HEADER.unpack(file.pread(0, _HEADER.size))
+        head = file.pread(0, min(_HEADER.size, file.size())).ljust(_HEADER.size, b"\0")
+        magic, capacity = _HEADER.unpack(head)
         if magic != _MAGIC or not 0 < capacity <= file.size() - RING_AT or capacity % 4096:
             file.close()
             raise StateError(f"{path} is not a log of this program, or was cut short")

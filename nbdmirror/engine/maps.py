@@ -81,7 +81,8 @@ class DcmFile:
 
     def _written_pages(self) -> Iterator[int]:
         assert self._file is not None
-        pages = self.map.page_count
+        # A part of one, where a map was cut short, is not one.
+        pages = min(self.map.page_count, self._file.size() // mappage.PAGE_SIZE)
         for start, length in self._file.data_ranges(0, pages * mappage.PAGE_SIZE):
             end = -(-(start + length) // mappage.PAGE_SIZE)
             yield from range(start // mappage.PAGE_SIZE, min(end, pages))

@@ -30,8 +30,9 @@ class MemoryFile:
         return ""
 
     def pread(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes; zeros past the end."""
-        return bytes(self._view[offset : offset + length]).ljust(length, b"\0")
+        """Exactly ``length`` bytes, within the size."""
+        assert offset + length <= len(self._data)
+        return bytes(self._view[offset : offset + length])
 
     def try_pread(self, offset: int, length: int) -> bytes:
         """As ``pread``."""

@@ -95,7 +95,7 @@ class Store:
             raise StateError(
                 f"{directory} is in use by a running node", hint="stop that node first"
             ) from None
-        images = [file.pread(i * slots.SLOT_SIZE, slots.SLOT_SIZE) for i in range(slots.SLOT_COUNT)]
+        images = _read_slots(file)
         try:
             slot, counter, state = slots.choose(images)
         except FormatError as error:
@@ -204,3 +204,10 @@ class Store:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _read_slots(file: File) -> list[bytes]:
+    """What there is of each slot: the file may have been cut short."""
+    size, step = file.size(), slots.SLOT_SIZE
+    starts = range(0, slots.SLOT_COUNT * step, step)
+    return [file.pread(at, max(0, min(step, size - at))) for at in starts]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +15,16 @@ from tests.faults.inject import (
     bury,
     check_equal,
     check_serves,
+    needs_root,
     requires_programs,
     start_under,
     strace,
 )
 from tests.faults.journal import Background, Journal, Load
-from tests.faults.test_disk import SIZE, MakeCluster
+from tests.faults.test_disk import SIZE, MakeCluster, looped
 from tests.integration.cluster import Cluster, Volume
 from tests.integration.process import wait_until
-from tests.integration.tools import connect
+from tests.integration.tools import connect, pattern
 
 
 def two_facets(make_cluster: MakeCluster) -> Cluster:
@@ -70,6 +74,50 @@ def test_a_failing_facet_is_not_noticed(
     node.start()
     check_serves(cluster, journal)
     check_equal(cluster)
+
+
+@needs_root
+@requires_programs("losetup")
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_facet_is_pulled_out(make_cluster: MakeCluster, number: int) -> None:
+    """M12, M14, I5: the kernel gives a device that is gone no capacity: reads of it end at once,
+    without an error, and nothing of it is data. Nobody takes that for zeros or for holes: not a
+    client, not a resync, nor a clearing for done.
+
+    Runbook: one of several facets fails on write or sync."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE, facets=2)], log_size=16 << 20)
+    node = cluster.primary
+    image = node.directory / "image"
+    image.touch()
+    os.truncate(image, SIZE)
+    with looped(image) as device:
+        paths = [*node.facets("data")]
+        node.config.write_text(node.config.read_text().replace(str(paths[number]), device))
+        paths[number] = Path(device)
+        node.facets = lambda volume: paths  # type: ignore[method-assign]
+        cluster.start()
+        data = bytearray(pattern(SIZE, 7))
+        handle = connect(node.uri())
+        handle.pwrite(bytes(data), 0)
+        handle.flush()
+        os.truncate(image, 0)
+        subprocess.run(["losetup", "-c", device], check=True)
+        for offset in range(0, SIZE, SIZE // 4):
+            assert handle.pread(4096, offset) == data[offset : offset + 4096]
+        node.ok("resync", "beta", "--full")
+        node.until("is in sync again", lambda one: one["state"] == "synchronised")
+        handle.trim(65536, 65536)
+        data[65536:131072] = bytes(65536)
+        wait_until("it is out", lambda: entry(cluster, device)["state"] == "not-synchronised")
+        handle.flush()
+        assert handle.pread(SIZE, 0) == data
+        os.truncate(image, SIZE)
+        subprocess.run(["losetup", "-c", device], check=True)
+        node.ok("facet", "online", device, "--wait", "--timeout", "30")
+        check_equal(cluster)
+        assert Path(device).read_bytes() == data
+        for one in reversed(cluster.nodes):
+            one.stop()
 
 
 @requires_programs("strace")

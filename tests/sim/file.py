@@ -113,7 +113,10 @@ class SimFile:
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         self._check()
-        return self._inode.cache.data_ranges(offset, length)
+        yield from self._inode.cache.data_ranges(offset, length)
+        size, end = self._inode.cache.size, offset + length
+        if end > size:
+            yield max(offset, size), end - max(offset, size)
 
     def truncate(self, length: int) -> None:
         fault = self._admit("truncate")
@@ -145,6 +148,8 @@ class SimFile:
         return self._disk.count(operation, self.path)
 
     def _read_now(self, fault: Fault | None, offset: int, length: int) -> bytes:
+        if length and (end := self._inode.cache.size) < offset + length:
+            raise OSError(errno.EIO, f"simulated: it ends at {end}", self.path)
         data = self._inode.cache.read(offset, length)
         if fault is None or fault.kind is Kind.STALL:
             return data
@@ -192,9 +197,10 @@ class SimFile:
             if fault is not None and fault.kind is not Kind.STALL:
                 raise fault.error(self.path)
             size = self._inode.cache.size
-            count = min(length, size - offset)
-            if count > 0:
-                self._inode.put(Change(offset, count, None, size, hole))
+            if length and offset + length > size:
+                raise OSError(errno.EIO, f"simulated: it ends at {size}", self.path)
+            if length:
+                self._inode.put(Change(offset, length, None, size, hole))
 
         await self._disk.later(self._disk.timing.write, fault, work)
 

@@ -77,6 +77,25 @@ def test_a_save_that_went_astray_into_the_other_slot_counts_and_is_told(saves: i
     run(main())
 
 
+def test_of_a_file_that_was_cut_short_the_rest_is_doubted() -> None:
+    """X1: what lay behind may have been the newer state, and was not never written."""
+
+    async def main() -> None:
+        disk = make_disk()
+        store = await Store.create(disk, STATE, {**FIRST, "clean": True})
+        store.state["n"] = 1
+        await store.save()
+        disk.open(f"{STATE}/{FILE_NAME}").truncate(slots.SLOT_SIZE)
+        store = Store.open(disk, STATE)
+        assert store.state["n"] == 0 and not store.state["clean"]
+        assert store.damaged is not None and "cut short" in store.damaged
+        disk.open(f"{STATE}/{FILE_NAME}").truncate(5)
+        with pytest.raises(StateError, match="cut short"):
+            Store.open(disk, STATE)
+
+    run(main())
+
+
 def test_a_change_during_a_save_is_in_the_next() -> None:
     async def main() -> None:
         disk = make_disk()
