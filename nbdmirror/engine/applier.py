@@ -47,6 +47,8 @@ class Applier:
         limit = self.settings["limit"]
         last = log.next_seq - 1
         self.applied_seq = last if limit is None else min(limit, last)
+        self._begun_seq = self.applied_seq
+        """The last record of which the facets may have something."""
         self._cursor = Cursor(self.applied_seq + 1)
         self.caught_up: Callable[[], Awaitable[None]] = _nothing
         """Awaited when everything that may be applied is."""
@@ -126,6 +128,12 @@ class Applier:
             pass
 
     async def _apply_until(self, until: int) -> None:
+        """Applies a chunk of the records up to there."""
+        self._begun_seq = until  # should this fail, or be cancelled
+        await self._apply_chunk(until)
+        self._begun_seq = self.applied_seq
+
+    async def _apply_chunk(self, until: int) -> None:
         if self._cursor.seq != self.applied_seq + 1:  # the last chunk was not applied to its end
             self._cursor = Cursor(self.applied_seq + 1)
         chunk = await self._log.read(self._cursor)
@@ -209,19 +217,20 @@ class Applier:
 
     def reset(self, seq: int) -> None:
         """The log was emptied, to go on with ``seq``; everything before it is applied."""
-        self.applied_seq = seq - 1
+        self.applied_seq = self._begun_seq = seq - 1
         self._cursor = Cursor(seq)
         self._arrivals = Timeline()
         if self.settings["limit"] is not None:
             self.settings["limit"] = seq - 1
 
     async def change(self, *, frozen: bool | None = None, delay: float | None = None) -> None:
-        """Freezes or thaws applying, or sets its delay; durable before it takes effect (V8)."""
+        """Freezes or thaws applying, or sets its delay; durable before it takes effect (V8). The
+        bound is not before what was begun: redo is to bring that to its end."""
         settings = self.settings
         async with self.lock:
             settings["frozen"] = settings["frozen"] if frozen is None else frozen
             settings["delay"] = settings["delay"] if delay is None else delay
-            settings["limit"] = self.applied_seq if self.bounded else None
+            settings["limit"] = self._begun_seq if self.bounded else None
             await self._store.save()
         self._events.emit("apply", frozen=settings["frozen"], delay_s=settings["delay"])
         self.wake()

@@ -25,6 +25,7 @@ from tests.sim.mutants.aims import CACHED, RESYNCS, TWO_THERE
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 from tests.sim.plays.secondary import (
+    FAILED_AND_FROZEN,
     HOLES_REVERT,
     LOST_IN_PART,
     MOVED_AND_FROZEN,
@@ -303,3 +304,12 @@ def _(assign: Assign) -> None:
         self.written_seq = self.synced_seq = seq - 1
 
     assign(LocalFacet, "restart", restart)
+
+
+@mutant("V8 a bound goes back behind what was begun", run=FAILED_AND_FROZEN)
+def _(assign: Assign) -> None:
+    async def apply_until(self: Applier, until: int) -> None:
+        await self._apply_chunk(until)
+        self._begun_seq = self.applied_seq
+
+    assign(Applier, "_apply_until", apply_until)

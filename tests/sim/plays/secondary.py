@@ -14,14 +14,17 @@ from tests.sim.plays.stage import (
     FAR,
     HOLES,
     NEVER_SECONDS,
+    SLOW,
     SLOW_SECONDS,
     all_is_received,
     all_is_there,
     cleared,
+    either,
     follower,
     killed,
     loses,
     power_loss,
+    released,
     slow,
     slow_save,
     strikes,
@@ -150,6 +153,31 @@ async def _thawed_and_failed(s: Script) -> None:
     await s.in_sync()
 
 
+async def _failed_and_frozen(s: Script) -> None:
+    """Somebody freezes a secondary while it applies a clearing, of which one facet has a part when
+    the other one fails: the bound is not before that, for nothing would bring it to its end."""
+    (b,) = s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    await released(s, b)
+    await s.world.in_life(b, follower(b).applier.change(delay=DELAY_SECONDS))
+    punching, failed = asyncio.Event(), asyncio.Event()
+    b.disk.faults = either(
+        strikes("punch", "/facets/v0.0", SLOW, punching),
+        strikes("punch", "/facets/v0.1", Fault(Kind.ERROR), failed),
+    )
+    await s.clear(0, 0, BLOCK, "trim")
+    await punching.wait()
+    await s.freeze(on=True)
+    await failed.wait()
+    await s.up(b)
+    assert b.node is not None
+    applier, epoch = follower(b).applier, b.node.store.state["epoch"]
+    wanted = s.world.history.image(epoch, applier.applied_seq)
+    compare(b.images(), wanted, "a secondary that is frozen (I1, V8)")
+    await s.world.in_life(b, applier.change(frozen=False, delay=0.0))
+    await s.in_sync()
+
+
 async def _synced_before(s: Script) -> None:
     """A facet of the secondary is being synced when the primary, which has lost its power and what
     the secondary has, begins a stream of lower numbers: that sync says nothing of these."""
@@ -183,4 +211,5 @@ LOST_IN_PART = directed(_lost_in_part)
 MOVED_AND_STOPPED = directed(_moved_and_stopped)
 MOVED_AND_FROZEN = directed(_moved_and_frozen)
 THAWED_AND_FAILED = directed(_thawed_and_failed)
+FAILED_AND_FROZEN = directed(_failed_and_frozen, facets=2)
 SYNCED_BEFORE = directed(_synced_before)

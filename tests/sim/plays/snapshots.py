@@ -17,6 +17,7 @@ from tests.sim.plays.stage import (
     full_log,
     killed,
     moment,
+    released,
     slow,
     slow_save,
     without_log,
@@ -59,11 +60,7 @@ async def _deleted_there(s: Script) -> None:
     the marker again, and not by what the snapshot had held."""
     (b,) = s.world.remotes
     await s.write(0, 0)
-    for _ in range(6):  # more than half of its log: it is released
-        await s.write(1, 0, count=BLOCK)
-    assert b.node is not None
-    while b.node.log.ring.tail_seq < b.node.log.next_seq:
-        await asyncio.sleep(POLL_S)
+    await released(s, b)
     uuid = await s.snapshot()
     await s.write(0, 0)
     await s.in_sync()

@@ -15,7 +15,7 @@ from tests.sim.faults import AllLost, Fault, Injector, Kind
 from tests.sim.file import SimFile
 from tests.sim.host import Host
 from tests.sim.options import KIB
-from tests.sim.script import BLOCK, OPTIONS, Script
+from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
 SLOW_SECONDS = 3.0
 """Longer than all that goes on meanwhile."""
@@ -173,6 +173,16 @@ async def full_log(s: Script) -> None:
     """While a remote is away, its log is filled: what is written from then on is in its map."""
     for turn in range(13):
         await s.write(1, turn % 4 * BLOCK, count=BLOCK, pause=0.02)
+
+
+async def released(s: Script, secondary: Host) -> None:
+    """What was written by now is in its facets, and has left its log: no redo comes by it."""
+    for _ in range(6):  # more than half of its log
+        await s.write(1, 0, count=BLOCK)
+    assert secondary.node is not None
+    log = secondary.node.log
+    while log.ring.tail_seq < log.next_seq:
+        await asyncio.sleep(POLL_S)
 
 
 async def cleared(s: Script) -> None:
