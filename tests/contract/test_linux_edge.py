@@ -178,7 +178,8 @@ def test_a_directory_is_synced_once_for_all_who_ask_together(
 def test_close_waits_for_the_threads(
     disk: LinuxDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A descriptor closed under a running fdatasync could by then be another file's."""
+    """A descriptor closed under a running fdatasync could by then be another file's. So the file
+    is claimed until that has ended."""
     entered, go_on = threading.Event(), threading.Event()
     synced: list[tuple[int, int]] = []
 
@@ -193,6 +194,8 @@ def test_close_waits_for_the_threads(
         task = asyncio.ensure_future(file.sync())
         await asyncio.to_thread(entered.wait, 10)
         file.close()
+        with pytest.raises(BlockingIOError):
+            disk.open(f"{tmp_path}/file")
         other = disk.open(f"{tmp_path}/other", create=True)
         go_on.set()
         await task

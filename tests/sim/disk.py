@@ -229,8 +229,8 @@ class SimDisk:
         self._change_names(_parent(path), {path: None})
 
     async def remove(self, path: str) -> None:
-        await asyncio.sleep(self.random.choice([0.0, 0.01]))
-        self.unlink(path)
+        INCARNATION.get().check()
+        await self.later((0.0, 0.01), None, lambda: self.unlink(path))
 
     async def sync_directory(self, path: str) -> None:
         INCARNATION.get().check()

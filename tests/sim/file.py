@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from nbdmirror.codec.batch import pieces
 from nbdmirror.codec.hashing import digests
 from nbdmirror.ports import Buffer
 from tests.sim.faults import Fault, Kind
-from tests.sim.image import SECTOR, Change
+from tests.sim.image import PAGE, SECTOR, Change
 from tests.sim.inode import Inode
 from tests.sim.loop import INCARNATION, WORLD, NodeDead
 
 if TYPE_CHECKING:
     from tests.sim.disk import SimDisk
+
+T = TypeVar("T")
 
 
 class SimFile:
@@ -31,6 +33,8 @@ class SimFile:
         self._boot = disk.boots
         self._failure: OSError | None = None
         self._open = True
+        self._under_way = 0
+        """Calls in threads: they go on when the file is closed, and so does its claim."""
 
     def size(self) -> int:
         self._check()
@@ -53,9 +57,23 @@ class SimFile:
 
     async def read(self, offset: int, length: int) -> bytes:
         fault = self._admit("read")
-        return await self._disk.later(
-            self._disk.timing.read, fault, lambda: self._read_now(fault, offset, length)
-        )
+        early = self._read_early(offset, length) if fault is None else b""
+
+        def work() -> bytes:
+            data = self._read_now(fault, offset, length)
+            return early + data[len(early) :] if early else data
+
+        return await self._later(self._disk.timing.read, fault, work)
+
+    def _read_early(self, offset: int, length: int) -> bytes:
+        """How much the thread reads at once: what is written meanwhile it has seen in part, not at
+        all, or all of it."""
+        draw = self._disk.random.random()
+        if draw < 0.5 or self._inode.cache.size < offset + length:
+            return b""
+        if draw < 0.75:
+            length = _whole(SECTOR, offset, int((draw - 0.5) * 4 * length))
+        return self._inode.cache.read(offset, length)
 
     async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
         return digests(await self.read(offset, length), step, key)
@@ -77,7 +95,7 @@ class SimFile:
         ):  # a kill may find it half done
             self._write_now(None, offset, bytes(data[: self._disk.random.randrange(len(data))]))
         # The caller's buffer is read when the time has come: it must not change meanwhile.
-        await self._disk.later(
+        await self._later(
             self._disk.timing.write, fault, lambda: self._write_now(fault, offset, bytes(data))
         )
 
@@ -85,7 +103,7 @@ class SimFile:
         self._raise_failure()
         fault = self._admit("sync")
         mark = self._inode.written
-        await self._disk.later(self._disk.timing.sync, fault, lambda: self._sync_now(fault, mark))
+        await self._later(self._disk.timing.sync, fault, lambda: self._sync_now(fault, mark))
 
     async def punch(self, offset: int, length: int) -> None:
         await self._clear("punch", offset, length, hole=True)
@@ -98,18 +116,21 @@ class SimFile:
         room = self._disk.check_room(self._inode, 0, length)
         if fault is not None and fault.kind in (Kind.ERROR, Kind.SHORT):
             room = min(room, self._disk.random.randint(0, length))
-        size = max(self._inode.cache.size, room)
-        self._inode.put(Change(0, room, None, size))
-        mark = self._inode.written
+        self._fill(self._disk.random.randint(0, room))  # a kill may find it half done
 
         def work() -> None:
+            self._fill(room)
+            mark = self._inode.written
             if fault is not None and fault.kind in (Kind.ERROR, Kind.SHORT):
                 raise fault.error(self.path)
             if room < length:
                 raise _full(self.path)
             self._sync_now(fault, mark)
 
-        await self._disk.later(self._disk.timing.sync, fault, work)
+        await self._later(self._disk.timing.sync, fault, work)
+
+    def _fill(self, length: int) -> None:
+        self._inode.put(Change(0, length, None, max(self._inode.cache.size, length)))
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         self._check()
@@ -130,9 +151,9 @@ class SimFile:
         self._open = False
 
     def holds(self) -> bool:
-        """Whether it is open in a node that lives."""
+        """Whether it is open in a node that lives, or a thread of that is not done with it."""
         living = self._life.alive and self._life is not WORLD
-        return self._open and living and self._boot == self._disk.boots
+        return bool(self._open or self._under_way) and living and self._boot == self._disk.boots
 
     # What all of them share.
 
@@ -142,6 +163,20 @@ class SimFile:
             raise NodeDead(self._life.node)
         if not self._open:
             raise OSError(errno.EBADF, "simulated: the file is closed", self.path)
+
+    async def _later(
+        self, bounds: tuple[float, float], fault: Fault | None, work: Callable[[], T]
+    ) -> T:
+        """As the disk's: in a thread, to which a closed file is open until it has done."""
+
+        def last() -> T:
+            try:
+                return work()
+            finally:
+                self._under_way -= 1
+
+        self._under_way += 1
+        return await self._disk.later(bounds, fault, last)
 
     def _admit(self, operation: str) -> Fault | None:
         self._check()
@@ -193,20 +228,25 @@ class SimFile:
     async def _clear(self, operation: str, offset: int, length: int, *, hole: bool) -> None:
         fault = self._admit(operation)
 
+        def clear(count: int) -> None:
+            size = self._inode.cache.size
+            if count and offset + length > size:
+                raise OSError(errno.EIO, f"simulated: it ends at {size}", self.path)
+            if count:
+                self._inode.put(Change(offset, count, None, size, hole))
+
         def work() -> None:
             if fault is not None and fault.kind is not Kind.STALL:
                 raise fault.error(self.path)
-            size = self._inode.cache.size
-            if length and offset + length > size:
-                raise OSError(errno.EIO, f"simulated: it ends at {size}", self.path)
-            if length:
-                self._inode.put(Change(offset, length, None, size, hole))
+            clear(length)
 
-        await self._disk.later(self._disk.timing.write, fault, work)
+        if fault is None and length and self._disk.random.random() < 0.5:
+            clear(_whole(PAGE, offset, self._disk.random.randrange(length)))  # as of ``write``
+        await self._later(self._disk.timing.write, fault, work)
 
     def _sync_now(self, fault: Fault | None, mark: int) -> None:
         """The end of a sync: the first ``mark`` changes are durable, or the fault says what is."""
-        self._raise_failure()
+        self._raise_earlier()
         disk, inode = self._disk, self._inode
         if disk.lying:
             disk.fired["sync lie"] += 1
@@ -228,6 +268,9 @@ class SimFile:
 
     def _raise_failure(self) -> None:
         self._check()
+        self._raise_earlier()
+
+    def _raise_earlier(self) -> None:
         if self._failure is not None:
             number = self._failure.errno
             raise OSError(number, "simulated: an earlier sync failed", self.path)
@@ -235,3 +278,8 @@ class SimFile:
 
 def _full(path: str) -> OSError:
     return OSError(errno.ENOSPC, "simulated: no space left on the disk", path)
+
+
+def _whole(unit: int, offset: int, length: int) -> int:
+    """So many of the bytes, but that the range ends with a whole sector or page."""
+    return max(0, (offset + length) // unit * unit - offset)
