@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.sim.faults import READS, Fault, Kind
+from tests.sim.faults import LOOKS, READS, Fault, Kind
 from tests.sim.host import Host
 
 
@@ -24,8 +24,10 @@ class Ailment:
     def suits(self, operation: str) -> bool:
         """Whether that operation can have it."""
         if self.fault is None:
-            return operation not in READS
-        if self.fault.number == errno.ENOSPC and operation in (*READS, "unlink"):
+            return operation not in (*READS, *LOOKS)
+        if self.fault.number == errno.ENOSPC and operation in (*READS, *LOOKS, "unlink"):
+            return False
+        if self.fault.number == errno.EROFS and operation in (*READS, *LOOKS):
             return False
         return self.fault.suits(operation)
 
@@ -36,6 +38,7 @@ AILMENTS: dict[str, Ailment] = {
     "EIO disk": Ailment(Fault(Kind.ERROR), "disk"),
     "ENOSPC once": Ailment(Fault(Kind.ERROR, errno.ENOSPC)),
     "ENOSPC disk": Ailment(Fault(Kind.ERROR, errno.ENOSPC), "disk"),
+    "EROFS disk": Ailment(Fault(Kind.ERROR, errno.EROFS), "disk"),
     "short once": Ailment(Fault(Kind.SHORT)),
     "short file": Ailment(Fault(Kind.SHORT), "file"),
     "sync lost once": Ailment(Fault(Kind.LOSE)),

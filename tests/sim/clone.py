@@ -67,7 +67,7 @@ def recover_alone(disk: SimDisk, config: Config, seed: str) -> Image:
     does not start without what it has lost starts when that is back."""
     try:
         return _recover(disk, config, seed)
-    except NbdmirrorError as error:
+    except (NbdmirrorError, OSError) as error:
         if "could not be read for it" in str(error):  # what a restore was to bring back
             raise Moot(str(error)) from error
         if not disk.broken:

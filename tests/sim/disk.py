@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tests.sim.faults import READS, Fault, Injector, Kind, Timing
+from tests.sim.faults import LOOKS, READS, Fault, Injector, Kind, Timing
 from tests.sim.file import SimFile
 from tests.sim.image import Change
 from tests.sim.inode import Inode
@@ -181,6 +181,8 @@ class SimDisk:
             raise OSError(errno.EISDIR, "simulated: a directory", path)
         if path not in self._names:
             raise _missing(path)
+        if not create:
+            self._admit_names("open", path)
         inode = self._names[path]
         if self.exclusive and not (read_only or inode.block_device):
             self._claim(inode, path)
@@ -199,6 +201,7 @@ class SimDisk:
         INCARNATION.get().check()
         if directory not in self._directories:
             raise _missing(directory)
+        self._admit_names("list", directory)
         paths = [*self._names, *self._directories]
         return sorted(
             os.path.basename(path) for path in paths if path != "/" and _parent(path) == directory
@@ -206,6 +209,8 @@ class SimDisk:
 
     def make_directory(self, path: str) -> None:
         INCARNATION.get().check()
+        if path not in self._directories and path not in self._names:
+            self._admit_names("make_directory", path)
         while path not in self._directories:
             if path in self._names:
                 raise FileExistsError(errno.EEXIST, "simulated: a file of that name", path)
@@ -261,7 +266,7 @@ class SimDisk:
 
     def count(self, operation: str, path: str) -> Fault | None:
         """As ``admit``, once it is known that the node lives; NodeDead if the asking killed it."""
-        if operation in READS:
+        if operation in (*READS, *LOOKS):
             self.reads += 1
             nth = self.reads
         else:

@@ -65,6 +65,8 @@ something, so that a sweep can hit each; for reads it counts reads. May itself c
 
 WRITES = ("pwrite", "pwritev", "write")
 READS = ("pread", "try_pread", "read")
+LOOKS = ("open", "list")
+"""At what is there: they change nothing, and take no space."""
 AWAITED = ("read", "write", "sync", "punch", "zero", "allocate", "sync_directory")
 
 

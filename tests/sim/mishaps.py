@@ -377,8 +377,8 @@ class Faults:
 
     async def _new_disk(self, host: Host, path: str) -> None:
         """What a person puts in may hold anything."""
-        size = host.disk.open(path, read_only=True).size()
         host.disk.broken.discard(path)
+        size = host.disk.open(path, read_only=True).size()
         host.disk.unlink(path)
         if self._random.random() < 0.5:
             file = host.disk.open(path, create=True)

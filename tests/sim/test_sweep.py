@@ -82,6 +82,8 @@ def test_every_kind_of_operation_is_met() -> None:
     wanted += [("pread", f"state/{name}") for name in state]
     wanted += [("pwritev", "state/log"), ("write", "state/log"), ("read", "state/log")]
     wanted += [("truncate", "state/dcm"), ("allocate", "state/log"), ("unlink", "state/incomplete")]
+    wanted += [("open", f"state/{name}") for name in state] + [("open", "facets/v0")]
+    wanted += [("list", "state/snapshots"), ("make_directory", "state/restore")]
     for operation in ("pwrite", "sync", "punch", "zero", "try_pread", "create", "truncate"):
         wanted.extend((operation, f"facets/v{index}") for index in range(2))
     missing = [pair for pair in wanted if not met[pair] and pair != ("zero", "facets/v0")]
