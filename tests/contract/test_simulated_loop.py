@@ -105,6 +105,36 @@ class TestLoop:
         loop.close()
         assert loop.errors == []
 
+    def test_a_suspended_node_goes_on_where_it_was(self) -> None:
+        """Faults 24, 25: what became due meanwhile is done in its order; or never, if it is killed."""
+        loop = SimLoop()
+        lives = [Incarnation(name) for name in ("alpha", "beta")]
+        seen: list[tuple[str, float]] = []
+
+        async def node(name: str) -> None:
+            loop.call_later(3, lambda: seen.append((f"{name}: later", loop.time())))
+            for turn in range(2):
+                await asyncio.sleep(2)
+                seen.append((f"{name}: {turn}", loop.time()))
+
+        async def main() -> None:
+            for life in lives:
+                loop.spawn(life, node(life.node))
+            await asyncio.sleep(1)
+            for life in lives:
+                loop.suspend(life)
+            await asyncio.sleep(9)
+            assert seen == []
+            lives[1].kill()
+            for life in lives:
+                loop.wake(life)
+            await asyncio.sleep(10)
+
+        loop.run_until_complete(main())
+        loop.close()
+        assert seen == [("alpha: later", 10), ("alpha: 0", 10), ("alpha: 1", 12)]
+        assert loop.errors == []
+
     @pytest.mark.parametrize("cut", [True, False])
     def test_a_failure_that_a_kill_kept_from_being_seen_is_none(self, cut: bool) -> None:
         """A gather looks when its last task has ended; of a node that stopped it is an error."""

@@ -96,6 +96,24 @@ class TestNetFaults:
 
         assert scene(test).net.fired["half-open"] == 1
 
+    def test_a_suspended_process_reads_what_came_when_it_wakes(self) -> None:
+        """Faults 24, 25: its kernel takes what the window allows, and whoever connects."""
+
+        async def test(hosts: Hosts) -> None:
+            hosts.loop.suspend(hosts.lives["beta"])
+            for part in (b"one ", b"two ", b"three"):
+                hosts.write(part)
+                await asyncio.sleep(1)
+            await hosts.net.host("alpha").connect("tcp:beta:1", Peer)
+            assert not hosts.server.received
+            hosts.net.reset("alpha", "beta")
+            await hosts.client.lost.wait()
+            hosts.loop.wake(hosts.lives["beta"])
+            await hosts.server.lost.wait()
+            assert hosts.server.received == b"one two three"
+
+        scene(test)
+
     def test_connects_hang_are_refused_and_time_out(self) -> None:
         async def test(hosts: Hosts) -> None:
             alpha = hosts.net.host("alpha")

@@ -44,17 +44,20 @@ class Livelock(Exception):
 class Incarnation:
     """One life of a node: from a boot or start until it is killed."""
 
-    __slots__ = ("alive", "node", "number")
+    __slots__ = ("alive", "held", "node", "number", "running")
 
     def __init__(self, node: str, number: int = 0) -> None:
         self.node = node
         self.number = number
-        self.alive = True
+        self.alive = self.running = True
+        self.held: list[SimHandle] = []
+        """What would have run while it was stopped, in order."""
 
     def kill(self) -> None:
         """From now on nothing of this life runs, and what is unwinding reaches nothing."""
         assert self is not WORLD, "the world outlives every node"
-        self.alive = False
+        self.alive = self.running = False
+        self.held.clear()
 
     def check(self) -> None:
         """Raises NodeDead in a life that is over: the fence of every simulated port."""
@@ -172,7 +175,8 @@ class SimLoop(LoopBase):
             for _ in range(len(ready)):
                 handle = ready.popleft()
                 context = handle.context
-                if handle.off or not context.get(INCARNATION, WORLD).alive:
+                if handle.off or not context.get(INCARNATION, WORLD).running:
+                    self._hold(handle)
                     continue
                 self.steps += 1
                 try:
@@ -185,6 +189,12 @@ class SimLoop(LoopBase):
                     self.call_exception_handler(
                         {"message": f"exception in {handle!r}", "exception": error}
                     )
+
+    @staticmethod
+    def _hold(handle: SimHandle) -> None:
+        life = handle.context.get(INCARNATION, WORLD)
+        if life.alive and not handle.off:
+            life.held.append(handle)
 
     def _advance(self) -> None:
         """Moves time to the next timer that anybody alive waits for."""
@@ -321,6 +331,17 @@ class SimLoop(LoopBase):
         context = copy_context()
         context.run(INCARNATION.set, life)
         return self.create_task(coro, name=name, context=context)
+
+    def suspend(self, life: Incarnation) -> None:
+        """Nothing of a life runs until it is woken, and nothing is lost: a process that is
+        stopped, swapped out, or on a machine that is."""
+        life.running = False
+
+    def wake(self, life: Incarnation) -> None:
+        """It goes on with all that has become due meanwhile."""
+        life.running = life.alive
+        self._ready.extend(life.held)
+        life.held.clear()
 
     def cut(self, life: Incarnation) -> None:
         """Kills a life in the middle of it, and with it whoever would have come to look at its

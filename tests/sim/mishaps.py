@@ -57,7 +57,10 @@ class Faults:
         if kind in DISKS_AND_PEOPLE and self._world.beside.pending:
             return  # which facet holds what is agreed upon between two
         name, _, last = kind.rpartition(" ")
-        if name in ("power", "kill", "stop"):
+        if name == "suspend":
+            seconds = self._random.choice([0.05, 1.0, 12.0, 60.0])
+            self._world.suspend(self._targets(last)[0], seconds)
+        elif name in ("power", "kill", "stop"):
             await self._end(name, self._targets(last))
         elif kind in ("die starting", "stop and power"):
             await self._odd_end(kind)

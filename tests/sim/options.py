@@ -26,6 +26,8 @@ NODE_FAULTS = (
     "kill b",
     "stop a",
     "stop b",
+    "suspend a",
+    "suspend b",
     "die starting",
     "stop and power",
 )

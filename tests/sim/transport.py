@@ -142,12 +142,20 @@ class Pipe:
         item = self._transit.popleft()
         if not net.is_up(self.target):
             net.fired["lost with its host"] += 1
-        elif receiver.lost or not receiver.life.alive:
-            if item is not Mark.RESET:  # nobody knows this connection: half-open
-                net.fired["reset by no owner"] += 1
-                self.receiver.out.mark(Mark.RESET)
-        else:
-            receiver.context.run(receiver.deliver, item)
+        elif not receiver.life.alive:
+            self._hand_over(item)
+        elif receiver.life.running:
+            receiver.context.run(self._hand_over, item)
+        else:  # the kernel has it
+            net.loop.call_soon(self._hand_over, item, context=receiver.context)
+
+    def _hand_over(self, item: Item) -> None:
+        receiver = self.receiver
+        if not receiver.lost and receiver.life.alive:
+            receiver.deliver(item)
+        elif item is not Mark.RESET:  # nobody knows this connection: half-open
+            self.net.fired["reset by no owner"] += 1
+            receiver.out.mark(Mark.RESET)
 
 
 class SimTransport(asyncio.Transport):

@@ -369,6 +369,15 @@ class World:
         self.trace(host.name, "kill")
         self._end_life(host, power=False)
 
+    def suspend(self, host: Host, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT after some time; whatever may come meanwhile."""
+        life = host.life
+        if host.alive and life.running:
+            self.trace(host.name, "suspend")
+            self.loop.suspend(life)
+            context = self.net.context
+            self.loop.call_later(seconds, self.loop.wake, life, context=context)
+
     def power_cut(self, host: Host, rng: random.Random | None = None) -> None:
         """The host loses power, and stays off until ``start``; ``rng`` draws what is lost."""
         self.trace(host.name, "power cut")
