@@ -106,7 +106,7 @@ class TestLoop:
         assert loop.errors == []
 
     def test_a_suspended_node_goes_on_where_it_was(self) -> None:
-        """Faults 24, 25: what became due meanwhile is done in its order; or never, if it is killed."""
+        """Faults 24, 25: what became due meanwhile is done in its order; or never, if killed."""
         loop = SimLoop()
         lives = [Incarnation(name) for name in ("alpha", "beta")]
         seen: list[tuple[str, float]] = []

@@ -293,7 +293,7 @@ class SimDisk:
         """Does the work when a drawn time is over; also if the caller is cancelled meanwhile."""
         loop = _loop()
         delay = bounds[0] + (bounds[1] - bounds[0]) * self.random.random()
-        if fault is not None and fault.kind is Kind.STALL:
+        if fault is not None:
             delay += fault.seconds
         if self._stalled_until:
             delay = max(delay, self._stalled_until - loop.time())

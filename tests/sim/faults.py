@@ -25,7 +25,8 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault; ``number`` is the errno of those that fail."""
+    """One fault; ``number`` is the errno of those that fail, ``seconds`` what an awaited operation
+    takes longer."""
 
     kind: Kind
     number: int = errno.EIO

@@ -8,7 +8,7 @@ import asyncio
 from nbdmirror.engine.facets import RETRY_SECONDS
 from nbdmirror.engine.node import STOP_SECONDS
 from tests.sim.directed import directed
-from tests.sim.faults import Fault, Kind
+from tests.sim.faults import Fault, Kind, Miswrites
 from tests.sim.options import KIB
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
@@ -117,10 +117,10 @@ async def _distrusted(s: Script) -> None:
     await s.stop(a)  # then nothing is active any more
     await world.start(a)
     retried = moment(s, a, "facet-retry")
-    s.spoil(path)
+    a.disk.faults = Miswrites(path, Fault(Kind.ERROR), count=1000)
     await s.write(0, FAR)
     await retried.wait()
-    s.mend(path)
+    a.disk.faults = None
     await another_disk(s, path)
     filling = slow(a, "sync", "/state/dcm/@")
     world.spawn(s.facet("online", path))
@@ -134,7 +134,8 @@ async def _distrusted(s: Script) -> None:
 async def _removed_while_synced(s: Script) -> None:
     """A facet is removed while a sync of it is under way, and that fails."""
     path = "/facets/v0.1"
-    syncing = slow(s.world.a, "sync", path)
+    syncing, fails = asyncio.Event(), Fault(Kind.ERROR, seconds=SLOW_SECONDS)
+    s.world.a.disk.faults = strikes("sync", path, fails, syncing)
     await s.write(0, 0)
     await syncing.wait()
     await s.facet("remove", path)
