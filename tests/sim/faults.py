@@ -118,3 +118,16 @@ class AllLost(random.Random):
 
     def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
         return 0 if stop is None else start
+
+
+class AllKept(random.Random):
+    """The draws of a power cut before which everything had reached the disk by itself."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def randint(self, a: int, b: int) -> int:
+        return b
+
+    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
+        return 1 if stop is None else start

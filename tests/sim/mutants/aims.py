@@ -131,21 +131,6 @@ LEAVING = aimed(
     last_facet=False,
 )
 """Changes beside the write path, and facets that leave in the middle of them."""
-CACHED = aimed(
-    faults={"sync loss b": 2.0, "resync": 1.0, "full resync": 1.0},
-    fault_gap=0.05,
-    mode="async",
-    spill=0,
-    region=16 * KIB,
-    clients=4,
-    operations=100,
-    write_cells=2,
-    pause=0.01,
-    timing=Timing(sync=(0.001, 0.1)),
-    replaces=0.0,
-    last_facet=False,
-)
-"""Syncs of the secondary fail during resyncs; it is compared with its primary when it is back."""
 TWO_THERE = aimed(
     facets=2,
     faults={"sync error b": 2.0, "sync loss b": 1.0, "power b": 1.0, "cut": 1.0},

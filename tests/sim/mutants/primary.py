@@ -23,11 +23,10 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import FormatError
 from nbdmirror.ports import Buffer
-from tests.sim.faults import Timing
-from tests.sim.mutants.aims import DEATHS, UNFINISHED
-from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.mutants.aims import UNFINISHED
+from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.facets import READ_AND_FAILED, STOPPED_AND_CLEARING
-from tests.sim.plays.log import LOG_REVERTS
+from tests.sim.plays.log import BELIEVED, ENDED_EPOCH, LOG_REVERTS
 
 
 @mutant("O1 an extent counts as in before it is durable")
@@ -168,7 +167,7 @@ def _(assign: Assign) -> None:
     assign(node, "note_fork", lambda store, recovered: None)
 
 
-@mutant("O10 a scan takes records of an epoch that had ended", DEATHS)
+@mutant("O10 a scan takes records of an epoch that had ended", run=ENDED_EPOCH)
 def _(assign: Assign) -> None:
     def scan(self: Log, forks: Any, epoch_max: int) -> Iterator[codec.Record]:
         ring = self.ring
@@ -260,21 +259,7 @@ def _(assign: Assign) -> None:
     assign(Log, "_sync_head", sync_head)
 
 
-@mutant(
-    "O16 after a sync that failed the page cache is believed",
-    aimed(
-        faults={"sync loss b": 2.0, "power b": 1.0},
-        fault_gap=0.5,
-        mode="async",
-        clients=4,
-        operations=200,
-        pause=0.2,
-        timing=Timing(sync=(0.001, 0.1)),
-        moments=0.3,
-        moments_of=("connected",),
-        last_facet=False,
-    ),
-)
+@mutant("O16 after a sync that failed the page cache is believed", run=BELIEVED)
 def _(assign: Assign) -> None:
     async def rewrite(self: Log, seq: int) -> None:
         await self.sync(self.next_seq - 1)

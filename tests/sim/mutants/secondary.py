@@ -20,17 +20,17 @@ from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
-from tests.sim.faults import Timing
-from tests.sim.mutants.aims import CACHED, RESYNCS, TWO_THERE
-from tests.sim.mutation import Assign, aimed, mutant, nothing
-from tests.sim.options import KIB
+from tests.sim.mutants.aims import RESYNCS, TWO_THERE
+from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.secondary import (
+    COPIES_REVERT,
     FAILED_AND_FROZEN,
     HOLES_REVERT,
     LOST_IN_PART,
     MOVED_AND_FROZEN,
     MOVED_AND_STOPPED,
     PUNCHED,
+    RECEIVED_ONLY,
     SYNCED_BEFORE,
     THAWED_AND_FAILED,
 )
@@ -65,23 +65,7 @@ def _(assign: Assign) -> None:
     assign(Receiver, "acknowledge", acknowledge)
 
 
-LOST_LINKS = aimed(
-    faults={"reset": 1.0},
-    fault_gap=3.0,
-    timing=Timing(sync=(0.001, 1.0)),
-    extent=16 * KIB,
-    mode="async",
-    clients=4,
-    operations=300,
-    hot_cells=16,
-    pause=2.0,
-    fua=0.0,
-    flush=0.02,
-    snapshot_gap=0.0,
-)
-
-
-@mutant("O4 WELCOME promises what is only received", LOST_LINKS)
+@mutant("O4 WELCOME promises what is only received", run=RECEIVED_ONLY)
 def _(assign: Assign) -> None:
     original = Receiver._handshake
 
@@ -204,12 +188,14 @@ def _(assign: Assign) -> None:
     assign(Receiver, "_checked", at_once)
 
 
-@mutant("O16 what is equal in a secondary's page cache is taken to be on its disk", CACHED)
+@mutant(
+    "O16 what is equal in a secondary's page cache is taken to be on its disk", run=COPIES_REVERT
+)
 def _(assign: Assign) -> None:
     assign(Comparer, "_write_again", nothing)
 
 
-@mutant("O16 equal blocks of a region that differs are taken to be on the disk", CACHED)
+@mutant("O16 equal blocks of a region that differs are taken to be on the disk", run=COPIES_REVERT)
 def _(assign: Assign) -> None:
     original = Secondary.write_again
     flags = bytearray()

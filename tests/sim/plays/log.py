@@ -7,8 +7,10 @@ import asyncio
 
 from nbdmirror.codec.mappage import SLOTS
 from nbdmirror.engine.housekeeper import HIGH_WATER
+from nbdmirror.engine.log import PAGE
 from tests.sim.directed import directed
-from tests.sim.faults import Fault, Kind, Miswrites
+from tests.sim.faults import AllKept, Fault, Kind, Miswrites
+from tests.sim.oracle import compare
 from tests.sim.plays.stage import (
     FAR,
     LARGE,
@@ -16,6 +18,7 @@ from tests.sim.plays.stage import (
     SLOW,
     SLOW_SECONDS,
     either,
+    follower,
     killed,
     loses,
     moment,
@@ -49,6 +52,49 @@ async def _moved_and_lost(s: Script) -> None:
     await asyncio.sleep(2 * SLOW_SECONDS)
     await s.flush()
     await power_loss(s, a, "/state/log")
+
+
+async def _believed(s: Script) -> None:
+    """A sync of a secondary's log fails, and has lost what the next process finds in the page cache
+    still: it is applied when it is durable, and not because it is there."""
+    (b,) = s.world.remotes
+    life = b.life
+    loses(b, "/state/log")
+    for _ in range(BLOCK):
+        await s.write(0, 0, FAR, pause=0.0)
+    while b.alive and b.life is life:
+        await asyncio.sleep(POLL_S)
+    await s.up(b)
+    s.world.power_cut(b, AllKept())
+    await s.world.start(b)
+    assert b.node is not None
+    applied, epoch = follower(b).applied_seq, b.node.store.state["epoch"]
+    compare(b.images(), s.world.history.image(epoch, applied), "a secondary (I1)")
+    await s.in_sync()
+
+
+async def _ended_epoch(s: Script) -> None:
+    """A primary loses its power and a record that was not synced, but not the later ones. It writes
+    anew in its place, and its process dies: those that are behind are of an epoch that had ended.
+    """
+    a = s.world.a
+    for _ in range(7):
+        await s.write(0, 0)
+    await s.flush()
+    await s.in_sync()
+    s.link(up=False)
+    a.disk.faults = Miswrites("/state/log", Fault(Kind.DROP))  # by the power, as it turns out
+    for _ in range(3):
+        await s.write(0, 0, count=BLOCK, pause=0.0)
+    s.world.power_cut(a, AllKept())
+    a.disk.faults = None
+    await s.world.start(a)
+    await s.write(0, 0, count=BLOCK)
+    # What is appended is filled up with zeros to the page's end: here there is nothing to fill.
+    assert (await s.primary()).log.ring.head % PAGE == 0
+    await killed(s, a)
+    s.link(up=True)
+    await s.in_sync()
 
 
 async def _log_reverts(s: Script) -> None:
@@ -146,6 +192,8 @@ async def _stopped_and_forced_out(s: Script) -> None:
 
 
 MOVED_AND_LOST = directed(_moved_and_lost)
+BELIEVED = directed(_believed)
+ENDED_EPOCH = directed(_ended_epoch)
 LOG_REVERTS = directed(_log_reverts)
 ROTTEN_AND_STOPPED = directed(_rotten_and_stopped, constants=READ_BACK)
 ONLY_IN_THE_CACHE = directed(_only_in_the_cache, **LARGE)

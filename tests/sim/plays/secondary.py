@@ -7,7 +7,7 @@ import asyncio
 
 from nbdmirror.engine.node import Node
 from tests.sim.directed import directed
-from tests.sim.faults import Fault, Injector, Kind
+from tests.sim.faults import Fault, Kind
 from tests.sim.host import Host
 from tests.sim.oracle import Violation, compare
 from tests.sim.plays.stage import (
@@ -21,15 +21,18 @@ from tests.sim.plays.stage import (
     cleared,
     either,
     follower,
+    full_log,
     killed,
     loses,
+    moment,
+    only_remote,
     power_loss,
     released,
     slow,
     slow_save,
     strikes,
 )
-from tests.sim.script import BLOCK, POLL_S, Script
+from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
 DELAY_SECONDS = 0.2
 
@@ -53,12 +56,7 @@ async def _holes_revert(s: Script) -> None:
     in the page cache only when the next one looks, and then power fails."""
     (b,) = s.world.remotes
     await cleared(s)
-    lost = asyncio.Event()
-    b.disk.faults, life = _behind_a_punch("/facets/v0", lost), b.life
-    s.link(up=True)
-    await lost.wait()
-    while b.alive and b.life is life:
-        await asyncio.sleep(POLL_S)
+    await _lost_behind(s, "punch")
     await s.up(b)
     await s.in_sync()
     await power_loss(s, b)
@@ -66,17 +64,41 @@ async def _holes_revert(s: Script) -> None:
     await s.in_sync()
 
 
-def _behind_a_punch(path: str, lost: asyncio.Event) -> Injector:
-    """The first sync of that file after a hole was punched loses what there was."""
-    punched = asyncio.Event()
-    lose = strikes("sync", path, Fault(Kind.LOSE), lost, punched.is_set)
+async def _lost_behind(s: Script, operation: str) -> None:
+    """The link is back; the first sync of a facet of the secondary after such an operation loses
+    what there was, and its node ends."""
+    (b,) = s.world.remotes
+    done, lost = asyncio.Event(), asyncio.Event()
+    lose = strikes("sync", "/facets/v0", Fault(Kind.LOSE), lost, done.is_set)
 
-    def inject(operation: str, path: str, nth: int) -> Fault | None:
-        if operation == "punch":
-            punched.set()
-        return lose(operation, path, nth)
+    def inject(name: str, path: str, nth: int) -> Fault | None:
+        if name == operation and path.startswith("/facets/v0"):
+            done.set()
+        return lose(name, path, nth)
 
-    return inject
+    b.disk.faults, life = inject, b.life
+    s.link(up=True)
+    await lost.wait()
+    while b.alive and b.life is life:
+        await asyncio.sleep(POLL_S)
+
+
+async def _copies_revert(s: Script) -> None:
+    """A full resync copies a block to the secondary, and the sync after that loses it: it is there
+    in the page cache only when the region is compared again, which differs by then in another
+    block. Then power fails."""
+    (b,) = s.world.remotes
+    s.link(up=False)
+    await full_log(s)
+    await s.write(0, 0, count=BLOCK)
+    await s.full_resync()
+    await _lost_behind(s, "pwrite")
+    await s.write(0, BLOCK, count=BLOCK)
+    await s.up(b)
+    await s.in_sync()
+    await power_loss(s, b)
+    await s.write(1, 0)  # the primary sees that the link is gone
+    await s.in_sync()
 
 
 async def _lost_in_part(s: Script) -> None:
@@ -93,6 +115,25 @@ async def _lost_in_part(s: Script) -> None:
     await s.world.start(b)
     await killed(s, b)
     s.link(up=True)
+    await s.in_sync()
+
+
+async def _received_only(s: Script) -> None:
+    """A link is lost while the secondary has records that its log has not synced: as it is back,
+    the primary counts on no more than is durable."""
+    (b,) = s.world.remotes
+    remote = await only_remote(s)
+    slow(b, "sync", "/state/log", NEVER_SECONDS)
+    for _ in range(BLOCK):
+        await s.write(0, 0)
+    await s.until(all_is_received)
+    back = moment(s, s.world.a, "connected")
+    s.world.net.reset("a", "b")
+    await back.wait()
+    if remote.durable_seq > follower(b).log.durable_seq:
+        raise Violation("the primary counts on records that a power loss would take (O4)")
+    await power_loss(s, b)
+    await s.write(1, 0)  # the primary sees that the link is gone
     await s.in_sync()
 
 
@@ -207,7 +248,9 @@ async def _synced_before(s: Script) -> None:
 
 PUNCHED = directed(_punched)
 HOLES_REVERT = directed(_holes_revert)
+COPIES_REVERT = directed(_copies_revert, region=4 * BLOCK * OPTIONS.cell)
 LOST_IN_PART = directed(_lost_in_part)
+RECEIVED_ONLY = directed(_received_only)
 MOVED_AND_STOPPED = directed(_moved_and_stopped)
 MOVED_AND_FROZEN = directed(_moved_and_frozen)
 THAWED_AND_FAILED = directed(_thawed_and_failed)

@@ -175,12 +175,12 @@ async def full_log(s: Script) -> None:
         await s.write(1, turn % 4 * BLOCK, count=BLOCK, pause=0.02)
 
 
-async def released(s: Script, secondary: Host) -> None:
-    """What was written by now is in its facets, and has left its log: no redo comes by it."""
-    for _ in range(6):  # more than half of its log
+async def released(s: Script, host: Host) -> None:
+    """What was written by now has left its log: no redo comes by it."""
+    for _ in range(6):  # more than half of it
         await s.write(1, 0, count=BLOCK)
-    assert secondary.node is not None
-    log = secondary.node.log
+    assert host.node is not None
+    log = host.node.log
     while log.ring.tail_seq < log.next_seq:
         await asyncio.sleep(POLL_S)
 

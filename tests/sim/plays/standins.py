@@ -43,6 +43,21 @@ async def _stood_in_ahead(s: Script) -> None:
     await s.read(0, 0, 1)
 
 
+async def _flushed_out_of_reach(s: Script) -> None:
+    """The log is in memory when a volume's only facet is lost, and the remote that stands in is out
+    of reach: what is flushed then is nowhere durably, and power fails."""
+    await without_log(s)
+    await without_facet(s)
+    s.link(up=False)
+    await s.write(0, 0)
+    s.world.spawn(s.flush())
+    await asyncio.sleep(1.0)
+    await power_loss(s, s.world.a, "/state/log", "/facets/v0.0")
+    s.link(up=True)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+
+
 async def _last_of_two(s: Script) -> None:
     """The log is in memory, and one of two facets is lost; then the other, which had got more by
     then, while no remote has all of that; and the process dies."""
@@ -153,6 +168,7 @@ async def _reads_back(s: Script) -> None:
 
 
 STOOD_IN_AHEAD = directed(_stood_in_ahead, last_facet=True)
+FLUSHED_OUT_OF_REACH = directed(_flushed_out_of_reach, last_facet=True)
 LAST_OF_TWO = directed(_last_of_two, facets=2, last_facet=True)
 BACK_AND_FLUSHED = directed(_back_and_flushed, last_facet=True)
 BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
