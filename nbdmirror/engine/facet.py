@@ -36,6 +36,10 @@ class LocalFacet:
         self.read_errors = 0
         """Reads that failed since it was opened."""
         self.failed: DiskFailed | None = None
+        self.failures = 0
+        """How often it failed for good."""
+        self.lost_seq = 0
+        """It may have lost any record after this one when it last did."""
         self.unnoted = False
         """It failed, and that is not durable yet: no write may be acknowledged (M12)."""
         self.writable = state is FacetState.SYNCHRONISED
@@ -113,6 +117,8 @@ class LocalFacet:
                 hint="replace its disk, then restart the node",
             )
             self.unnoted = self.state is not FacetState.NOT_SYNCHRONISED
+            self.failures += 1
+            self.lost_seq = self.synced_seq
         self.leave()
         return self.failed
 
@@ -153,7 +159,7 @@ class LocalFacet:
         task = asyncio.ensure_future(work)
         self._under_way[task] = None
         task.add_done_callback(lambda done: self._under_way.pop(done, None))
-        await _to_the_end(task)
+        await to_the_end(task)
 
     async def write_again(self, offset: int, length: int) -> None:
         """Writes what the range holds over itself: what was in the page cache only is then to be
@@ -258,7 +264,7 @@ def open_facet(disk: Disk, path: str, size: int) -> File:
     return file
 
 
-async def _to_the_end(task: asyncio.Task[None]) -> None:
+async def to_the_end(task: asyncio.Task[None]) -> None:
     """Awaits what the disk goes on doing though the caller is cancelled: the cancellation waits,
     or a write that follows would be overtaken."""
     cancelled: asyncio.CancelledError | None = None

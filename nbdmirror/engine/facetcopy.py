@@ -2,7 +2,8 @@
 
 The facet takes every write already. A marked stretch is read and written under the range lock
 that writes wait for, so the copy is never older than a write beside it (O13). A bit is cleared
-when the facet was synced past the copy (O7). Knows nothing of logs and of the superblock.
+when the facet was synced past the copy (O7), and those too that it was read from (O16). Knows
+nothing of logs and of the superblock.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 from nbdmirror.core.progress import Progress
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.volume import Volume
 from nbdmirror.ports import Buffer
 
@@ -28,11 +30,20 @@ TOKEN = 1
 class FacetCopy:
     """One facet's way back; ``progress`` is what the status shows."""
 
-    def __init__(self, volume: Volume, facet: LocalFacet, dcm: DcmFile, *, compare: bool) -> None:
+    def __init__(
+        self,
+        volume: Volume,
+        facet: LocalFacet,
+        dcm: DcmFile,
+        sources: Sources,
+        *,
+        compare: bool,
+    ) -> None:
         """``compare``: the content may be the same; then it is not written again."""
         self._volume = volume
         self._facet = facet
         self._dcm = dcm
+        self._sources = sources
         self._compare = compare
         self._copied: list[int] = []
         total = dcm.map.count * dcm.region_size
@@ -114,11 +125,14 @@ class FacetCopy:
             raise self._facet.failed
 
     async def _settle(self) -> None:
-        """The copies so far are durable: their bits may go."""
+        """The copies so far are durable, and of what the others have kept: their bits may go."""
         if not self._copied:
             return
-        await self._facet.sync()
         copied, self._copied = self._copied, []
+        if await self._sources.lost():
+            self._dcm.map.abandon()
+            return
+        await self._facet.sync()
         before = self._dcm.map.count
         for number in copied:
             self._dcm.finish(number, 1, TOKEN)

@@ -24,6 +24,7 @@ from nbdmirror.engine.facetredo import redo
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, StateError, UsageError
@@ -318,7 +319,9 @@ class Facets:
         assert member.dcm is not None
         await self.store.save()
         self.events.emit("facet-returns", volume=volume.name, facet=facet.path)
-        member.copy = FacetCopy(volume, facet, member.dcm, compare=bool(saved["compare"]))
+        sources = Sources(self.group, [volume], but=facet)
+        compare = bool(saved["compare"])
+        member.copy = FacetCopy(volume, facet, member.dcm, sources, compare=compare)
         await member.copy.run()
         saved.update(NEW, state=FacetState.SYNCHRONISED.value, default=member.dcm.map.default)
         await self.store.save()

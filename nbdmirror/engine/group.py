@@ -64,6 +64,9 @@ class Group:
         """Synchronous remotes: replies wait for them."""
         self.need_space: Callable[[], Coroutine[Any, Any, None]] = _no_space
         """Awaited when the log is full; returns when there may be room. Set by housekeeping."""
+        self.sync_facets: Callable[[], Coroutine[Any, Any, None]] = _no_space
+        """Syncs the facets: who fails is out of service, durably, when it returns (M12). Set by
+        housekeeping."""
         self.facet_lost: Callable[[Volume, LocalFacet], Coroutine[Any, Any, None]] = _nothing
         """Awaited, before the reply, when a facet went out of service (M12)."""
         self.log_back: Callable[[], Coroutine[Any, Any, None]] | None = None

@@ -188,6 +188,7 @@ class Node:
         # The new epoch is durable before the first append (O10).
         await self.store.save()
         group.need_space = self.housekeeper.need_space
+        group.sync_facets = self.housekeeper.sync_facets
         keeper = self.logkeeper = LogKeeper(
             self.log,
             config.log.size,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from nbdmirror.codec import repl
 from nbdmirror.codec.hashing import BLOCK
+from nbdmirror.codec.record import MARK
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.core import convergence
@@ -29,11 +30,13 @@ from nbdmirror.engine.copier import COMPARE_BYTES, COPY_BYTES, Copier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
+from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import PeerError
+from nbdmirror.errors import FormatError, PeerError
 
 RETRY_SECONDS = 10.0
 """Regions that the facet could not give are tried again so often."""
@@ -72,6 +75,7 @@ class Resync:
         self._order = terms.order
         self._compare = bool(remote.facts["compare"])
         self._end_seq: int | None = None
+        self._sources = Sources(remote.group, remote.group.volumes)
         self._began_at = asyncio.get_running_loop().time()
         kind = "full" if remote.facts["full"] else "dcm"
         phase = "ordered" if terms.order is None else "passes"
@@ -99,7 +103,7 @@ class Resync:
             seen = await self._pass()
             unread, copier.failed_reads = copier.failed_reads, None
             if self._order is None:
-                if remote.dirty_regions == 0:
+                if remote.dirty_regions == 0 and await self._is_proved():
                     break
             elif unread is None and self._may_order(seen):
                 await self._order()
@@ -112,6 +116,28 @@ class Resync:
         self._link.send(Type.RESYNC_END, [repl.SEQ.pack(self._end_seq)])
         await copier.wait(lambda: self._end_seq is None)
         await self._finish()
+
+    async def _is_proved(self) -> bool:
+        """Whether the facets have on disk what was read from them; if not, what one of them may
+        have lost is marked again, for another has it."""
+        lost = await self._sources.lost()
+        for volume, facet in lost:
+            try:
+                await self._mark_lost(volume, facet.lost_seq)
+            except FormatError as error:
+                self.remote.drop.set()  # before the log may be released that the session reads
+                await self.remote.fill(f"{facet.path} failed while it was read, and {error}")
+        return not lost
+
+    async def _mark_lost(self, volume: Volume, seq: int) -> None:
+        log = self.remote.group.log
+        cursor, end = Cursor(seq + 1), log.next_seq
+        while cursor.seq < end:
+            if cursor.seq < log.ring.tail_seq:
+                raise FormatError(f"the log begins at {log.ring.tail_seq}, not at {cursor.seq}")
+            for record in (await log.read(cursor)).parsed():
+                if record.kind != MARK and record.volume == volume.index:
+                    self.remote.mark(record.volume, record.offset, record.length)
 
     async def _finish(self) -> None:
         remote = self.remote

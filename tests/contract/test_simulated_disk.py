@@ -237,6 +237,24 @@ class TestDiskFaults:
             assert disk.fired["sync lose EIO"] == 1
         assert lost > 5
 
+    def test_a_write_that_is_refused_later_is_told_by_a_sync(self) -> None:
+        """O16: once to each who has the file open, and to who opens it before anybody was told."""
+
+        async def main() -> None:
+            disk = SimDisk("alpha", 1)
+            file, other = disk.open("/file", create=True), disk.open("/file")
+            file.pwrite(0, b"old")
+            await file.sync()
+            disk.faults = once("pwrite", Fault(Kind.REFUSED))
+            file.pwrite(0, b"new")
+            assert file.pread(0, 3) == b"old", "nobody can tell"
+            for one in (file, other, disk.open("/file")):
+                with pytest.raises(OSError):
+                    await one.sync()
+            await disk.open("/file").sync()
+
+        run(main())
+
     def test_a_lying_disk(self) -> None:
         disk = SimDisk("alpha", 1, lying=True)
         durable_file(disk, b"data")

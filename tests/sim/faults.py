@@ -19,6 +19,7 @@ class Kind(Enum):
     LIE = "lie"  # a sync: succeeds, nothing is durable
     FLIP = "flip"  # a read: one bit of the answer is wrong
     DROP = "drop"  # a write: succeeds, and nothing of it is there when it is read back
+    REFUSED = "refused"  # a write: succeeds, is undone once it is to be written back; a sync fails
     STRAY = "stray"  # a write: succeeds, and lies ``shift`` bytes from where it should
     STALL = "stall"  # an awaited operation: takes ``seconds`` longer
 
@@ -48,7 +49,7 @@ class Fault:
                 return True
             case Kind.SHORT:
                 return operation in ("pwrite", "pwritev", "write", "allocate")
-            case Kind.DROP | Kind.STRAY:
+            case Kind.DROP | Kind.STRAY | Kind.REFUSED:
                 return operation in WRITES
             case Kind.LOSE:
                 return operation == "sync"

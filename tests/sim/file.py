@@ -32,6 +32,7 @@ class SimFile:
         self._life = INCARNATION.get()
         self._boot = disk.boots
         self._failure: OSError | None = None
+        self._told = inode.refused - inode.untold
         self._open = True
         self._under_way = 0
         """Calls in threads: they go on when the file is closed, and so does its claim."""
@@ -203,8 +204,10 @@ class SimFile:
         if not data:
             return
         failure: OSError | None = None
-        if fault is not None and fault.kind in (Kind.DROP, Kind.STRAY):
-            if fault.kind is Kind.DROP:
+        if fault is not None and fault.kind in (Kind.DROP, Kind.STRAY, Kind.REFUSED):
+            if fault.kind is Kind.REFUSED:
+                self._inode.refuse()
+            if fault.kind is not Kind.STRAY:
                 return
             # Within the file: the write that is met may be longer than the one that was expected.
             offset = max(0, min(offset + fault.shift, self._inode.cache.size - len(data)))
@@ -253,9 +256,12 @@ class SimFile:
             return
         if fault is None or fault.kind is Kind.STALL:
             inode.land(mark)
-            return
+            if self._told == inode.refused:
+                return
+            fault = Fault(Kind.ERROR)
         if fault.kind is Kind.LIE:
             return
+        self._told, inode.untold = inode.refused, False
         self._failure = fault.error(self.path)
         if fault.kind is Kind.LOSE:
             inode.land_some(inode.take(mark), disk.random)

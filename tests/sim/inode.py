@@ -22,6 +22,8 @@ class Inode:
     written: int = 0  # changes ever; the unsynced ones are the last len(unsynced) of them
     block_device: bool = False
     apart: bool = False  # a failed sync lost changes that the cache still shows
+    refused: int = 0  # changes that the disk did not take when they were written back
+    untold: bool = False  # ... of the last of which no sync has told yet
 
     def put(self, change: Change) -> None:
         self.cache.put(change)
@@ -29,6 +31,12 @@ class Inode:
         self.written += 1
         if len(self.unsynced) > CHANGES_MAX:
             self.land(self.written - CHANGES_MAX // 2)
+
+    def refuse(self) -> None:
+        """A change was lost: each file that is open is told, once, at its next sync; and so is
+        who opens it before anybody was."""
+        self.refused += 1
+        self.untold = True
 
     def take(self, mark: int) -> list[Change]:
         """The unsynced changes among the first ``mark`` ever; they are unsynced no more."""
@@ -62,7 +70,7 @@ class Inode:
             self.land_some(self.unsynced, rng)
             self.unsynced = []
         self.cache = self.durable.copy()
-        self.apart = False
+        self.apart = self.untold = False
 
     def copy(self) -> Inode:
         return Inode(
@@ -73,4 +81,6 @@ class Inode:
             self.written,
             self.block_device,
             self.apart,
+            self.refused,
+            self.untold,
         )

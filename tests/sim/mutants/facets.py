@@ -20,6 +20,8 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.remote import Remote, may_follow
+from nbdmirror.engine.resync import Resync
+from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
@@ -28,6 +30,7 @@ from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.plays.facets import (
     ADDED_AND_FAILED,
     ASKED_FOR_TWICE,
+    COPIED_FROM_WHAT_LOST,
     DISTRUSTED,
     FAILED_AT_START,
     HURRIED,
@@ -35,8 +38,30 @@ from tests.sim.plays.facets import (
     LAST_TAKEN,
     OUT_AND_FAILED,
     REMOVED_WHILE_SYNCED,
+    SENT_FROM_WHAT_LOST,
 )
 from tests.sim.plays.standins import STOOD_IN_AHEAD
+
+
+def _nothing_lost(assign: Assign) -> None:
+    async def lost(self: Sources) -> list[tuple[Volume, LocalFacet]]:
+        return []
+
+    assign(Sources, "lost", lost)
+
+
+mutant("O16 a copy of a facet is trusted before that was synced", run=COPIED_FROM_WHAT_LOST)(
+    _nothing_lost
+)
+mutant("O16 a resync ends before what it read was synced", run=SENT_FROM_WHAT_LOST)(_nothing_lost)
+
+
+@mutant("O16 what a facet lost that a resync read is not marked", run=SENT_FROM_WHAT_LOST)
+def _(assign: Assign) -> None:
+    async def mark_lost(self: Resync, volume: Volume, seq: int) -> None:
+        return None
+
+    assign(Resync, "_mark_lost", mark_lost)
 
 
 @mutant("M8 what a facet misses past the log is not marked")

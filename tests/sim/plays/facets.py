@@ -225,6 +225,38 @@ async def _read_and_failed(s: Script) -> None:
     a.disk.timing.miss = 0.0
 
 
+async def _copied_from_what_lost(s: Script) -> None:
+    """A facet is copied to from another one that lost a write, which only its next sync tells."""
+    a, path = s.world.a, "/facets/v0.0"
+    await s.write(0, 0, count=BLOCK)
+    await s.facet("offline", "/facets/v0.1")
+    a.disk.faults = Miswrites(path, Fault(Kind.REFUSED))
+    await s.write(0, 0, fua=True)
+    await s.facet("online", "/facets/v0.1")
+    await s.until(lambda node: node.volumes[0].facets[1].in_service)
+    await s.until(lambda node: not node.volumes[0].facets[0].in_service)
+    await s.read(0, 0, BLOCK)
+    await s.facets_back()
+    await s.in_sync()
+
+
+async def _sent_from_what_lost(s: Script) -> None:
+    """A resync reads from a facet that lost a write, which only its next sync tells."""
+    a, path = s.world.a, "/facets/v0.0"
+    s.link(up=False)
+    for turn in range(13):
+        await s.write(1, turn % 4 * BLOCK, count=BLOCK, pause=0.02)
+    a.disk.faults = Miswrites(path, Fault(Kind.REFUSED))
+    await s.write(0, 0)
+    s.link(up=True)
+    await s.in_sync()
+    node = await s.primary()
+    await s.world.in_life(a, node.housekeeper.sync_facets())
+    await s.read(0, 0, 1)
+    await s.facets_back()
+    await s.in_sync()
+
+
 async def _stopped_and_clearing(s: Script) -> None:
     """A request takes longer than a stop waits for: it is in the log, and in one facet of two."""
     a, seconds = s.world.a, STOP_SECONDS + 10.0
@@ -249,4 +281,6 @@ OUT_AND_FAILED = directed(_out_and_failed, facets=2)
 ASKED_FOR_TWICE = directed(_asked_for_twice, facets=2)
 ADDED_AND_FAILED = directed(_added_and_failed, facets=2)
 READ_AND_FAILED = directed(_read_and_failed, facets=2)
+COPIED_FROM_WHAT_LOST = directed(_copied_from_what_lost, facets=2)
+SENT_FROM_WHAT_LOST = directed(_sent_from_what_lost, facets=2)
 STOPPED_AND_CLEARING = directed(_stopped_and_clearing, facets=2)
