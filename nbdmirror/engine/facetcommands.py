@@ -72,7 +72,9 @@ class FacetCommands:
         member.saved["offline"] = True
         if facet.writable:
             facets.take_out(member, "by a person")
+            facet.unnoted = True  # what it misses before the other is durable waits, too (M12)
         await facets.store.save()
+        facet.unnoted = False
         facet.close()
         await facets.settle_owed()
         facets.events.emit("facet-offline", volume=volume.name, facet=path)

@@ -225,6 +225,10 @@ class World:
 
     def _end_life(self, host: Host, *, power: bool, stopped: bool = False) -> None:
         host.leaned = host.leaning
+        for volume in host.node.volumes if host.node is not None else ():
+            # It has seen a volume's last facet fail, and has not come to note it.
+            unnoted = not volume.in_service() and any(f.unnoted for f in volume.facets)
+            host.unsynced_lost = host.unsynced_lost or unnoted
         if host.role == "primary" and host.life.alive:
             self.content.died()
             self.serving.clear()

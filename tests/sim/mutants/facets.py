@@ -39,6 +39,7 @@ from tests.sim.plays.facets import (
     OUT_AND_FAILED,
     REMOVED_WHILE_SYNCED,
     SENT_FROM_WHAT_LOST,
+    TAKEN_OUT_OF_TWO,
 )
 from tests.sim.plays.standins import STOOD_IN_AHEAD
 
@@ -62,6 +63,17 @@ def _(assign: Assign) -> None:
         return None
 
     assign(Resync, "_mark_lost", mark_lost)
+
+
+@mutant("M12 what a facet misses that a person takes out is not noted", run=TAKEN_OUT_OF_TWO)
+def _(assign: Assign) -> None:
+    original = Facets.lost
+
+    async def lost(self: Facets, volume: Volume, facet: LocalFacet) -> None:
+        if facet.failed is not None:
+            await original(self, volume, facet)
+
+    assign(Facets, "lost", lost)
 
 
 @mutant("M8 what a facet misses past the log is not marked")

@@ -176,6 +176,21 @@ async def _out_and_failed(s: Script) -> None:
         raise Violation("a facet that a person took out is back (M8)")
 
 
+async def _taken_out_of_two(s: Script) -> None:
+    """A person takes out a facet, and before that is durable something is written, and flushed. The
+    log is in memory, so all that has it is the other facet; and power fails."""
+    a = s.world.a
+    saving = slow(a, "sync", "/state/superblock")
+    s.world.spawn(s.facet("offline", "/facets/v0.0"))
+    await saving.wait()
+    await s.write(0, 0)
+    await s.flush()
+    await power_loss(s, a)
+    await s.read(0, 0, 1)
+    await s.facets_back()
+    await s.in_sync()
+
+
 async def _asked_for_twice(s: Script) -> None:
     """A person asks for a facet whose map is just being made: it is made once."""
     a, path = s.world.a, "/facets/v0.1"
@@ -278,6 +293,7 @@ DISTRUSTED = directed(_distrusted, facets=2)
 REMOVED_WHILE_SYNCED = directed(_removed_while_synced, facets=2)
 LAST_TAKEN = directed(_last_taken, facets=2)
 OUT_AND_FAILED = directed(_out_and_failed, facets=2)
+TAKEN_OUT_OF_TWO = directed(_taken_out_of_two, spill=8 * KIB, facets=2)
 ASKED_FOR_TWICE = directed(_asked_for_twice, facets=2)
 ADDED_AND_FAILED = directed(_added_and_failed, facets=2)
 READ_AND_FAILED = directed(_read_and_failed, facets=2)
