@@ -7,6 +7,7 @@ from typing import Any
 from nbdmirror.config import Config
 from nbdmirror.engine import activemap, store
 from nbdmirror.engine.facet import FacetState, make_facet
+from nbdmirror.engine.layer import is_layer
 from nbdmirror.engine.log import Log
 from nbdmirror.errors import ConfigError, NbdmirrorError, Refused, StateError
 from nbdmirror.ports import Env
@@ -21,8 +22,11 @@ def log_path(config: Config) -> str:
 
 
 def snapshot_directory(config: Config) -> str:
-    """Where the layers of snapshots lie: ``snapshots.path``, or in the state directory."""
-    return config.snapshots.path or f"{config.state_dir}/snapshots"
+    """Where the layers of snapshots lie: in the state directory, or in one of the node's own below
+    ``snapshots.path``: a start removes layers there that it does not know."""
+    if config.snapshots.path is None:
+        return f"{config.state_dir}/snapshots"
+    return f"{config.snapshots.path}/{config.group}/{config.node}"
 
 
 def is_created(env: Env, config: Config) -> bool:
@@ -100,7 +104,7 @@ def _remove(env: Env, config: Config) -> None:
         if disk.exists(maps):
             paths += [f"{maps}/{name}" for name in disk.list(maps)]
     if disk.exists(snapshot_directory(config)):
-        layers = disk.list(snapshot_directory(config))
+        layers = filter(is_layer, disk.list(snapshot_directory(config)))
         paths += [f"{snapshot_directory(config)}/{name}" for name in layers]
     for path in paths:
         if disk.exists(path):

@@ -38,6 +38,12 @@ _HEAD = struct.Struct("<8sQQ16s")
 _MAGIC = b"NMLAYER1"
 
 
+def is_layer(name: str) -> bool:
+    """Whether a file is named as a layer is. What else lies in their directory is somebody's."""
+    uuid, dot, _ = name.partition(".")
+    return bool(dot) and len(uuid) == 32 and not set(uuid) - set("0123456789abcdef")
+
+
 class LayerFile:
     """An open layer. OSError from its methods is the caller's to judge."""
 

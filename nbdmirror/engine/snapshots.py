@@ -41,7 +41,7 @@ from nbdmirror.config import SnapshotConfig
 from nbdmirror.engine.chain import Chain, Member
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.group import Group
-from nbdmirror.engine.layer import FULL, LayerFile
+from nbdmirror.engine.layer import FULL, LayerFile, is_layer
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import FormatError, NbdmirrorError, Refused, StateError
@@ -188,7 +188,8 @@ class Snapshots:
     def _remove_strays(self) -> None:
         known = {entry["uuid"] for entry in self.usable()} | {*self.kept_for_restore}
         for name in self._disk.list(self.directory):
-            if name.partition(".")[0] not in known or name.endswith(UNFINISHED):
+            stray = name.partition(".")[0] not in known or name.endswith(UNFINISHED)
+            if stray and is_layer(name):
                 self._remove(f"{self.directory}/{name}")
 
     def recovered(self, end_seq: int, *, redone: bool) -> None:
