@@ -28,7 +28,7 @@ from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.log import Cursor, Log
 from nbdmirror.engine.logscan import Forks
 from nbdmirror.engine.remote import may_follow
-from nbdmirror.engine.store import Store
+from nbdmirror.engine.store import Store, same_inode
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, StateError
 from nbdmirror.ports import Disk
@@ -393,29 +393,59 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
                 facet.kept_seq = entry.get("since")
             facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
             facets.append(facet)
-        _distrust(saved, facets)
+        _distrust(store, saved, facets, followed=followed)
         served = any(facet.in_service for facet in facets) or followed
         if failures and not served:
             raise failures[0]
         volumes.append(
             Volume(index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets)
         )
+    for volume, saved in zip(volumes, store.state["volumes"], strict=True):
+        for facet, entry in zip(volume.facets, saved["facets"], strict=True):
+            if facet.in_service:
+                entry["identity"] = facet.file.identity()
+    store.state["identity"] = store.identity()
     return volumes
 
 
-def _distrust(saved: dict[str, Any], facets: list[LocalFacet]) -> None:
-    """Another file in the place of one of several facets is not what that one was (I5)."""
-    strange = []
-    for facet, entry in zip(facets, saved["facets"], strict=True):
-        known = entry.get("identity")
-        if facet.in_service and known and facet.file.identity() not in ("", known):
-            strange.append(facet)
-    if any(facet.in_service and facet not in strange for facet in facets):
-        for at, facet in enumerate(facets):
-            if facet in strange:
-                facet.close()
-                why = f"another file lies at {facet.path}"
-                facets[at] = _absent(saved["facets"][at], saved["size"], why)
+def _distrust(
+    store: Store, saved: dict[str, Any], facets: list[LocalFacet], *, followed: bool
+) -> None:
+    """Another file in the place of a facet is not what that one was (I5): others, or a remote,
+    stand in for it. StateError where nobody can: it would be served on a guess, and sent to who has
+    more than it."""
+    known = {entry["path"]: entry.get("identity") for entry in saved["facets"]}
+    served = [facet for facet in facets if facet.in_service]
+    strange = [
+        facet
+        for facet in served
+        if known[facet.path] and facet.file.identity() not in ("", known[facet.path])
+    ]
+    if strange and len(strange) == len(served):
+        if store.copied or any(same_inode(f.file.identity(), known[f.path]) for f in strange):
+            return  # all of the node came here from elsewhere, or its disks are numbered anew
+        primary = store.state["role"] == "primary"
+        if not primary and store.state["upstream"] is None:
+            return  # it holds nothing yet
+        if not primary or not followed:
+            _refuse_strangers(strange, saved["name"], store.state["role"])
+    for at, facet in enumerate(facets):
+        if facet in strange:
+            facet.close()
+            why = f"another file lies at {facet.path}"
+            facets[at] = _absent(saved["facets"][at], saved["size"], why)
+
+
+def _refuse_strangers(strange: list[LocalFacet], volume: str, role: str) -> None:
+    for facet in strange:
+        facet.close()
+    then = "is compared with the primary's" if role == "secondary" else "counts as it is"
+    raise StateError(
+        f"another file lies at {strange[0].path} than the one that this node wrote to, and nobody "
+        f"here has volume {volume} otherwise",
+        hint="mount the disk of that one, or put it back; what lies there now "
+        f"{then} after: nbdmirror create CONFIG --role {role} --force",
+    )
 
 
 def _followed(store: Store, index: int) -> bool:

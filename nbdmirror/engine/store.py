@@ -14,6 +14,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
                    empty id if what that run saved is lost
     run            on a secondary: the id of the last run that it followed
     extent_size    bytes that one entry of the active map stands for; fixed at creation
+    identity       of this file (``ports.File.identity``) at the last start: another one shows that
+                   the state was copied
     boot_id        of the boot in which the node was last started
     clean          true between a clean stop and the next start
     tail           {position, seq}: where the log's valid part begins
@@ -67,6 +69,10 @@ class Store:
         """Called when it cannot be saved: final, whoever asked for it (O16)."""
         self.damaged: str | None = None
         """Why ``state`` may be out of date: the other slot was damaged, or a save was lost."""
+        known = str(state.get("identity") or "")
+        self.copied = bool(known) and not same_inode(known, file.identity())
+        """The state directory was copied here: that files are others than they were says nothing of
+        what they hold."""
         self.save = GroupCommit(self._save)
         """Makes ``state``, as it is at the call or later, durable; DiskFailed if it cannot."""
 
@@ -136,6 +142,10 @@ class Store:
         self._counter += 1
         self._slot = slot
 
+    def identity(self) -> str:
+        """Of the file (``ports.File.identity``)."""
+        return self._file.identity()
+
     def redo_seq(self, volume: int) -> int:
         """The last record that no redo brings into the volume of that index."""
         entry = self.state["volumes"][volume]
@@ -204,6 +214,16 @@ class Store:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def same_inode(one: str, other: str) -> bool:
+    """Whether two identities (``ports.File.identity``) are one, or differ in the file system alone,
+    which a kernel may number anew with each boot."""
+    return one == other or (":" in one and _inode(one) == _inode(other))
+
+
+def _inode(identity: str) -> str:
+    return identity.partition(":")[2]
 
 
 def _read_slots(file: File) -> list[bytes]:

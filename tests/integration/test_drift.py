@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from tests.integration.cluster import MIB, Cluster, Volume
+from tests.integration.cluster import MIB, Cluster, Node, Volume, nbdmirror
 from tests.integration.tools import connect, pattern
 
 MakeCluster = Callable[..., Cluster]
@@ -31,6 +32,79 @@ def check_content(cluster: Cluster) -> None:
         assert handle.pread(MIB, MIB) == pattern(MIB, number), volume.name
         handle.shutdown()
     cluster.check_in_sync()
+
+
+def refused(node: Node, *words: object) -> None:
+    """It does not start, and says these words."""
+    result = nbdmirror("serve", str(node.config), timeout=30)
+    assert result.code == 1, result
+    for word in words:
+        assert str(word) in result.err, result
+
+
+def another_file(path: Path) -> None:
+    """As large, and empty: what lies there where a disk is not mounted, or a new one."""
+    path.rename(path.with_suffix(".former"))
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+
+
+def test_the_files_of_two_volumes_are_exchanged(make_cluster: MakeCluster) -> None:
+    """I5, M11: of a volume without another facet the remote has what was written; what lies there
+    is compared with it, and mended.
+
+    Runbook: another file lies where a volume's only facet was."""
+    cluster = started(make_cluster)
+    node = cluster.primary
+    node.kill()
+    (first,), (second,) = node.facets("a"), node.facets("b")
+    third = first.rename(first.with_suffix(".third"))
+    second.rename(first)
+    third.rename(second)
+    node.start()
+    check_content(cluster)
+    for path in (first, second):
+        node.ok("facet", "online", str(path), "--wait", "--timeout", "30")
+    told = {one["facet"] for one in node.events() if one["kind"] == "facet-returns"}
+    assert told == {str(first), str(second)}
+    cluster.compare()
+
+
+def test_another_file_where_nobody_else_has_the_volume(make_cluster: MakeCluster) -> None:
+    """I5: an empty file is not served, nor sent to a remote that has more: the node does not start,
+    and says why. With the former one back nothing is sent again."""
+    cluster = started(make_cluster)
+    cluster.proxy.refuse()
+    handle = connect(cluster.primary.uri("a"))
+    for number in range(8):
+        handle.pwrite(pattern(MIB, number), number % 4 * MIB)
+    cluster.primary.until("is tracked", lambda one: one["state"] == "tracking")
+    handle.pwrite(pattern(MIB, 0), MIB)
+    handle.shutdown()
+    cluster.primary.stop()
+    (path,) = cluster.primary.facets("a")
+    another_file(path)
+    refused(cluster.primary, "another file lies at", path, "create CONFIG --role primary --force")
+    path.with_suffix(".former").rename(path)
+    cluster.primary.start()
+    cluster.proxy.heal()
+    check_content(cluster)
+
+
+def test_another_file_on_a_secondary(make_cluster: MakeCluster) -> None:
+    """I5, X1: it would be taken for what the primary sent; created anew it is compared.
+
+    Runbook: another file lies where a volume's only facet was."""
+    cluster = started(make_cluster)
+    node = cluster.secondary
+    node.stop()
+    another_file(node.facets("a")[0])
+    refused(node, "another file lies at", "create CONFIG --role secondary --force")
+    before = cluster.proxy.sent_bytes
+    node.create("--force")
+    node.start()
+    check_content(cluster)
+    assert cluster.proxy.sent_bytes - before < 2 * MIB, "what was there was sent again"
 
 
 def test_snapshots_in_a_directory_with_other_files(make_cluster: MakeCluster) -> None:

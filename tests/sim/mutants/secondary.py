@@ -237,7 +237,7 @@ def _(assign: Assign) -> None:
 
 @mutant("M12 another file in the place of a facet is taken for that one", TWO_THERE)
 def _(assign: Assign) -> None:
-    assign(recovery, "_distrust", lambda saved, facets: None)
+    assign(recovery, "_distrust", lambda store, saved, facets, followed: None)
 
 
 @mutant(
