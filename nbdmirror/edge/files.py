@@ -400,8 +400,8 @@ class LinuxDisk:
     ) -> LinuxFile:
         """Opens a regular file or block device (EINVAL for anything else).
 
-        A block device is claimed (EBUSY if it is mounted or claimed by another writer); so is a
-        file, against every other opening for writing by this program (BlockingIOError).
+        A block device is claimed, against mounts and other writers; so is a file, against every
+        other opening for writing by this program (BlockingIOError).
         """
         assert not (create and read_only), "a new file is for writing"
         flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
@@ -409,7 +409,12 @@ class LinuxDisk:
             flags |= os.O_CREAT | os.O_EXCL
         elif not read_only and stat.S_ISBLK(os.stat(path).st_mode):
             flags |= os.O_EXCL
-        fd = os.open(path, flags | os.O_NONBLOCK, 0o600)  # a FIFO must not stall us
+        try:
+            fd = os.open(path, flags | os.O_NONBLOCK, 0o600)  # a FIFO must not stall us
+        except OSError as error:
+            if error.errno == errno.EBUSY and flags & os.O_EXCL:
+                raise BlockingIOError(errno.EBUSY, "mounted, or in use", path) from None
+            raise
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)

@@ -223,7 +223,7 @@ def test_block_device(disk: LinuxDisk, tmp_path: Path) -> None:
     try:
         file = disk.open(device)
         assert file.block_device and file.size() == MIB
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(BlockingIOError) as caught:  # which is waited for, as with a file
             disk.open(device)
         assert caught.value.errno == errno.EBUSY, "claimed"
         file.pwrite(5, b"hello")

@@ -96,6 +96,32 @@ def test_a_closed_file_is_claimed_until_its_threads_have_done() -> None:
     assert INCARNATION.get().alive
 
 
+def test_a_device_is_claimed_too_and_tells_no_more_than_it_can() -> None:
+    """M1: it has no holes, no length to be set, and nothing that tells it from another one."""
+    disk = SimDisk("alpha", 1)
+    disk.exclusive = True
+    disk.add_block_device("/dev/disk", 64 * KIB)
+    life, loop = Incarnation("alpha"), SimLoop()
+
+    async def node() -> None:
+        device = disk.open("/dev/disk")
+        with pytest.raises(BlockingIOError):
+            disk.open("/dev/disk")
+        assert device.identity() == ""
+        assert list(device.data_ranges(0, 64 * KIB)) == [(0, 64 * KIB)]
+        with pytest.raises(OSError, match="length"):
+            device.truncate(0)
+        with pytest.raises(OSError, match="space"):
+            device.pwrite(64 * KIB - 1, b"ab")
+        device.close()
+        disk.open("/dev/disk").close()
+
+    async def main() -> None:
+        await loop.spawn(life, node())
+
+    run(main(), loop)
+
+
 def test_a_removal_that_nobody_waits_for_goes_on() -> None:
     """Whoever makes a file of that name meanwhile loses it."""
     disk = SimDisk("alpha", 3)

@@ -143,6 +143,7 @@ class SimDisk:
 
     def add_block_device(self, path: str, size: int) -> None:
         """A device of fixed size; its name is durable and it is full of zeros."""
+        self._directories[_parent(path)] = None
         inode = self._new_inode()
         inode.block_device = True
         inode.cache.resize(size)
@@ -184,7 +185,7 @@ class SimDisk:
         if not create:
             self._admit_names("open", path)
         inode = self._names[path]
-        if self.exclusive and not (read_only or inode.block_device):
+        if self.exclusive and not read_only:
             self._claim(inode, path)
         file = SimFile(self, path, inode, read_only)
         if not read_only:
@@ -195,7 +196,8 @@ class SimDisk:
         """As every opening for writing does against all others."""
         holder = self._writers.get(inode.serial)
         if holder is not None and holder.holds():
-            raise BlockingIOError(errno.EAGAIN, "simulated: in use by another node", path)
+            number = errno.EBUSY if inode.block_device else errno.EAGAIN
+            raise BlockingIOError(number, "simulated: in use by another node", path)
 
     def list(self, directory: str) -> list[str]:
         INCARNATION.get().check()

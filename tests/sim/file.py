@@ -43,7 +43,7 @@ class SimFile:
 
     def identity(self) -> str:
         self._check()
-        return str(self._inode.serial)
+        return "" if self.block_device else str(self._inode.serial)
 
     def pread(self, offset: int, length: int) -> bytes:
         return self._read_now(self._admit("pread"), offset, length)
@@ -135,6 +135,9 @@ class SimFile:
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         self._check()
+        if self.block_device:
+            yield offset, length
+            return
         yield from self._inode.cache.data_ranges(offset, length)
         size, end = self._inode.cache.size, offset + length
         if end > size:

@@ -58,6 +58,9 @@ class Host:
             self.name, f"{self.world.seed}:{self.replaced}", timing=self.world.options.timing
         )
         self.disk.exclusive = True
+        for volume in self.config.volumes if self.world.options.devices else ():
+            for path in volume.facets:
+                self.disk.add_block_device(path, volume.size)
         self.clock = SimClock(self.world.loop, self.disk)
 
     @property

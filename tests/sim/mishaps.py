@@ -193,6 +193,8 @@ class Faults:
     async def _swap(self, host: Host) -> None:
         """A person puts another disk in the place of one of a secondary's facets, or not."""
         rng = self._random
+        if self._world.options.devices:
+            return  # nothing tells the node
         if rng.random() < 0.5 and not host.swapped:  # one of them is left
             volume = rng.choice(host.config.volumes)
             path = rng.choice(volume.facets)
@@ -381,7 +383,12 @@ class Faults:
     async def _new_disk(self, host: Host, path: str) -> None:
         """What a person puts in may hold anything."""
         host.disk.broken.discard(path)
-        size = host.disk.open(path, read_only=True).size()
+        size = len(host.disk.content(path))
+        if self._world.options.devices:
+            host.disk.add_block_device(path, size)
+            if self._random.random() < 0.5:
+                host.disk.scribble(path, 0, b"\xff" * size)
+            return
         host.disk.unlink(path)
         if self._random.random() < 0.5:
             file = host.disk.open(path, create=True)

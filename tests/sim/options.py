@@ -126,6 +126,9 @@ class Options:
     """How likely a disk then loses, or misplaces, a write that it said it had made."""
     held: float = 0.0
     """Seconds between what holds back secondaries, or lets go of them; 0: nothing does (V8)."""
+    devices: bool = False
+    """Facets are block devices: of fixed size, without holes, and nothing tells one from another.
+    """
     replaces: float = 0.3
     """How likely a secondary whose disk failed gets a new one."""
 
@@ -177,6 +180,8 @@ def draw(seed: int) -> Options:
     options = storm(options, rng) if rng.random() < 0.08 else options
     if random.Random(f"{seed}:sectors").random() < 0.15:
         options = replace(options, hot_extents=2 * mappage.SLOTS)
+    if random.Random(f"{seed}:devices").random() < 0.15:
+        options = replace(options, devices=True)
     holding = random.Random(f"{seed}:held")
     if holding.random() < 0.15:
         options = replace(options, held=holding.choice([0.02, 0.2, 1.0]))
