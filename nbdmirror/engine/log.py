@@ -245,7 +245,7 @@ class Log:
         data = memoryview(b"".join(parts))
         at = 0
         while at < len(data):
-            size = codec.stored_size(*_peek(data[at:]))
+            size = codec.stored_size(*logscan.peek(data[at:]))
             gap = ring.gap(size)
             if gap:
                 # Only its header is needed: what lies behind it is never looked at.
@@ -353,7 +353,7 @@ class Log:
             return chunk
         if chunk.next_position > position:  # nothing but a fill
             return await self._read_far(Cursor(cursor.seq, chunk.next_position), size_max)
-        kind, length = _peek(view)
+        kind, length = logscan.peek(view)
         size = codec.stored_size(kind, length)
         if size <= size_max:
             raise FormatError(f"log {self._file.path}: record {cursor.seq} cannot be read back")
@@ -365,7 +365,7 @@ class Log:
         at = 0
         first = seq
         while at + codec.HEADER_SIZE <= len(view):
-            kind, length = _peek(view[at:])
+            kind, length = logscan.peek(view[at:])
             size = codec.stored_size(kind, length)
             if kind == codec.FILL:
                 self._verify(view, at, seq)
@@ -474,6 +474,10 @@ class Log:
         went on there, so that it did not end but was damaged; 0 if there is none."""
         return logscan.seq_behind(self._file, RING_AT, self.ring, forks)
 
+    def unfinished(self, forks: list[tuple[int, int]]) -> logscan.Unfinished | None:
+        """After ``scan``: what a killed process may have been about to append."""
+        return logscan.unfinished(self._file, RING_AT, self.ring, forks)
+
     async def forget_behind(self) -> None:
         """After ``scan``: whatever later records lie behind the head prove nothing to a scan to
         come; durable on return. DiskFailed if the disk refuses."""
@@ -491,10 +495,3 @@ class Log:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-
-def _peek(view: memoryview) -> tuple[int, int]:
-    """(kind, length) from a header, unverified: enough to know how much to read."""
-    (kind,) = struct.unpack_from("<B", view, 5)
-    (length,) = struct.unpack_from("<Q", view, 32)
-    return kind, length

@@ -7,8 +7,9 @@ Called by ``engine.log`` with its own file and ring, and moves the ring's head.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
@@ -20,6 +21,23 @@ SEARCH_BYTES = 2 * codec.PAYLOAD_MAX + (64 << 10)
 WINDOW_BYTES = 4 << 20
 
 Forks = list[tuple[int, int]]
+
+
+class Unfinished(NamedTuple):
+    """A record of which the log has the header, and not all of the payload: a kill in the middle of
+    the append leaves that (fault 1), and so does damage."""
+
+    record: Record
+    header: bytes
+
+    def was(self, payload: bytes) -> bool:
+        """Whether this is what it carried."""
+        size = codec.stored_size(self.record.kind, self.record.length)
+        try:
+            codec.parse(memoryview((self.header + payload).ljust(size, b"\0")), 0)
+        except FormatError:
+            return False
+        return True
 
 
 class Readable(Protocol):
@@ -84,6 +102,20 @@ def seq_behind(file: Readable, base: int, ring: Ring, forks: Forks) -> int:
     return seq or (ring.next_seq if remains(file, base, ring) else 0)
 
 
+def unfinished(file: Readable, base: int, ring: Ring, forks: Forks) -> Unfinished | None:
+    """The next record, if its header is whole, its payload is not, and nothing lies behind it."""
+    found = [one for one in behind(file, base, ring) if not _ended(one[1], forks)]
+    if len(found) != 1 or found[0][1].seq != ring.next_seq:
+        return None
+    position, record = found[0]
+    at = position % ring.capacity
+    size = codec.stored_size(record.kind, record.length)
+    if at + size > ring.capacity:
+        return None
+    one = Unfinished(record, file.pread(base + at, codec.HEADER_SIZE))
+    return None if one.was(file.pread(base + at, size)[codec.HEADER_SIZE :]) else one
+
+
 def remains(file: Readable, base: int, ring: Ring) -> bool:
     """Whether what damage left of the next record's header lies at the head."""
     data = file.pread(base + ring.head % ring.capacity, codec.HEADER_SIZE)
@@ -108,3 +140,10 @@ def behind(file: Readable, base: int, ring: Ring) -> Iterator[tuple[int, Record]
 def _ended(record: Record, forks: Forks) -> bool:
     """Whether its epoch had ended before it."""
     return any(record.seq > end and record.epoch <= old for old, end in forks)
+
+
+def peek(view: memoryview) -> tuple[int, int]:
+    """(kind, length) from a header, unverified: enough to know how much to read."""
+    (kind,) = struct.unpack_from("<B", view, 5)
+    (length,) = struct.unpack_from("<Q", view, 32)
+    return kind, length

@@ -16,6 +16,7 @@ Every step may itself be cut by a crash and is then done again (O19).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,8 @@ class Recovered:
     """When the records in the log were taken, for lag in seconds."""
     healed: tuple[str, ...] = ()
     """Facets that had failed and that are trusted again: the log has brought them back."""
+    unfinished: bool = False
+    """A record was being appended when the process was killed."""
 
     @property
     def in_doubt(self) -> bool:
@@ -106,7 +109,8 @@ async def redo(
     limit = (state.get("apply") or {}).get("limit")
     until = end_seq if limit is None else min(limit, end_seq)
     in_doubt = power_loss or memory_lost
-    behind = await _behind(store, log, forks, in_doubt=in_doubt)
+    unfinished = not in_doubt and await _is_unfinished(log, forks, volumes)
+    behind = await _behind(store, log, forks, in_doubt=in_doubt or unfinished)
     if behind:
         healing = []
     elif not memory_lost and (not clean or healing):
@@ -136,6 +140,7 @@ async def redo(
         lost=0 if volatile else max(0, known - end_seq),
         timeline=timeline,
         healed=tuple(facet.path for facet in healing if facet.failed is None),
+        unfinished=unfinished,
     )
 
 
@@ -160,8 +165,23 @@ def _hold_all(store: Store, volumes: list[Volume]) -> bool:
     return store.state["role"] == "primary" and all(volume.in_service() for volume in volumes)
 
 
+async def _is_unfinished(log: Log, forks: Forks, volumes: list[Volume]) -> bool:
+    """Whether the log ends with what a killed process was about to append (fault 1). A record goes
+    to the facets once all of it is in the log: where a facet has what the header says that it
+    carried, it was whole, and the log was damaged since."""
+    found = log.unfinished(forks)
+    if found is None:
+        return False
+    record = found.record
+    for facet in volumes[record.volume].in_service() if record.kind != MARK else ():
+        with contextlib.suppress(OSError):
+            if found.was(bytes(await facet.read(record.offset, record.length))):
+                return False
+    return True
+
+
 async def _behind(store: Store, log: Log, forks: Forks, *, in_doubt: bool) -> int:
-    """The seq of a record behind damage in the log; 0 if it simply ends.
+    """The seq of a record behind damage in the log; 0 if it simply ends, or may well do so.
 
     Within one boot the page cache holds all that was written, so what is behind the damage is in
     the facets; redoing what lies before it would only bring back what it had replaced."""
@@ -306,7 +326,7 @@ def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
 
 def note_fork(store: Store, recovered: Recovered) -> None:
     """Remembers where a power loss, or damage, ended the epoch; the caller saves (O10)."""
-    if recovered.in_doubt or recovered.lost or store.damaged:
+    if recovered.in_doubt or recovered.lost or recovered.unfinished or store.damaged:
         store.state["forks"].append([store.state["epoch"], recovered.end_seq])
 
 

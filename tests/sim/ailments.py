@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.sim.faults import LOOKS, READS, Fault, Kind
 from tests.sim.host import Host
@@ -18,7 +18,8 @@ class Ailment:
     where: str = "once"
     """``once``: that operation; ``file``: and all later ones on that file; ``disk``: on any."""
     strike: str = ""
-    """``lost``, ``torn`` or ``kill``: the node ends instead; ``twice``: and again, recovering."""
+    """``lost``, ``torn`` or ``kill``: the node ends instead, or in the middle of the write that has
+    the fault; ``twice``: and again, recovering."""
     draw: int = 0
 
     def suits(self, operation: str) -> bool:
@@ -48,6 +49,7 @@ AILMENTS: dict[str, Ailment] = {
     "power, torn 2": Ailment(strike="torn", draw=2),
     "power twice": Ailment(strike="twice"),
     "kill": Ailment(strike="kill"),
+    "kill, half": Ailment(Fault(Kind.SHORT), strike="kill"),
 }
 
 
@@ -90,6 +92,8 @@ class Fuse:
             if self._ailment.fault is None:
                 self._strike()
                 return None
+            if self._ailment.strike:
+                return replace(self._ailment.fault, then=self._strike)
         elif self._failed is None or not self._again(operation, path):
             return None
         fault = self._ailment.fault

@@ -33,6 +33,8 @@ class Fault:
     number: int = errno.EIO
     seconds: float = 0.0
     shift: int = 0
+    then: Callable[[], None] | None = None
+    """Called when a write has failed, in its middle: what a kill leaves of it."""
 
     def error(self, path: str) -> OSError:
         return OSError(self.number, f"simulated: {os.strerror(self.number)}", path)

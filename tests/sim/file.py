@@ -229,6 +229,9 @@ class SimFile:
             size = max(self._inode.cache.size, offset + len(data))
             self._inode.put(Change(offset, len(data), data, size))
         if failure is not None:
+            if fault is not None and fault.then is not None:
+                fault.then()
+                self._check()
             raise failure
 
     async def _clear(self, operation: str, offset: int, length: int, *, hole: bool) -> None:

@@ -106,6 +106,31 @@ def test_what_lies_behind_a_cut_can_be_made_to_prove_nothing() -> None:
     run(main())
 
 
+def test_what_a_kill_left_of_an_append_is_told_from_what_a_facet_has() -> None:
+    """Fault 1: the header of 3 is there, and not all of what it carried; if nothing lies behind it
+    and nobody has that, it was never whole."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100])
+        payload = disk.content(PATH)[RING_AT + 2 * 192 + 64 :][:100]
+        disk.flip(PATH, RING_AT + 2 * 192 + 64 + 80)
+        log, _ = reopened(disk, (0, 1))
+        found = log.unfinished([])
+        assert found is not None and found.record.seq == 3
+        assert found.was(payload) and not found.was(payload[:-1] + b"!")
+        disk.flip(PATH, RING_AT + 192 + 64)
+        log, _ = reopened(disk, (0, 1))
+        assert log.unfinished([]) is None, "more lies behind it"
+        disk.flip(PATH, RING_AT + 192 + 64)
+        disk.flip(PATH, RING_AT + 2 * 192 + 64 + 80)
+        log, _ = reopened(disk, (0, 1))
+        assert log.unfinished([]) is None, "all is whole"
+
+    run(main())
+
+
 @pytest.mark.parametrize("place", [1, 17, 40, 60], ids=["magic", "seq", "time", "sum"])
 def test_the_last_record_may_be_damaged(place: int) -> None:
     """Fault 15: with nothing behind it, what is left of its header says that the log did not end

@@ -11,13 +11,19 @@ from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.logloss import LogKeeper
+from nbdmirror.engine.logscan import Unfinished
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutation import Assign, aimed, mutant
-from tests.sim.plays.log import MOVED_AND_LOST, STOPPED_AND_FORCED_OUT
+from tests.sim.plays.log import (
+    KILLED_APPENDING,
+    LAST_ONE_ROTS,
+    MOVED_AND_LOST,
+    STOPPED_AND_FORCED_OUT,
+)
 from tests.sim.plays.remotes import ADDED_WHILE_MOVED
 from tests.sim.plays.standins import (
     BACK_AND_FLUSHED,
@@ -26,6 +32,16 @@ from tests.sim.plays.standins import (
     LAST_OF_TWO,
     PASSED_AND_FLUSHED,
 )
+
+
+@mutant("I4 what a kill left of an append is taken for damage", run=KILLED_APPENDING)
+def _(assign: Assign) -> None:
+    assign(Log, "unfinished", lambda self, forks: None)
+
+
+@mutant("X6 nobody asks the facets for the log's last record", run=LAST_ONE_ROTS)
+def _(assign: Assign) -> None:
+    assign(Unfinished, "was", lambda self, payload: False)
 
 
 @mutant(

@@ -4,13 +4,15 @@ and what leaves it for a remote's map meanwhile (O12)."""
 from __future__ import annotations
 
 import asyncio
+import contextvars
 
 from nbdmirror.codec.mappage import SLOTS
 from nbdmirror.engine.housekeeper import HIGH_WATER
-from nbdmirror.engine.log import PAGE
+from nbdmirror.engine.log import PAGE, RING_AT
 from tests.sim.directed import directed
 from tests.sim.faults import AllKept, Fault, Kind, Miswrites
-from tests.sim.oracle import compare
+from tests.sim.host import Host
+from tests.sim.oracle import Violation, compare
 from tests.sim.plays.stage import (
     FAR,
     LARGE,
@@ -27,6 +29,7 @@ from tests.sim.plays.stage import (
     slow_at,
     strikes,
     within,
+    without_facet,
     without_log,
 )
 from tests.sim.script import BLOCK, POLL_S, Script
@@ -191,6 +194,52 @@ async def _stopped_and_forced_out(s: Script) -> None:
     await s.in_sync()
 
 
+async def _killed_appending(s: Script) -> None:
+    """A process is killed in the middle of an append, first that of the primary, which has no facet
+    of a volume and reads it from the remote, then that of the remote: nothing that anybody was told
+    of is lost, and nobody thinks so."""
+    world, context = s.world, contextvars.copy_context()
+    await without_facet(s)
+    for host in (world.a, *world.remotes):
+        damaged = moment(s, host, "log-damaged")
+
+        def kill(host: Host = host) -> None:
+            context.copy().run(world.kill, host)
+
+        half, struck = Fault(Kind.SHORT, then=kill), asyncio.Event()
+        host.disk.faults = strikes("pwritev", "/state/log", half, struck)
+        await s.write(0, 0, count=BLOCK)
+        await struck.wait()
+        host.disk.faults = None
+        if host.alive:
+            raise Violation("it was not killed")
+        await world.start(host)
+        await s.read(0, 0, BLOCK)
+        await s.in_sync()
+        if damaged.is_set():
+            raise Violation(f"{host.name} takes what a kill left of an append for damage (I4)")
+    s.mend("/facets/v0.0")
+    await s.facets_back()
+
+
+async def _last_one_rots(s: Script) -> None:
+    """The last record of the primary's log rots, and the process dies. A facet has what it carried,
+    so it was whole: nothing before it is redone over that, and everybody is compared."""
+    world, a = s.world, s.world.a
+    await s.write(0, 0, count=BLOCK)
+    await s.write(0, 0, count=BLOCK)
+    node = await s.primary()
+    ring = node.log.ring
+    a.disk.flip("/state/log", RING_AT + (ring.head - PAGE // 2) % ring.capacity)
+    world.astray_on, damaged = a, moment(s, a, "log-damaged")
+    await killed(s, a)
+    if not damaged.is_set():
+        raise Violation("a record that rotted in the log was not missed (X6)")
+    await s.read(0, 0, BLOCK)
+    await s.in_sync()
+    world.astray_on = None
+
+
 MOVED_AND_LOST = directed(_moved_and_lost)
 BELIEVED = directed(_believed)
 ENDED_EPOCH = directed(_ended_epoch)
@@ -198,4 +247,6 @@ LOG_REVERTS = directed(_log_reverts)
 ROTTEN_AND_STOPPED = directed(_rotten_and_stopped, constants=READ_BACK)
 ONLY_IN_THE_CACHE = directed(_only_in_the_cache, **LARGE)
 LET_GO_TOO_SOON = directed(_let_go_too_soon, **LARGE)
+LAST_ONE_ROTS = directed(_last_one_rots, **LARGE)
+KILLED_APPENDING = directed(_killed_appending, last_facet=True, **LARGE)
 STOPPED_AND_FORCED_OUT = directed(_stopped_and_forced_out, **LARGE)
