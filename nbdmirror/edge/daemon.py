@@ -29,6 +29,7 @@ from nbdmirror.edge.security import (
     raise_descriptors,
 )
 from nbdmirror.edge.sockets import Sockets
+from nbdmirror.engine.agreement import objection
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import ConfigError, NbdmirrorError
 
@@ -133,7 +134,8 @@ class Daemon:
 
     def reload(self) -> None:
         """Certificates, keys and secrets are read again, for connections from then on. What else
-        can change at run time is changed by commands; the file is checked and compared."""
+        can change at run time is changed by commands; the file is checked and compared, and the
+        event says what a restart would take over or refuse."""
         config, events = self.config, self.node.events
         self._tell("RELOADING=1")
         try:
@@ -145,7 +147,9 @@ class Daemon:
             changed = [
                 name for name in Config.__slots__ if getattr(fresh, name) != getattr(config, name)
             ]
-            events.emit("reloaded", needs_restart=changed)
+            refused = objection(self.node.env.disk, self.node.store.state, fresh)
+            told = {} if refused is None else {"refused": refused}
+            events.emit("reloaded", needs_restart=changed, **told)
         self._tell("READY=1")
 
 

@@ -8,7 +8,7 @@ from nbdmirror.config import Config
 from nbdmirror.engine import activemap, store
 from nbdmirror.engine.facet import FacetState, make_facet
 from nbdmirror.engine.layer import is_layer
-from nbdmirror.engine.log import Log
+from nbdmirror.engine.log import MAGIC, RING_AT, Log
 from nbdmirror.errors import ConfigError, NbdmirrorError, Refused, StateError
 from nbdmirror.ports import Env
 
@@ -53,6 +53,8 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
     try:
         if created:
             _check_unused(env, config)
+            if config.log.path is not None:
+                _check_log(env, config.log.path)
         disk.make_directory(directory)
         # The mark stands before anything is removed, or a half-removed state were none (O18).
         if not disk.exists(f"{directory}/{MARK}"):
@@ -94,6 +96,22 @@ def _check_unused(env: Env, config: Config) -> None:
             raise StateError(
                 f"{config.state_dir} is in use by a running node", hint="stop that node first"
             ) from None
+
+
+def _check_log(env: Env, path: str) -> None:
+    """StateError for a file that is no log, not even one that was being made: it is somebody's."""
+    if not env.disk.exists(path):
+        return
+    file = env.disk.open(path, read_only=True)
+    try:
+        head = file.pread(0, min(RING_AT, file.size()))
+    finally:
+        file.close()
+    if not head.startswith(MAGIC) and any(head):
+        raise StateError(
+            f"{path} is no log of this program",
+            hint="name another file in log.path, or move that one away",
+        )
 
 
 def _remove(env: Env, config: Config) -> None:
@@ -142,6 +160,7 @@ def _state(
         "boot_id": env.clock.boot_id(),
         "clean": True,
         "extent_size": config.log.extent_size,
+        "configured": {"log": config.log.path},
         "tail": {"position": 0, "seq": 1},
         "durable_seq": 0,
         "volumes": [
@@ -151,6 +170,7 @@ def _state(
                 "size": volume.size,
                 "region_size": volume.region_size,
                 "facets": [{"path": facet["path"], "state": trusted} for facet in made],
+                "configured": list(volume.facets),
             }
             for volume, made in zip(config.volumes, facets, strict=True)
         ],

@@ -116,9 +116,13 @@ class FacetCommands:
         saved: dict[str, Any] = {"path": path, "state": facet.state.value}
         member = Member(facets, volume, facet, saved)
         saved.update(compare=True)
-        member.fill()
-        await member.sync_map()
-        await facets.attach(member)
+        try:
+            member.fill()
+            await member.sync_map()
+            await facets.attach(member)
+        except BaseException:  # also who is cancelled: nothing of it stays
+            await member.forget()
+            raise
         volume.facets.append(facet)
         facets.members.append(member)
         facets.store.state["volumes"][volume.index]["facets"].append(saved)

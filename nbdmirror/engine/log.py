@@ -35,7 +35,7 @@ page cache and is written in part is read from the disk first (130 us measured, 
 READ_BYTES = 1 << 20
 """What one read for a far reader takes at a time: a few of the longest records."""
 _HEADER = struct.Struct("<8sQ")
-_MAGIC = b"NMLOG001"
+MAGIC = b"NMLOG001"
 _ZEROS = bytes(PAGE)
 
 
@@ -107,7 +107,7 @@ class Log:
         file = disk.open(path, create=True)
         try:
             await file.allocate(RING_AT + capacity)
-            file.pwrite(0, _HEADER.pack(_MAGIC, capacity))
+            file.pwrite(0, _HEADER.pack(MAGIC, capacity))
             await file.sync()
         finally:
             file.close()
@@ -129,7 +129,7 @@ class Log:
         file = disk.open(path, read_only=read_only)
         head = file.pread(0, min(_HEADER.size, file.size())).ljust(_HEADER.size, b"\0")
         magic, capacity = _HEADER.unpack(head)
-        if magic != _MAGIC or not 0 < capacity <= file.size() - RING_AT or capacity % 4096:
+        if magic != MAGIC or not 0 < capacity <= file.size() - RING_AT or capacity % 4096:
             file.close()
             raise StateError(f"{path} is not a log of this program, or was cut short")
         return file, capacity

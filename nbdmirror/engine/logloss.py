@@ -17,6 +17,7 @@ The way back, and any other move of the log, is the same with a new file in step
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ from nbdmirror.engine.memoryfile import MemoryFile
 from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.spill import NO_SPILL, Spill
 from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused
-from nbdmirror.ports import Disk
+from nbdmirror.ports import Disk, File
 
 MEMORY_BYTES_MAX = 64 << 20
 """Of a log in memory (I6), or less where the log on disk is smaller."""
@@ -187,35 +188,56 @@ class LogKeeper:
         if self._disk.exists(path):
             raise Refused(f"{path} exists already", hint="name a file that does not exist")
         async with self._primary.moving:
+            file, capacity = await self._make(path)
             try:
-                self._disk.make_directory(path.rpartition("/")[0] or "/")
-                await Log.create(self._disk, path, self._size)
-                await self._disk.sync_directory(path.rpartition("/")[0] or "/")
-                file, capacity = Log.open_file(self._disk, path)
-            except OSError as error:
-                raise NbdmirrorError(
-                    f"cannot make the log {path}: {error.strerror or error}",
-                    hint="free space there, or name another path",
-                ) from error
-            await self._catch_up()
-            async with self._housekeeper.releasing:
-                self._check_served()
-                self._log.frozen = True
-                try:
-                    if self.spill is not None:
-                        await self.spill.end()
-                    await self._settle("the log was moved")
-                    self._check_served()  # one that fails from here on lacks nothing of the log
-                    await self._note(volatile=False, path=path)
-                    self._log.go_on(file, capacity, None)
-                    self.begin()
-                except DiskFailed as error:
-                    self.on_failed(error)  # of the state directory, or of the last facet
-                    raise
-                finally:
-                    self._resume()
+                await self._catch_up()
+                async with self._housekeeper.releasing:
+                    await self._move(file, capacity, path)
+            except BaseException:
+                if self._store.state.get("log_path") != path:
+                    file.close()
+                    self._discard(path)
+                raise
         self._events.emit("log-moved", log=path)
         return {"log": path}
+
+    async def _make(self, path: str) -> tuple[File, int]:
+        """The file of a new log, empty and durable; NbdmirrorError if there can be none."""
+        directory = path.rpartition("/")[0] or "/"
+        try:
+            self._disk.make_directory(directory)
+            await Log.create(self._disk, path, self._size)
+            await self._disk.sync_directory(directory)
+            return Log.open_file(self._disk, path)
+        except OSError as error:
+            if not isinstance(error, FileExistsError):
+                self._discard(path)
+            raise NbdmirrorError(
+                f"cannot make the log {path}: {error.strerror or error}",
+                hint="free space there, or name another path",
+            ) from error
+
+    def _discard(self, path: str) -> None:
+        """A move that failed leaves no file behind: the same command must work when it can."""
+        with contextlib.suppress(OSError):
+            self._disk.unlink(path)
+
+    async def _move(self, file: File, capacity: int, path: str) -> None:
+        self._check_served()
+        self._log.frozen = True
+        try:
+            if self.spill is not None:
+                await self.spill.end()
+            await self._settle("the log was moved")
+            self._check_served()  # one that fails from here on lacks nothing of the log
+            await self._note(volatile=False, path=path)
+            self._log.go_on(file, capacity, None)
+            self.begin()
+        except DiskFailed as error:
+            self.on_failed(error)  # of the state directory, or of the last facet
+            raise
+        finally:
+            self._resume()
 
     def _check_served(self) -> None:
         """Refused while the log is what a volume's last facet comes back from (M11)."""

@@ -13,6 +13,7 @@ from typing import Any
 from nbdmirror import __version__
 from nbdmirror.config import Config, uris
 from nbdmirror.engine.activemap import ActiveMapFile
+from nbdmirror.engine.agreement import agree
 from nbdmirror.engine.control import PeerUid
 from nbdmirror.engine.create import MARK, log_path, snapshot_directory
 from nbdmirror.engine.doors import Doors
@@ -90,7 +91,7 @@ class Node:
                 hint="run nbdmirror create CONFIG --force",
             )
         self.store = Store.open(disk, directory)
-        self.store.check(self.config)
+        agree(disk, self.store.state, self.config, copied=self.store.copied)
         self.volumes = open_volumes(disk, self.store)
         self.log = open_log(disk, self.config, self.store.state)
         self.snapshots = Snapshots(

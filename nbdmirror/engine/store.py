@@ -25,6 +25,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
                    if any: no record up to here is redone in this volume: it had no facet after a
                    power loss, and the remote that stands in may be ahead of the log
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
+    configured     what the configuration said of paths: see ``engine.agreement``
+    removed        {name: address} of remotes that the configuration has and a command removed
     log_path       where the log is, if it was moved; log_volatile: true while it is in memory only
     log_spill      true while the log's newest records may be in memory only: see ``engine.spill``
     redo_seq       no record up to here is redone: the facets were ahead of the log there
@@ -46,7 +48,6 @@ from collections.abc import Callable
 from typing import Any
 
 from nbdmirror.codec import slots
-from nbdmirror.config import Config
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.errors import DiskFailed, FormatError, Refused, StateError
 from nbdmirror.ports import Disk, File
@@ -186,30 +187,6 @@ class Store:
         )
         self.on_failed(failure)
         return failure
-
-    def check(self, config: Config) -> None:
-        """The state must be that of the configuration; StateError names both values."""
-        state = self.state
-        fixed: tuple[tuple[str, str | int], ...] = (
-            ("group", config.group),
-            ("node", config.node),
-            ("extent_size", config.log.extent_size),
-        )
-        for key, wanted in fixed:
-            if state[key] != wanted:
-                raise StateError(
-                    f"{config.state_dir} holds {key} {state[key]!r}, the configuration says "
-                    f"{wanted!r}",
-                    hint="point state_dir to the right directory, or restore the value",
-                )
-        kept = [(v["name"], v["size"], v["region_size"]) for v in state["volumes"]]
-        wanted_volumes = [(v.name, v.size, v.region_size) for v in config.volumes]
-        if kept != wanted_volumes:
-            raise StateError(
-                f"{config.state_dir} holds volumes {kept}, the configuration says "
-                f"{wanted_volumes} (name, size, region_size)",
-                hint="volumes cannot be changed in the configuration of an existing node",
-            )
 
     def close(self) -> None:
         """Closes the file."""

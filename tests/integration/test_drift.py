@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.integration.cluster import MIB, Cluster, Node, Volume, nbdmirror
+from tests.integration.process import wait_until
 from tests.integration.tools import connect, pattern
 
 MakeCluster = Callable[..., Cluster]
@@ -27,11 +29,16 @@ def started(make_cluster: MakeCluster, **options: object) -> Cluster:
 
 def check_content(cluster: Cluster) -> None:
     """What was written is read, and everybody holds it."""
+    check_reads(cluster)
+    cluster.check_in_sync()
+
+
+def check_reads(cluster: Cluster) -> None:
+    """What was written is read."""
     for number, volume in enumerate(cluster.volumes):
         handle = connect(cluster.primary.uri(volume.name))
         assert handle.pread(MIB, MIB) == pattern(MIB, number), volume.name
         handle.shutdown()
-    cluster.check_in_sync()
 
 
 def refused(node: Node, *words: object) -> None:
@@ -131,3 +138,54 @@ def test_snapshots_in_a_directory_with_other_files(make_cluster: MakeCluster) ->
     assert {"data.img", "notes", "0" * 32, "alpha", "beta"} <= {
         one.name for one in shared.iterdir()
     }
+
+
+def edit(node: Node, *changes: tuple[object, object]) -> None:
+    """Each text in the configuration becomes another one."""
+    text = node.config.read_text()
+    for old, new in changes:
+        assert str(old) in text
+        text = text.replace(str(old), str(new))
+    node.config.write_text(text)
+
+
+def test_paths_that_change_in_the_configuration(make_cluster: MakeCluster) -> None:
+    """I5, I9: a node goes on with its own files: those that were moved, and in a copy of all of it
+    the copies. Other paths are refused, by SIGHUP with the word that a start would have, and what a
+    command was refused is as before."""
+    cluster = started(make_cluster, remotes=())
+    node = cluster.primary
+    (first,), (second,) = node.facets("a"), node.facets("b")
+    short, taken = node.directory / "short", node.directory / "taken"
+    short.write_bytes(b"short")
+    taken.write_bytes(b"somebody's")
+    for _ in range(2):
+        assert node.cli("facet", "add", "a", str(short)).code == 1
+    assert not list((node.directory / "state" / "dcm").iterdir()), "a map is left"
+    good = node.config.read_text()
+    edit(node, (first, "@"), (second, first), ("@", second))
+    node.reload()
+    (told,) = wait_until("reloaded", lambda: [e for e in node.events() if e["kind"] == "reloaded"])
+    assert "the facets of volume a are" in told["refused"]
+    node.stop()
+    refused(node, "the facets of volume a are", first, second)
+    node.config.write_text(good)
+    edit(node, ('mode = "disk"', f'mode = "disk"\npath = "{taken}"'))
+    refused(node, "the log is", taken, "log replace")
+    again = node.create("--force")
+    assert again.code == 1 and "is no log" in again.err, again
+    assert taken.read_bytes() == b"somebody's"
+    node.config.write_text(good)
+    moved = first.rename(node.directory / "moved.img")
+    edit(node, (first, moved))
+    node.start()
+    check_reads(cluster)
+    node.stop()
+    former = node.directory.rename(node.directory.with_name("former"))
+    shutil.copytree(former, node.directory)
+    shutil.copytree(former, cluster.directory / "third")
+    edit(node, (node.directory, cluster.directory / "third"))
+    node.start()
+    check_reads(cluster)
+    paths = [one["path"] for volume in node.status()["volumes"] for one in volume["facets"]]
+    assert paths == [str(cluster.directory / "third" / one) for one in ("moved.img", "b.0.img")]
