@@ -101,9 +101,16 @@ class Primary:
 
     def _merged_facts(self) -> dict[str, dict[str, Any]]:
         """The remotes of the configuration and those added by command, with what is known."""
-        known: dict[str, dict[str, Any]] = self._store.state["remotes"]
+        state = self._store.state
+        known: dict[str, dict[str, Any]] = state["remotes"]
+        there = {(remote.name, remote.address) for remote in self._config.remotes}
+        removed = {n: a for n, a in state.get("removed", {}).items() if (n, a) in there}
+        state["removed"] = removed
         wanted = {}
         for remote in self._config.remotes:
+            if remote.name in removed:
+                self._events.emit("remote-left-out", remote=remote.name, why="it was removed")
+                continue
             facts = {**NEW_FACTS, "defaults": {}, **known.get(remote.name, {})}
             facts.update(
                 address=remote.address,
@@ -311,6 +318,8 @@ class Primary:
     async def add(self, name: str, address: str, mode: str, on_link_loss: str = "continue") -> None:
         """A new remote, while the volumes are in use (M17): first synchronisation follows."""
         self._store.check_room()
+        if name == self._config.node or address == self._config.replication.listen:
+            raise UsageError(f"{name} at {address} is this node itself")
         facts: dict[str, Any] = {
             **NEW_FACTS,
             "defaults": {},
@@ -323,8 +332,12 @@ class Primary:
         async with self.roster, self.moving:
             if any(remote.name == name for remote in self.remotes):
                 raise UsageError(f"there is a remote {name!r} already")
+            for other in self.remotes:
+                if other.facts["address"] == address:
+                    raise UsageError(f"{address} is the address of remote {other.name} already")
             remote = self._make(name, facts)
             self._store.state["remotes"][name] = facts
+            self._store.state["removed"].pop(name, None)
             await remote.sync_maps()
             await self._store.save()
             self._begin(remote)
@@ -360,6 +373,9 @@ class Primary:
         if remote in self.group.trackers:
             self.group.trackers.remove(remote)
         del self._store.state["remotes"][remote.name]
+        if not remote.facts.get("added"):
+            # The configuration names it: a start must not bring it back.
+            self._store.state["removed"][remote.name] = remote.facts["address"]
         remote.notify()
 
     # -- status ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
 
     address, mode, compression, on_link_loss, added
                   what the configuration, or ``remote add``, says
+    node          what the node there calls itself: see ``engine.acquaintance``
     initialised   a stream was agreed upon once
     tracking      in DCM logging: the log keeps nothing for it
     base_seq      the DCM and the log together hold every change after this seq

@@ -31,6 +31,7 @@ from nbdmirror.config import Limits, ReplicationConfig
 from nbdmirror.core import convergence
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
 from nbdmirror.core.payoff import Payoff
+from nbdmirror.engine.acquaintance import meet
 from nbdmirror.engine.copier import pay
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
@@ -172,9 +173,11 @@ class Session:
                 f"T1: {self.remote.name} answers in protocol version {welcome['version']}, "
                 f"{self.context.node_name} speaks {low}..{high}"
             )
+        holds = welcome.get("initialised") is True
+        meet(state["remotes"], self.remote.name, fields.text(welcome, "node"), holds=holds)
         generation = welcome.get("generation")
         return Target(
-            initialised=welcome.get("initialised") is True,
+            initialised=holds,
             generation=None if generation is None else fields.text(welcome, "generation"),
             epoch=fields.integer(welcome, "epoch", fields.EPOCH_MAX),
             run=None if welcome.get("run") is None else fields.text(welcome, "run"),

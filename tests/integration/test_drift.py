@@ -189,3 +189,36 @@ def test_paths_that_change_in_the_configuration(make_cluster: MakeCluster) -> No
     check_reads(cluster)
     paths = [one["path"] for volume in node.status()["volumes"] for one in volume["facets"]]
     assert paths == [str(cluster.directory / "third" / one) for one in ("moved.img", "b.0.img")]
+
+
+def test_one_node_is_one_remote(make_cluster: MakeCluster) -> None:
+    """T1, M17: under a second name, by the same address or another, or where a third node was met:
+    refused, and the link that is there stays. What was removed by a command stays so."""
+    cluster = started(make_cluster, volumes=VOLUMES[:1], remotes=("beta", "gamma"))
+    node, beta = cluster.primary, cluster.secondary
+    address = cluster.remote_address(beta)
+    twice = node.cli("remote", "add", "delta", address)
+    assert twice.code == 2 and "the address of remote beta already" in twice.err
+    itself = node.cli("remote", "add", "alpha", "tcp:127.0.0.1:1")
+    assert itself.code == 2 and "this node itself" in itself.err
+    node.ok("remote", "add", "delta", f"tcp:127.0.0.1:{beta.replication_port}")
+    found = node.until("is refused", lambda one: one["state"] == "refused", remote="delta")
+    assert "is beta, and that is remote beta" in found["why"]
+    assert node.remote()["link"] == "connected"
+    for name in ("delta", "beta"):
+        node.ok("remote", "remove", name)
+    edit(node, (cluster.remote_address(cluster.secondaries[1]), "@"))
+    edit(node, (address, cluster.remote_address(cluster.secondaries[1])), ("@", address))
+    node.restart()
+    told = node.until("is refused", lambda one: one["state"] == "refused", remote="gamma")
+    assert "remote gamma is node gamma, and beta is at" in told["why"]
+    edit(node, (cluster.remote_address(cluster.secondaries[1]), "@"))
+    edit(node, (address, cluster.remote_address(cluster.secondaries[1])), ("@", address))
+    node.restart()
+    node.until("is back", lambda one: one["state"] == "synchronised", remote="gamma")
+    assert [one["name"] for one in node.status()["remotes"]] == ["beta", "gamma"]
+    node.ok("remote", "remove", "beta")
+    node.restart()
+    assert [one["name"] for one in node.status()["remotes"]] == ["gamma"]
+    node.ok("remote", "add", "beta", address)
+    check_content(cluster)

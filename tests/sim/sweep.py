@@ -270,6 +270,7 @@ class Run:
             await world.script.up(host)
         await asyncio.sleep(2 * RESTART_SECONDS)
         await self._facets_back()
+        await self._remotes_back()
         for host in world.hosts.values():
             await world.script.up(host)
             assert host.node is not None
@@ -296,6 +297,14 @@ class Run:
         end = self.world.loop.time() + HEAL_SECONDS
         while not all(facet.in_service for facet in facets) and self.world.loop.time() < end:
             await asyncio.sleep(0.1)
+
+    async def _remotes_back(self) -> None:
+        """A person adds what the script has removed (M17)."""
+        node = await self.world.script.primary()
+        there = {one["name"] for one in node.remote_list()} | {node.config.node}
+        for host in self.world.hosts.values():
+            if host.name not in there:
+                await self.world.script.remote("add", host)
 
     async def _converge(self) -> None:
         """In sync, equal, and that durably; and so after a clean stop (I2, I3)."""
