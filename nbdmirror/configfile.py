@@ -103,20 +103,27 @@ def parse(text: str, path: str) -> Config:
 
 
 def check_files(config: Config) -> None:
-    """Refuses a configuration whose files cannot be: directories, devices, the same file twice.
-
-    For ``check`` and ``create``. A daemon does not ask: one facet that is gone is not the end."""
+    """Refuses, for ``check`` and ``create``, files that cannot be: directories, devices, the same
+    file twice. A daemon does not ask: one facet that is gone is not the end."""
     top = Table(config.path, "", {})
-    seen: dict[str, str] = {}
+    seen: dict[object, str] = {}
     for volume in config.volumes:
         for path in volume.facets:
             _check_facet(top, config, volume, path)
-            real = os.path.realpath(path)
-            if real in seen:
-                top.fail("facets", f"{path} and {seen[real]} are the same file")
-            seen[real] = path
+            if (file := _file_at(path)) in seen:
+                top.fail("facets", f"{path} and {seen[file]} are the same file")
+            seen[file] = path
     if config.log.path is not None:
         _check_directory(top, config, "log.path", config.log.path)
+
+
+def _file_at(path: str) -> object:
+    """What all names of a file, or of a device, have in common."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return found.st_rdev if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
 
 def _open(top: Table, key: str) -> Table:

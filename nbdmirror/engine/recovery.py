@@ -414,9 +414,10 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
             facet.writable = facet.is_open and state is not FacetState.NOT_SYNCHRONISED
             facets.append(facet)
         _distrust(store, saved, facets, followed=followed)
-        served = any(facet.in_service for facet in facets) or followed
-        if failures and not served:
-            raise failures[0]
+        if failures and not any(facet.in_service for facet in facets):
+            _check_unused(failures)
+            if not followed:
+                raise failures[0]
         volumes.append(
             Volume(index, saved["name"], saved["uuid"], saved["size"], saved["region_size"], facets)
         )
@@ -426,6 +427,17 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
                 entry["identity"] = facet.file.identity()
     store.state["identity"] = store.identity()
     return volumes
+
+
+def _check_unused(failures: list[Exception]) -> None:
+    """StateError if somebody else uses a facet: then nobody stands in for it."""
+    for error in failures:
+        if isinstance(error, BlockingIOError):
+            raise StateError(
+                f"the facet {error.filename} is in use: {error.strerror}",
+                hint="stop what uses it (another node, a mount), or give each facet a file of its "
+                "own",
+            ) from error
 
 
 def _distrust(

@@ -176,6 +176,12 @@ def test_paths_that_change_in_the_configuration(make_cluster: MakeCluster) -> No
     assert again.code == 1 and "is no log" in again.err, again
     assert taken.read_bytes() == b"somebody's"
     node.config.write_text(good)
+    second.rename(node.directory / "former.img")
+    second.hardlink_to(first)
+    checked = nbdmirror("check", str(node.config))
+    assert checked.code == 2 and "are the same file" in checked.err, checked
+    refused(node, f"the facet {second} is in use", "give each facet a file of its own")
+    (node.directory / "former.img").replace(second)
     moved = first.rename(node.directory / "moved.img")
     edit(node, (first, moved))
     node.start()
