@@ -4,7 +4,8 @@ The superblock says what the node is, the file what a person wants. What command
 (facets, the log's place) stays, whatever the file says; so the superblock keeps what the file said
 when it was last agreed with, and it is a change to that which counts:
 
-    configured   of the superblock: log, ``log.path`` or null; of each volume: its facets' paths
+    configured   of the superblock: log, ``log.path``, and snapshots, ``snapshots.path``, or null;
+                 of each volume: its facets' paths
 
 A file that was only moved is followed. Anything else is refused: a node would go on with files that
 nobody means any more, those of the node that it was copied from among them.
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nbdmirror.config import Config
-from nbdmirror.engine.create import log_path
+from nbdmirror.engine.create import log_path, snapshot_directory
 from nbdmirror.errors import StateError
 from nbdmirror.ports import Disk
 
@@ -32,7 +34,7 @@ def agree(disk: Disk, state: State, config: Config, *, copied: bool) -> None:
     _check_volumes(state, config)
     for saved, volume in zip(state["volumes"], config.volumes, strict=True):
         _agree_facets(disk, state, saved, volume.facets, copied=copied)
-    _agree_log(disk, state, config, copied=copied)
+    _agree_places(disk, state, config, copied=copied)
 
 
 def objection(disk: Disk, state: State, config: Config) -> str | None:
@@ -117,21 +119,37 @@ def _other_facets(
     )
 
 
-def _agree_log(disk: Disk, state: State, config: Config, *, copied: bool) -> None:
-    wanted = log_path(config)
-    known = state.get("configured", {"log": config.log.path})["log"]
-    if config.log.path != known and not state.get("log_volatile"):
-        place = state.get("log_path") or known or f"{config.state_dir}/log"
+def _agree_places(disk: Disk, state: State, config: Config, *, copied: bool) -> None:
+    known = state.setdefault("configured", {})
+    log, snapshots = config.log.path, config.snapshots.path
+    if known.get("log", log) != log and not state.get("log_volatile"):
+        former = replace(config, log=replace(config.log, path=known["log"]))
+        place, wanted = state.get("log_path") or log_path(former), log_path(config)
         # What it lacks, should it be a copy, recovery tells.
-        moved = disk.exists(wanted) and (copied or not disk.exists(place))
-        if place != wanted and not moved:
+        if not _has_moved(disk, place, wanted, copied=copied):
             raise StateError(
                 f"the log is {place}, the configuration says {wanted}",
                 hint="restore log.path, or move the file, while the node is stopped; while a "
                 f"primary runs: nbdmirror log replace {wanted}",
             )
         state["log_path"] = None
-    state["configured"] = {"log": config.log.path}
+    if known.get("snapshots", snapshots) != snapshots and (
+        state.get("restore") or any(not one.get("lost") for one in state.get("snapshots", ()))
+    ):
+        former = replace(config, snapshots=replace(config.snapshots, path=known["snapshots"]))
+        place, wanted = snapshot_directory(former), snapshot_directory(config)
+        if not _has_moved(disk, place, wanted, copied=copied):
+            raise StateError(
+                f"the snapshots are in {place}, the configuration says {wanted}",
+                hint="restore snapshots.path, or move that directory to the new place while the "
+                "node is stopped; without any snapshot the place is free",
+            )
+    known.update(log=log, snapshots=snapshots)
+
+
+def _has_moved(disk: Disk, place: str, wanted: str, *, copied: bool) -> bool:
+    """Whether what was at one path is at another one now."""
+    return place == wanted or (disk.exists(wanted) and (copied or not disk.exists(place)))
 
 
 def _is_at(disk: Disk, identity: str | None, path: str) -> bool:

@@ -135,6 +135,13 @@ def test_snapshots_in_a_directory_with_other_files(make_cluster: MakeCluster) ->
     assert cluster.secondary.create("--force").code == 0
     assert len(list((shared / "db" / "alpha").iterdir())) == len(VOLUMES)
     assert not list((shared / "db" / "beta").iterdir())
+    cluster.primary.stop()
+    cluster.primary.write_config('[snapshots]\npath = "../elsewhere"\n')
+    refused(cluster.primary, "the snapshots are in", shared / "db" / "alpha", "elsewhere")
+    (shared / "elsewhere" / "db").mkdir(parents=True)
+    (shared / "db" / "alpha").rename(shared / "elsewhere" / "db" / "alpha")
+    cluster.primary.start()
+    assert [one["state"] for one in cluster.primary.status()["snapshots"]] == ["ok"]
     assert {"data.img", "notes", "0" * 32, "alpha", "beta"} <= {
         one.name for one in shared.iterdir()
     }
