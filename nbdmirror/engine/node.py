@@ -27,8 +27,9 @@ from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.logloss import LogKeeper, open_log
+from nbdmirror.engine.opening import open_volumes
 from nbdmirror.engine.primary import Primary
-from nbdmirror.engine.recovery import Recovered, note_fork, open_volumes, redo
+from nbdmirror.engine.recovery import Recovered, note_fork, redo
 from nbdmirror.engine.rejoin import rejoin
 from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.restorer import Restorer

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from nbdmirror.config import Config
-from nbdmirror.engine import doubt, node, recovery, remoteread, spill
+from nbdmirror.engine import doubt, node, opening, recovery, remoteread, spill
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facetcopy import FacetCopy
@@ -219,7 +219,8 @@ def _(assign: Assign) -> None:
         name = store.state["volumes"][index]["name"]
         return any(may_follow(facts, name) for facts in store.state["remotes"].values())
 
-    assign(recovery, "_followed", followed)
+    for module in (opening, recovery):
+        assign(module, "is_followed", followed)
 
 
 @mutant("I3 a flush does not wait for a synchronous remote's disk")

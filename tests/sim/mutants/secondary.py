@@ -9,7 +9,7 @@ from nbdmirror.codec import hashing, repl
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.regions import Hashes
 from nbdmirror.codec.repl import Type
-from nbdmirror.engine import comparer, recovery, secondary
+from nbdmirror.engine import comparer, opening, secondary
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.facet import LocalFacet
@@ -237,7 +237,7 @@ def _(assign: Assign) -> None:
 
 @mutant("M12 another file in the place of a facet is taken for that one", TWO_THERE)
 def _(assign: Assign) -> None:
-    assign(recovery, "_distrust", lambda store, saved, facets, followed: None)
+    assign(opening, "_distrust", lambda store, saved, facets, followed: None)
 
 
 @mutant(
