@@ -40,7 +40,7 @@ class Answers:
                 async with asyncio.timeout(STALL_SECONDS):
                     await self._came.wait()
             except TimeoutError:
-                if not self._stalled:
+                if not self._stalled and not self._came.is_set():  # in this very moment
                     self._stalled = True
                     self.stalled(self._cause())
 
