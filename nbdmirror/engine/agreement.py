@@ -4,8 +4,8 @@ The superblock says what the node is, the file what a person wants. What command
 (facets, the log's place) stays, whatever the file says; so the superblock keeps what the file said
 when it was last agreed with, and it is a change to that which counts:
 
-    configured   of the superblock: log, ``log.path``, and snapshots, ``snapshots.path``, or null;
-                 of each volume: its facets' paths
+    configured   of the superblock: ``state_dir``; log, ``log.path``, and snapshots,
+                 ``snapshots.path``, or null; of each volume: its facets' paths
 
 A file that was only moved is followed. Anything else is refused: a node would go on with files that
 nobody means any more, those of the node that it was copied from among them.
@@ -122,6 +122,7 @@ def _other_facets(
 def _agree_places(disk: Disk, state: State, config: Config, *, copied: bool) -> None:
     known = state.setdefault("configured", {})
     log, snapshots = config.log.path, config.snapshots.path
+    _follow_state_dir(state, known.get("state_dir", config.state_dir), config.state_dir)
     if known.get("log", log) != log and not state.get("log_volatile"):
         former = replace(config, log=replace(config.log, path=known["log"]))
         place, wanted = state.get("log_path") or log_path(former), log_path(config)
@@ -144,7 +145,14 @@ def _agree_places(disk: Disk, state: State, config: Config, *, copied: bool) -> 
                 hint="restore snapshots.path, or move that directory to the new place while the "
                 "node is stopped; without any snapshot the place is free",
             )
-    known.update(log=log, snapshots=snapshots)
+    known.update(state_dir=config.state_dir, log=log, snapshots=snapshots)
+
+
+def _follow_state_dir(state: State, former: str, directory: str) -> None:
+    """A log that a command put into the state directory has moved, or was copied, with that."""
+    path = state.get("log_path")
+    if path is not None and path.startswith(f"{former}/"):
+        state["log_path"] = directory + path.removeprefix(former)
 
 
 def _has_moved(disk: Disk, place: str, wanted: str, *, copied: bool) -> bool:

@@ -160,7 +160,11 @@ def _state(
         "boot_id": env.clock.boot_id(),
         "clean": True,
         "extent_size": config.log.extent_size,
-        "configured": {"log": config.log.path, "snapshots": config.snapshots.path},
+        "configured": {
+            "state_dir": config.state_dir,
+            "log": config.log.path,
+            "snapshots": config.snapshots.path,
+        },
         "tail": {"position": 0, "seq": 1},
         "durable_seq": 0,
         "volumes": [

@@ -86,7 +86,12 @@ class LogKeeper:
             facets.spill = self.spill
 
     def begin(self) -> None:
-        """The superblock is saved: from here on the log is as it says."""
+        """The superblock is saved: from here on the log is as it says, of the size that it was made
+        with: another one in the configuration is for the next, and told."""
+        if not self.volatile and self._log.capacity != (self._size - RING_AT) // 4096 * 4096:
+            self._events.emit(
+                "log-size-kept", size=self._log.capacity + RING_AT, configured=self._size
+            )
         if self.volatile:
             self._log.stand_in = self._housekeeper.sync_log
         elif self.spill is not None:

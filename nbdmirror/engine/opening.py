@@ -33,12 +33,15 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
         followed = is_followed(store, index)
         facets: list[LocalFacet] = []
         failures: list[Exception] = []
+        in_use: BlockingIOError | None = None
         for entry in saved["facets"]:
             state = facet_state(entry["state"])
             try:
                 facet = LocalFacet.open(disk, entry["path"], saved["size"], state)
             except (StateError, OSError) as error:
                 failures.append(error)
+                if isinstance(error, BlockingIOError) and state is FacetState.SYNCHRONISED:
+                    in_use = error
                 facet = _absent(entry, saved["size"], str(error))
             if state is FacetState.NOT_SYNCHRONISED and not entry.get("tracking"):
                 facet.kept_seq = entry.get("since")
@@ -46,7 +49,8 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
             facets.append(facet)
         _distrust(store, saved, facets, followed=followed)
         if failures and not any(facet.in_service for facet in facets):
-            _check_unused(failures)
+            if in_use is not None:
+                raise _in_use(in_use)
             if not followed:
                 raise failures[0]
         volumes.append(
@@ -60,15 +64,12 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
     return volumes
 
 
-def _check_unused(failures: list[Exception]) -> None:
-    """StateError if somebody else uses a facet: then nobody stands in for it."""
-    for error in failures:
-        if isinstance(error, BlockingIOError):
-            raise StateError(
-                f"the facet {error.filename} is in use: {error.strerror}",
-                hint="stop what uses it (another node, a mount), or give each facet a file of its "
-                "own",
-            ) from error
+def _in_use(error: BlockingIOError) -> StateError:
+    """Somebody else has it, and may write to it: then nobody stands in for it."""
+    return StateError(
+        f"the facet {error.filename} is in use: {error.strerror}",
+        hint="stop what uses it (another node, a mount), or give each facet a file of its own",
+    )
 
 
 def _distrust(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,9 +191,13 @@ def test_paths_that_change_in_the_configuration(make_cluster: MakeCluster) -> No
     refused(node, f"the facet {second} is in use", "give each facet a file of its own")
     (node.directory / "former.img").replace(second)
     moved = first.rename(node.directory / "moved.img")
-    edit(node, (first, moved))
+    edit(node, (first, moved), ("size = 4194304\nmode", "size = 8388608\nmode"))
     node.start()
     check_reads(cluster)
+    (kept,) = [one for one in node.events() if one["kind"] == "log-size-kept"]
+    assert (kept["size"], kept["configured"]) == (4 * MIB, 8 * MIB)
+    node.ok("log", "replace", str(node.directory / "state" / "larger.log"))
+    assert node.status()["log"]["size"] == 8 * MIB - 4096
     node.stop()
     former = node.directory.rename(node.directory.with_name("former"))
     shutil.copytree(former, node.directory)
@@ -200,8 +205,10 @@ def test_paths_that_change_in_the_configuration(make_cluster: MakeCluster) -> No
     edit(node, (node.directory, cluster.directory / "third"))
     node.start()
     check_reads(cluster)
-    paths = [one["path"] for volume in node.status()["volumes"] for one in volume["facets"]]
-    assert paths == [str(cluster.directory / "third" / one) for one in ("moved.img", "b.0.img")]
+    files = [os.path.realpath(one) for one in Path(f"/proc/{node.daemon.pid}/fd").iterdir()]
+    third = cluster.directory / "third"
+    assert {f"{third}/moved.img", f"{third}/b.0.img", f"{third}/state/larger.log"} <= {*files}
+    assert not [one for one in files if one.startswith(f"{node.directory}/state")]
 
 
 def test_one_node_is_one_remote(make_cluster: MakeCluster) -> None:
