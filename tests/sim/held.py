@@ -36,9 +36,13 @@ class Held:
                 await self._hold(host, delay=rng.choice([0.0, 0.01, 0.1, 1.0]))
 
     async def end(self) -> None:
-        """All may be applied."""
+        """All may be applied. Gone if one has failed just now, and will come back as it was."""
+        from tests.sim.world import Gone
+
         for host in self._world.remotes if self._world.options.held else []:
             await self._hold(host, frozen=False, delay=0.0)
+            if host.node is None or host.node.secondary is None:
+                raise Gone
 
     async def _hold(
         self, host: Host, *, frozen: bool | None = None, delay: float | None = None
