@@ -243,8 +243,7 @@ class Session:
                 facts["behind_ns"] = behind_ns
         await remote.sync_maps()
         remote.save_defaults()
-        await self.context.store.save()
-        self._send_start("reset" if reset else "continue", seq, resync, decision.why)
+        await self._send_start("reset" if reset else "continue", seq, resync, decision.why)
         await self._receive(Type.READY)
         self._told()
         facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
@@ -275,8 +274,11 @@ class Session:
         remote.applied_seq = seq - 1 if applied else min(remote.applied_seq, seq - 1)
         self._shipped_seq = seq - 1
 
-    def _send_start(self, action: str, seq: int, resync: bool, why: str) -> None:
-        facts = self.remote.facts
+    async def _send_start(self, action: str, seq: int, resync: bool, why: str) -> None:
+        """What the remote is told of snapshots is durable first: one whose end is not yet is there
+        again after a crash, and nobody would tell the remote that it lacks it."""
+        facts, left_out = self.remote.facts, self._left_out(action, seq)
+        await self.context.store.save()
         self.link.send_json(
             Type.START,
             {
@@ -286,7 +288,7 @@ class Session:
                 "why": why,
                 "apply_delay": facts.get("apply_delay", 0.0),
                 "eager": facts["mode"] == "sync",
-                "marks": self._left_out(action, seq),
+                "marks": left_out,
             },
         )
 
@@ -321,7 +323,7 @@ class Session:
         seq = self.remote.group.log.next_seq
         self.remote.facts["behind_ns"] = self.remote.behind_ns
         self._begin_at(seq, keep=True)
-        self._send_start("reset", seq, True, "the resync goes on in order")
+        await self._send_start("reset", seq, True, "the resync goes on in order")
         await self._ready.wait()
         self._told()
         self.remote.facts["base_seq"] = seq - 1
@@ -360,7 +362,7 @@ class Session:
                 self.remote.gate.lost(renewing=self.remote.drop.is_set())
             for task in ends:
                 task.cancel()
-            await asyncio.wait(ends)
+            await asyncio.gather(*ends, return_exceptions=True)
 
     def _terms(self) -> Terms:
         context = self.context

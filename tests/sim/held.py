@@ -21,6 +21,8 @@ class Held:
     def __init__(self, world: World) -> None:
         self._world = world
         self._random = random.Random(f"{world.seed}:held")
+        self._asked: asyncio.Task[None] | None = None
+        """The last that was asked for; one that is suspended may come to it when all is thawed."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -28,17 +30,19 @@ class Held:
         while gap:
             await asyncio.sleep(gap * rng.expovariate(1.0))
             host, draw = rng.choice(self._world.remotes), rng.random()
-            if draw < 0.3:
-                await self._hold(host, frozen=True)
-            elif draw < 0.6:
-                await self._hold(host, frozen=False)
+            if draw < 0.6:
+                hold = self._hold(host, frozen=draw < 0.3)
             else:
-                await self._hold(host, delay=rng.choice([0.0, 0.01, 0.1, 1.0]))
+                hold = self._hold(host, delay=rng.choice([0.0, 0.01, 0.1, 1.0]))
+            self._asked = self._world.spawn(hold)
+            await asyncio.shield(self._asked)
 
     async def end(self) -> None:
         """All may be applied. Gone if one has failed just now, and will come back as it was."""
         from tests.sim.world import Gone
 
+        if self._asked is not None:
+            await asyncio.wait([self._asked])
         for host in self._world.remotes if self._world.options.held else []:
             await self._hold(host, frozen=False, delay=0.0)
             if host.node is None or host.node.secondary is None:

@@ -135,10 +135,10 @@ class Album:
         self._released[uuid] = None
 
     def died(self, host: Host) -> None:
-        """What it was giving up it did not come to tell."""
+        """What it was giving up it did not come to tell: it may be there, or not."""
         for entry in host.node.snapshots.entries if host.node is not None else []:
             if entry.get("giving_up"):
-                self.release(entry["uuid"])
+                self._promised.pop(entry["uuid"], None)
 
     def check_image(self, host: Host, node: Node) -> None:
         """X2: a secondary that is not consistent has an image of when it was, or says that it lost
@@ -349,11 +349,13 @@ class People:
         """On a secondary, while the primary has paused it (V14)."""
         world, rng = self._world, self._random
         primary = world.a.node
-        if primary is None or not all(volume.in_service() for volume in primary.volumes):
+        if primary is None or world.a.leaning:
             return  # it may be all that there is
         await world.in_life(world.a, primary.pause(host.name))
         try:
             await asyncio.sleep(0.2 * rng.random())
+            if world.a.leaning:
+                return
             world.trace("people", f"restore {entry['number']} on {host.name}")
             host.restored = True
             keep = rng.random() < 0.7

@@ -17,6 +17,7 @@ from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.layer import LayerFile
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.session import Session
 from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume
@@ -24,6 +25,7 @@ from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, INSCRIBED, MARKERS, RES
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.secondary import PUNCHED
 from tests.sim.plays.snapshots import (
+    BACK_UNTOLD,
     CLEARED_LATE,
     CONSISTENT_AND_BACK,
     CONSISTENT_AND_DEAD,
@@ -329,3 +331,19 @@ def _(assign: Assign) -> None:
             self._moving = saved
 
     assign(Chain, "leave", leave)
+
+
+@mutant("V9 a remote is told of snapshots as they are not durably", run=BACK_UNTOLD)
+def _(assign: Assign) -> None:
+    original = Session._send_start
+
+    async def send_start(self: Session, *args: Any) -> None:
+        await self.context.store.save()
+        save = self.context.store.save
+        setattr(self.context.store, "save", nothing)  # noqa: B010
+        try:
+            await original(self, *args)
+        finally:
+            setattr(self.context.store, "save", save)  # noqa: B010
+
+    assign(Session, "_send_start", send_start)

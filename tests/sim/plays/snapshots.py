@@ -11,14 +11,17 @@ from tests.sim.faults import Timing
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
     FAR,
+    NEVER_SECONDS,
     SLOW_SECONDS,
     cleared,
     follower,
     full_log,
     killed,
     moment,
+    power_loss,
     released,
     slow,
+    slow_at,
     slow_save,
     without_log,
 )
@@ -108,6 +111,24 @@ async def _is_there(s: Script, uuid: str) -> None:
         raise Violation(f"a snapshot is lost for no reason: {why} (V9)")
 
 
+async def _back_untold(s: Script) -> None:
+    """The space for a snapshot ends that a remote has no record of, and that is not durable as the
+    remote is told what it lacks; the power fails, and the snapshot is there again."""
+    a = s.world.a
+    s.link(up=False)
+    await full_log(s)
+    await s.snapshot()
+    starting = slow_at(s, a, "handshake", "sync", "/state/superblock")
+    s.link(up=True)
+    await starting.wait()
+    s.world.spawn(s.write(0, *range(0, 5 * BLOCK, BLOCK)))
+    losing = slow(a, "sync", "/state/superblock", NEVER_SECONDS)
+    await losing.wait()
+    await asyncio.sleep(1.0)
+    await power_loss(s, a)
+    await s.in_sync()
+
+
 async def _consistent_and_dead(s: Script) -> None:
     """A secondary dies as it has become consistent, with the image from before the resync still
     there, and no primary comes by it any more: at its start it lets go of that."""
@@ -165,5 +186,6 @@ DELETED_WHILE_KEPT = directed(_deleted_while_kept, timing=MISSES)
 GIVEN_UP_WHILE_DELETED = directed(
     _given_up_while_deleted, timing=MISSES, snapshot_space=4 * OPTIONS.region
 )
+BACK_UNTOLD = directed(_back_untold, snapshot_space=4 * OPTIONS.region)
 CONSISTENT_AND_DEAD = directed(_consistent_and_dead)
 CONSISTENT_AND_BACK = directed(_consistent_and_back)
