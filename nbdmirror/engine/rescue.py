@@ -79,7 +79,7 @@ class Rescue:
         self, volume: Volume, failed: LocalFacet | None, offset: int, length: int
     ) -> Buffer | None:
         """The range from a facet in service other than the one that ``failed``; errors count."""
-        for other in volume.in_service():
+        for other in volume.serving():
             if other is not failed:
                 try:
                     data = await other.read(offset, length)
@@ -138,7 +138,7 @@ class Rescue:
     async def _from_others(
         self, volume: Volume, facet: LocalFacet, offset: int, length: int
     ) -> Buffer | None:
-        for other in volume.in_service():
+        for other in volume.serving():
             if other is not facet:
                 try:
                     data = await other.read(offset, length)

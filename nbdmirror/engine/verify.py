@@ -191,10 +191,8 @@ class Verify:
         length = min(count * region, volume.size - offset)
         self._token += 1
         async with volume.locked(offset, length, exclusive=False):
-            facets = volume.in_service()
-            turn %= max(1, len(facets))
             began = self._governor.now_ns()
-            look = await self._hashed(volume, first, count, facets[turn:] + facets[:turn])
+            look = await self._hashed(volume, first, count, turn)
             if look is None:
                 return
             self._looks[self._token] = look
@@ -208,17 +206,16 @@ class Verify:
         await self._link.drain()
         await pay(self._bucket, length)
 
-    async def _hashed(
-        self, volume: Volume, first: int, count: int, facets: list[LocalFacet]
-    ) -> Look | None:
-        """The hashes of each facet, an empty one for what cannot be read, those that can first;
-        ``None`` if none can: said, and the others go on (fault 14). The range is locked."""
+    async def _hashed(self, volume: Volume, first: int, count: int, turn: int) -> Look | None:
+        """The hashes of each facet, from the ``turn``-th on, an empty one for what cannot be read,
+        those that can first; ``None`` if none can: said, and the others go on (fault 14). The range
+        is locked."""
         region = volume.region_size
         offset = first * region
         length = min(count * region, volume.size - offset)
         read: list[tuple[LocalFacet, bytes]] = []
         unread: list[tuple[LocalFacet, bytes]] = []
-        for facet in facets:
+        for facet in volume.serving(turn):
             try:
                 read.append(
                     (facet, await facet.file.hashes(offset, length, region, self._link.hash_key))
@@ -374,7 +371,7 @@ class Verify:
         took it. One that did not leaves service, as after any failed write (M12)."""
         async with volume.locked(offset, length, exclusive=True):
             data = None
-            for facet in volume.in_service():
+            for facet in volume.serving():
                 if facet.path not in paths and data is None:
                     with contextlib.suppress(OSError):
                         found = await facet.file.read(offset, length)
@@ -382,7 +379,7 @@ class Verify:
             if data is None:
                 return False
             lost = []
-            for facet in volume.in_service():
+            for facet in volume.serving():
                 if facet.path in paths:
                     try:
                         facet.pwrite(offset, data)

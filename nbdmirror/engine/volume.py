@@ -110,6 +110,15 @@ class Volume:
         """The facets that take writes and serve reads."""
         return [facet for facet in self.facets if facet.in_service]
 
+    def serving(self, turn: int = 0) -> Iterator[LocalFacet]:
+        """The same, ``turn`` of them later, for who awaits something of each: one that has left
+        meanwhile is closed, and does not come any more."""
+        facets = self.in_service()
+        first = turn % max(1, len(facets))
+        for facet in facets[first:] + facets[:first]:
+            if facet.in_service:
+                yield facet
+
     def writable(self) -> list[LocalFacet]:
         """The facets that take writes: those in service and those being synchronised."""
         return [facet for facet in self.facets if facet.writable]

@@ -67,6 +67,20 @@ def test_without_a_facet_in_service_nothing_is_read(count: int) -> None:
     run(main())
 
 
+def test_a_facet_that_has_left_meanwhile_is_not_handed_out() -> None:
+    """M8: who awaits something of each, as a verify does, must not come to one that is closed."""
+    volume = make(3)
+    first, second, third = volume.facets
+    assert list(volume.serving(4)) == [second, third, first]
+    met = []
+    for facet in volume.serving():
+        met.append(facet)
+        second.leave()
+        second.state = FacetState.NOT_SYNCHRONISED
+        second.close()
+    assert met == [first, third]
+
+
 def log_with(*records: tuple[int, int, int, bytes | None]) -> Log:
     """A log that begins with record 10; (volume, offset, length, payload; None is a TRIM)."""
     log = Log(MemoryFile(4096 + (1 << 20)), 1 << 20, 0, 10)

@@ -8,7 +8,6 @@ from typing import Any
 from nbdmirror.codec.regions import Hashes
 from nbdmirror.engine import verify
 from nbdmirror.engine.comparer import Comparer
-from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.verify import Look, Verify
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
@@ -63,9 +62,14 @@ def _(assign: Assign) -> None:
     original = Verify._hashed
 
     async def hashed(
-        self: Verify, volume: Volume, first: int, count: int, facets: list[LocalFacet]
+        self: Verify, volume: Volume, first: int, count: int, turn: int
     ) -> Look | None:
-        return await original(self, volume, first, count, facets[:1])
+        looked_at = list(volume.serving(turn))[:1]
+        setattr(volume, "serving", lambda turn=0: looked_at)  # noqa: B010
+        try:
+            return await original(self, volume, first, count, turn)
+        finally:
+            del volume.serving
 
     assign(Verify, "_hashed", hashed)
 
