@@ -50,7 +50,7 @@ PUNCH_HOLE = 0x02
 ZERO_RANGE = 0x10
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 ZEROS = bytes(MIB)
-HASH_PIECE = 256 << 10
+HASH_PIECE = 1 << 20
 HASH_HERE_MAX = 64 << 10
 """As much is hashed in 50 us; to ask a thread for it takes several times as long."""
 

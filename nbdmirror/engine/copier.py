@@ -34,14 +34,16 @@ from nbdmirror.ports import Buffer
 
 COPY_BYTES = 1 << 20
 """Regions are copied in windows of at most this (or one region) ..."""
-COMPARE_BYTES = 8 << 20
+COMPARE_BYTES = 16 << 20
 """... and compared in windows of this: what a thread costs to be asked is the same ..."""
 YIELDING_BYTES = 128 << 10
 """... both of this while clients are active ..."""
 SMALL_BYTES = 16 << 10
 """Reads up to this are not worth a thread."""
 COPY_SECONDS = 0.25
-"""... and of what is acknowledged in so long: a slow link that is lost again makes progress."""
+"""... and of what is acknowledged in so long: a slow link that is lost again makes progress;"""
+COMPARE_SECONDS = 0.1
+"""... or compared in so long: a client that comes may have to wait for the range."""
 HASHED_COST = 4
 """A window that is compared counts for this part of its size in what is under way."""
 HOLE_COST = 64
@@ -97,17 +99,19 @@ class Copier:
 
     # -- bounds ------------------------------------------------------------------------------
 
-    def size(self, region_size: int, limit: int = COPY_BYTES) -> int:
+    def size(
+        self, region_size: int, limit: int = COPY_BYTES, seconds: float = COPY_SECONDS
+    ) -> int:
         """Regions that a window should have now."""
-        return max(1, self.window_size(limit) // region_size)
+        return max(1, self.window_size(limit, seconds) // region_size)
 
-    def window_size(self, limit: int = COPY_BYTES) -> int:
+    def window_size(self, limit: int = COPY_BYTES, seconds: float = COPY_SECONDS) -> int:
         """Bytes of the volume that a window should have now: one region, if that is more."""
         size = limit
         if self._governor.active() or not self.progress.done_bytes:
             size = YIELDING_BYTES
         rate = self.progress.rate(asyncio.get_running_loop().time())
-        return min(size, int(rate * COPY_SECONDS)) if rate else size
+        return min(size, int(rate * seconds)) if rate else size
 
     async def drained(self) -> None:
         """Returns when nothing is under way."""

@@ -26,7 +26,7 @@ from nbdmirror.core import convergence
 from nbdmirror.core.convergence import Pass
 from nbdmirror.core.progress import Progress
 from nbdmirror.core.remotestate import Stall
-from nbdmirror.engine.copier import COMPARE_BYTES, COPY_BYTES, Copier
+from nbdmirror.engine.copier import COMPARE_BYTES, COMPARE_SECONDS, COPY_BYTES, Copier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
@@ -224,7 +224,7 @@ class Resync:
                 return hole
         if copier.compare_pays.worth():
             limit = COPY_BYTES if copier.compare_pays.doubtful else COMPARE_BYTES
-            count = min(count, copier.size(region, limit))
+            count = min(count, copier.size(region, limit, COMPARE_SECONDS))
             # What is known to differ needs no hashes of whole regions; blocks may be the same.
             ask = not self._compare and region > BLOCK
             await copier.compare(volume, first, count, ask=ask)
