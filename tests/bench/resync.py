@@ -1,7 +1,8 @@
 """What a resync costs, against copying: ``python -m tests.bench.resync``.
 
 Two nodes on this host over loopback TCP, or through a proxy that takes so many MiB a second
-(``--link 110``: a gigabit), one volume of random bytes, nothing else running. Each round, in turn:
+(``--link 110``: a gigabit), one volume of random bytes, nothing else running. Both files have just
+been read from end to end whenever a measurement begins. Each round, in turn:
 ``nbdcopy --flush`` from the primary's file to an ``nbdkit file`` on the secondary's (the same two
 places), then resyncs of the whole volume (``resync --full``) where the secondary differs
 everywhere, nowhere, and in 1 % of its 4 KiB blocks; everywhere twice: overwriting what is there, as
@@ -61,6 +62,18 @@ def _change(path: Path, size: int, part: float, seed: int) -> int:
     return len(blocks) * BLOCK
 
 
+def _read_anew(*paths: Path) -> None:
+    """All of these files is in the page cache as readahead brings it, and clean. What wrote to them
+    before, a client 4 KiB at a time or a copy, would leave it in pages of another size, which one
+    measurement would find and the next one not."""
+    os.sync()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(MIB):
+                pass
+
+
 def _nbdcopy(source: Path, target: Path, link: float | None) -> float:
     """Seconds that nbdcopy takes from a file here to one behind a server, over that link."""
     shutil.copyfile(target, copy := target.with_suffix(".nbdkit"))
@@ -73,7 +86,7 @@ def _nbdcopy(source: Path, target: Path, link: float | None) -> float:
         if link is not None:
             proxy.shape(rate=link)
             port = proxy.port
-        os.sync()
+        _read_anew(source, copy)
         began = time.monotonic()
         uri = f"nbd://127.0.0.1:{port}"
         # The proxy gives each connection its rate; a resync has one.
@@ -123,7 +136,7 @@ class Bench:
         cluster = self.cluster
         cluster.secondary.stop()
         changed = change()
-        os.sync()
+        _read_anew(self.ours, self.theirs)
         flag = str(keep).lower()
         cluster.secondary.write_config(extra=f"[snapshots]\nbefore_resync = {flag}\n")
         cluster.secondary.start()
