@@ -97,7 +97,7 @@ class ExportServer:
         return self._info(volume) if why is None else Forbidden(why)
 
     def _refusal(self, client: Client, volume: Volume) -> str | None:
-        return self._rules(volume).refusal(client, volume.clients)
+        return volume.closed or self._rules(volume).refusal(client, volume.clients)
 
     def _rules(self, volume: Volume) -> Rules:
         """What follows an @ names a state of the volume, which is for the same clients."""

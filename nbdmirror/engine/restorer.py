@@ -8,6 +8,8 @@ that write to a facet themselves.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import mark as marks
@@ -145,7 +147,12 @@ class Restorer:
         indices = entry["volumes"] if volume is None else [volume.index]
         if volume is not None and volume.index not in entry["volumes"]:
             raise Refused(f"the snapshot is not one of volume {volume.name}")
-        self._check_clients(indices, while_attached)
+        with self._closed(indices, while_attached):
+            return await self._restore(entry, indices, keep=keep, force=force)
+
+    async def _restore(
+        self, entry: Entry, indices: list[int], *, keep: bool, force: bool
+    ) -> dict[str, Any]:
         for index in indices:
             self._snapshots.volumes[index].source()  # raises: there is no facet to restore
         if self._node.people.clients(entry) and entry["writable"]:
@@ -176,14 +183,27 @@ class Restorer:
             self._snapshots.lock.release()
         return self.status() or {"undo": undo["uuid"] if undo else None}
 
-    def _check_clients(self, indices: list[int], while_attached: bool) -> None:
-        names = [v.name for v in self._snapshots.volumes if v.index in indices and v.clients]
-        if names and not while_attached:
+    @contextmanager
+    def _closed(self, indices: list[int], while_attached: bool) -> Iterator[None]:
+        """Nobody has these volumes attached, and nobody attaches them within."""
+        volumes = [] if while_attached else [self._snapshots.volumes[index] for index in indices]
+        names = [volume.name for volume in volumes if volume.clients]
+        if names:
             raise Refused(
                 f"clients are attached to {', '.join(names)}: what they have read or mounted would "
                 "change under them",
                 hint="unmount and detach them, or give --while-attached",
             )
+        for volume in volumes:
+            if volume.closed is not None:
+                raise Refused(volume.closed)
+        for volume in volumes:
+            volume.closed = f"volume {volume.name} is about to be restored: attach it in a moment"
+        try:
+            yield
+        finally:
+            for volume in volumes:
+                volume.closed = None
 
     def _check_idle(self) -> None:
         if self._snapshots.busy is not None:

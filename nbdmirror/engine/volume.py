@@ -88,6 +88,8 @@ class Volume:
         self.facets = facets
         self.locks: RangeLocks[asyncio.Future[None]] = RangeLocks()
         self.clients = 0
+        self.closed: str | None = None
+        """Why nobody may attach it now, if so."""
         self.ended = False
         """Its last facet failed and nobody stood in for it: the node ends, whoever could stand in
         a moment later. What its superblock says of the facet, and where the log is, rests on that.

@@ -8,6 +8,9 @@ import errno
 import pytest
 
 from nbdmirror.codec import record as codec
+from nbdmirror.codec.nbd import ExportInfo
+from nbdmirror.codec.nbdhandshake import Forbidden
+from nbdmirror.engine.access import Client
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import DiskFailed, Refused, VolumeFailed
 from tests.sim.faults import AllLost
@@ -178,6 +181,28 @@ def test_clients_that_are_attached_are_not_surprised() -> None:
             await world.take()
         assert (await world.volume_fills())[0] == 0
         world.node.volumes[0].clients -= 1
+
+    primary(test)
+
+
+def test_nobody_attaches_what_is_about_to_be_restored() -> None:
+    """V12: a client that came between the look at who is attached and the restore would have read
+    one half before it and one after; so would two that restore at once."""
+
+    async def test(world: Primary) -> None:
+        exports = world.node.exports
+        assert exports is not None
+        await world.take()
+        world.disk.stall(5.0)
+        restoring = asyncio.ensure_future(world.node.people.restore("1", "v", False, True, False))
+        await asyncio.sleep(1.0)
+        found = exports.find_for(Client(), "v")
+        assert isinstance(found, Forbidden) and "about to be restored" in found.why
+        assert isinstance(exports.find_for(Client(), "w"), ExportInfo)
+        with pytest.raises(Refused, match="about to be restored"):
+            await world.node.people.restore("1", "v", False, True, False)
+        await restoring
+        assert isinstance(exports.find_for(Client(), "v"), ExportInfo)
 
     primary(test)
 
