@@ -99,9 +99,7 @@ class Copier:
 
     # -- bounds ------------------------------------------------------------------------------
 
-    def size(
-        self, region_size: int, limit: int = COPY_BYTES, seconds: float = COPY_SECONDS
-    ) -> int:
+    def size(self, region_size: int, limit: int = COPY_BYTES, seconds: float = COPY_SECONDS) -> int:
         """Regions that a window should have now."""
         return max(1, self.window_size(limit, seconds) // region_size)
 
