@@ -97,7 +97,10 @@ def verify_text(verify: Json) -> str:
     if verify.get("age_s") is None:
         return "verify running" if verify.get("running") else "never verified"
     parts = [f"verified {seconds_text(verify['age_s'])} ago"]
-    for key, word in (("differing", "differed"), ("unsettled", "changed too fast to tell")):
+    for key, word in (
+        ("differing", "differed"),
+        ("unsettled", "not readable, or changed too fast to tell"),
+    ):
         if verify.get(key):
             parts.append(f"{count_text(verify[key], 'region')} {word}")
     if verify.get("repaired"):
