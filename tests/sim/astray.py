@@ -205,6 +205,9 @@ class Astray:
         """A start's first save, or that and all that follow; and the next start."""
         rng, a = self._random, self._world.a
         host = a if kind is Kind.DROP else rng.choice(list(self._world.hosts.values()))
+        # Nothing has to be released of the log, for a superblock that does not say so.
+        last = self._world.history.head
+        await self._script.until(lambda node: _released(node.log.ring, last))
         self._begin(host)
         self._cut()
         await self._end(host, rng.choice(["kill", "stop"]))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nbdmirror.codec import slots
 from nbdmirror.config import Config
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import FormatError
 from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
 from tests.sim.loop import Incarnation
@@ -37,6 +40,9 @@ class Host:
         self.restored = self.swapped = False
         """A snapshot was restored on it, as a secondary (V14)."""
         self.forked = False
+        self.memory_gone = False
+        """What its log had in memory went with its process, and no start has said so yet: one may
+        have noted it, and died."""
         """The last start began a new line of history: the log, or its end, was lost."""
         self.unsynced_lost = False
         """Since its last start a facet lost what was not synced, and no other is sure to have it:
@@ -75,6 +81,14 @@ class Host:
         if self.node is None:
             return self.leaned
         return any(not volume.in_service() for volume in self.node.volumes)
+
+    def look_for_memory(self) -> None:
+        """Before a start: whether the log was in memory when the process ended."""
+        content, size = self.disk.content("/state/superblock"), slots.SLOT_SIZE
+        with contextlib.suppress(FormatError):
+            _, _, state = slots.choose([content[:size], content[size:]])
+            gone = bool(state.get("log_spill")) and not state["clean"]
+            self.memory_gone = self.memory_gone or gone
 
     def paths(self) -> list[list[str]]:
         """The facets of each volume."""

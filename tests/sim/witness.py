@@ -110,7 +110,8 @@ class Witness:
             self._world.fail(error)
 
     def _on_started(self, host: Host, event: dict[str, Any]) -> None:
-        host.forked = event["power_loss"] or event["memory_lost"]
+        host.forked = event["power_loss"] or event["memory_lost"] or host.memory_gone
+        host.memory_gone = False
         lost, host.unsynced_lost = host.unsynced_lost, False
         if event["memory_lost"]:
             self._world.fired["mark a log in memory is lost"] += 1
@@ -171,6 +172,8 @@ class Witness:
         )
         if forked:
             assert node.primary is not None
+            if world.astray_on is host:  # what was recovered once may be damaged since
+                world.history.back_to(end)
             world.history.fork(node.primary.group.epoch, end, images)
             for volume, leader in holders.leaders.items():
                 self._unsettled.setdefault(volume, (leader, len(world.history.lines) - 1))

@@ -264,8 +264,10 @@ class World:
         self._begin_life(host)
         host.starting = True
         self.trace(host.name, "start")
-        if self.options.mode_changes and host.role == "primary":
-            self._edit(host)
+        if host.role == "primary":
+            host.look_for_memory()
+            if self.options.mode_changes:
+                self._edit(host)
         node = Node(self.env(host), host.config)
         node.events.listen(lambda event: self.witness.on_event(host, event))
         try:
