@@ -58,6 +58,10 @@ DIRTY = _metric("remote_dirty_bytes", _gauge, "Size of the regions marked for a 
 SENT = _metric("remote_sent_bytes_total", _counter, "Bytes sent to a remote.")
 RESYNC_DONE = _metric("remote_resync_done_bytes", _gauge, "Done of the resync that runs.")
 RESYNC_TOTAL = _metric("remote_resync_total_bytes", _gauge, "Total of the resync that runs.")
+VERIFY_AGE = _metric("remote_verify_age_seconds", _gauge, "Since the last verify ended.")
+VERIFY_LEFT = _metric(
+    "remote_verify_unrepaired_regions", _gauge, "Found to differ by the last verify, and left so."
+)
 UPSTREAM = _metric("upstream_connected", _gauge, "1 while a primary is connected (secondary).")
 CONSISTENT = _metric("upstream_consistent", _gauge, "1 if this copy is an exact point in time.")
 APPLIED_SEQ = _metric("upstream_applied_seq", _counter, "Last record that is in the facets.")
@@ -140,6 +144,10 @@ def _remote(remote: Json) -> Iterator[Sample]:
     if remote["resync"] is not None:
         yield RESYNC_DONE, label, remote["resync"]["done_bytes"]
         yield RESYNC_TOTAL, label, remote["resync"]["total_bytes"]
+    verify = remote["verify"]
+    if verify is not None and verify["age_s"] is not None:
+        yield VERIFY_AGE, label, verify["age_s"]
+        yield VERIFY_LEFT, label, max(0, verify["differing"] - verify["repaired"])
 
 
 def _snapshots(snapshots: list[Json]) -> Iterator[Sample]:

@@ -98,6 +98,13 @@ ALERTS: dict[str, tuple[str, dict[str, str], dict[str, str], str, int]] = {
         "The copy on alpha:9810 has not been consistent for an hour",
         60,
     ),
+    "NbdmirrorVerifyDiffers": (
+        "page",
+        {f'nbdmirror_remote_verify_unrepaired_regions{{{NODE},remote="beta"}}': "3x90"},
+        {f'nbdmirror_remote_verify_unrepaired_regions{{{NODE},remote="beta"}}': "0x90"},
+        "beta differs in 3 regions: nbdmirror verify beta --repair",
+        1,
+    ),
     "NbdmirrorStrangers": (
         "ticket",
         {
@@ -197,7 +204,7 @@ def test_each_alert_fires_when_it_must_and_says_what_a_person_needs(
 
 def test_running_nodes_say_what_the_rules_ask_for(make_cluster: Callable[..., Cluster]) -> None:
     """Every metric of a rule is in what a primary or a secondary says, but for the certificates'
-    of a node without one."""
+    of a node without one; what a verify found, after the first."""
     cluster = make_cluster()
     said = set()
     ports = [free_port() for _ in cluster.nodes]
@@ -205,6 +212,7 @@ def test_running_nodes_say_what_the_rules_ask_for(make_cluster: Callable[..., Cl
         node.keys["admin"] = [f'metrics = "tcp:127.0.0.1:{port}"']
         node.write_config()
     cluster.start()
+    cluster.primary.ok("verify", "beta", "--wait")
     for port in ports:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
             said |= set(re.findall(r"(?m)^(nbdmirror_\w+)[ {]", answer.read().decode()))

@@ -334,6 +334,10 @@ def test_metrics(make_cluster: MakeCluster) -> None:
     assert 'nbdmirror_remote_state{remote="beta",state="synchronised"} 1' in text
     assert 'nbdmirror_remote_connected{remote="beta"} 1' in text
     assert f'nbdmirror_volume_size_bytes{{volume="data"}} {64 * MIB}' in text
+    assert "nbdmirror_remote_verify" not in text
+    cluster.primary.ok("verify", "beta", "--wait")
+    age = re.search(r'remote_verify_age_seconds{remote="beta"} ([0-9.]+)', fetch(port))
+    assert age and float(age[1]) < 60
     cluster.primary.ok("pause", "beta")
     assert 'nbdmirror_remote_state{remote="beta",state="paused"} 1' in fetch(port)
 
