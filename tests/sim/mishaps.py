@@ -291,6 +291,10 @@ class Faults:
         if volume is None:
             return
         path, broken = rng.choice(volume.facets).path, world.a.disk.broken
+        # Another may be gone, and nobody has noticed yet.
+        left = [one for one in volume.in_service() if one.path not in {path, *broken}]
+        if not left and not world.options.last_facet:
+            return
         broken.add(path)
         seconds = rng.choice([0.05, 1.0, 12.0, 60.0])
         world.loop.call_later(seconds, broken.discard, path, context=world.net.context)
