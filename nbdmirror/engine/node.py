@@ -105,6 +105,8 @@ class Node:
             self.config.snapshots,
         )
         await self.store.settle()
+        # Who made the node may have died before the end of its creation was durable (O18).
+        await disk.sync_directory(directory)
         Restorer.prepare(self)
         await self.snapshots.open()
         self._follower = Follower(self.snapshots)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import errno
 import random
+from collections.abc import Coroutine
+from typing import Any
 
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.node import Node
@@ -451,9 +453,16 @@ class Faults:
 
     async def _bring_back(self, node: Node) -> None:
         world = self._world
+
+        async def ask(work: Coroutine[Any, Any, Any]) -> None:
+            if world.a.node is not node:  # it has failed meanwhile, and there is another
+                work.close()
+                raise Gone
+            await world.in_life(world.a, work)
+
         await self.held.end()
         for remote in world.remotes:
-            await world.in_life(world.a, node.resume(remote.name))
+            await ask(node.resume(remote.name))
         if node.status()["log"]["in_memory"] and self._random.random() < 0.5:
             await self._replace_log()
         for volume in node.volumes:
@@ -461,7 +470,7 @@ class Faults:
                 swapped = facet.path in world.fresh and not facet.writable
                 action = "replace" if swapped else "online"
                 world.fresh.pop(facet.path, None)
-                await world.in_life(world.a, node.facet(action, facet.path))
+                await ask(node.facet(action, facet.path))
 
 
 def _once(operation: str, prefix: str, fault: Fault) -> Injector:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from nbdmirror.codec import slots
+from nbdmirror.config import SnapshotConfig
+from nbdmirror.engine.create import MARK
 from nbdmirror.engine.store import FILE_NAME, Store
-from nbdmirror.errors import DiskFailed, Refused, StateError
-from tests.sim.faults import Fault, Kind, Miswrites
+from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused, StateError
+from tests.sim.faults import AllLost, Fault, Kind, Miswrites
+from tests.unit.primary import Primary
 from tests.unit.world import STATE, fail, make_disk, run
 
 FIRST: dict[str, Any] = {"format": 1, "n": 0}
@@ -187,5 +190,28 @@ def test_a_state_that_outgrew_its_slot_is_final_and_the_old_one_stays() -> None:
         with pytest.raises(DiskFailed, match="larger than its slot"):
             await store.save()
         assert failures and Store.open(disk, STATE, read_only=True).state == FIRST
+
+    run(main())
+
+
+def test_the_end_of_a_creation_is_durable_once_the_node_has_started() -> None:
+    """O18: who made the node died when that was not; a later power cut must not take it back."""
+
+    async def main() -> None:
+        disk = make_disk()
+        world = Primary(disk, SnapshotConfig())
+
+        def last(operation: str, path: str, _nth: int) -> Fault | None:
+            unfinished = disk.exists(f"{STATE}/{MARK}")
+            hit = operation == "sync_directory" and path == STATE and not unfinished
+            return Fault(Kind.ERROR) if hit else None
+
+        disk.faults = last
+        with pytest.raises(NbdmirrorError, match="cannot create the node"):
+            await world.start()
+        disk.faults = None
+        for _ in range(2):  # it is created once
+            await world.start()
+            disk.power_cut(AllLost())
 
     run(main())
