@@ -105,8 +105,7 @@ class Node:
             self.config.snapshots,
         )
         await self.store.settle()
-        # Who made the node may have died before the end of its creation was durable (O18).
-        await disk.sync_directory(directory)
+        await disk.sync_directory(directory)  # its creation may not have come to that (O18)
         Restorer.prepare(self)
         await self.snapshots.open()
         self._follower = Follower(self.snapshots)

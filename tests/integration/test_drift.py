@@ -70,7 +70,7 @@ def test_the_files_of_two_volumes_are_exchanged(make_cluster: MakeCluster) -> No
     second.rename(first)
     third.rename(second)
     node.start()
-    check_content(cluster)
+    check_reads(cluster)
     for path in (first, second):
         node.ok("facet", "online", str(path), "--wait", "--timeout", "30")
     told = {one["facet"] for one in node.events() if one["kind"] == "facet-returns"}

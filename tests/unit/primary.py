@@ -64,6 +64,9 @@ class Primary:
     async def restart(self, *, cut: bool) -> None:
         if cut:
             self.disk.power_cut()
+            # Nothing of the process is left: what it waited for must not come to it.
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
         else:
             await self.node.stop()
         await self.start()
