@@ -172,7 +172,10 @@ class Doors:
             self._metrics.close()
 
     async def end_upstreams(self) -> None:
-        """Ends the connections from peers."""
+        """Ends the connections from peers, and lets none of them in that comes late: one whose
+        handshake is not over, or that was accepted a moment before the listeners were closed."""
+        if self._secondary is not None:
+            self._secondary.stopping = True
         peers: list[Receiver | TurnedAway] = [*self.receivers.values(), *self._turned.values()]
         for peer in peers:
             peer.link.close(ConnectionResetError("the node stops"))

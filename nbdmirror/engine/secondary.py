@@ -69,6 +69,8 @@ class Secondary:
         self.current: Receiver | None = None
         self._entered: dict[Receiver, asyncio.Event] = {}
         self.detached = False
+        self.stopping = False
+        """No connection becomes the current one any more: what it brought would not be synced."""
         self.eager = False
         """The primary's clients wait for what is durable here."""
         self.failed: NbdmirrorError | None = None
@@ -160,7 +162,10 @@ class Secondary:
 
     async def enter(self, receiver: Receiver) -> None:
         """Makes a connection the current one; the former ends first, and what it began in a thread
-        (a hole that is being punched) lands before anything that this one writes."""
+        (a hole that is being punched) lands before anything that this one writes.
+        ConnectionResetError as the node stops."""
+        if self.stopping:
+            raise ConnectionResetError("the node stops")
         former, self.current = self.current, receiver
         if former is not None and former is not receiver:
             former.link.close(PeerError("replaced by a newer connection"))
