@@ -51,6 +51,7 @@ ZERO_RANGE = 0x10
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 ZEROS = bytes(MIB)
 HASH_PIECE = 1 << 20
+"""Read and hashed at a time: few calls, and what is hashed is still in the processor's cache."""
 HASH_HERE_MAX = 64 << 10
 """As much is hashed in 50 us; to ask a thread for it takes several times as long."""
 

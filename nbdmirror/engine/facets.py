@@ -216,6 +216,8 @@ class Facets:
         member.saved.update(
             state=FacetState.NOT_SYNCHRONISED.value, since=facet.kept_seq, tracking=False, why=why
         )
+        if facet.failed is not None:
+            member.saved["failed_boot"] = self.store.state["boot_id"]
         # A map with marks left in it is added to when the facet returns.
         member.saved["tracking"] = member.dcm is not None
         if self.spill is not None:
@@ -320,7 +322,8 @@ class Facets:
         await self.store.save()
         self.events.emit("facet-returns", volume=volume.name, facet=facet.path)
         sources = Sources(self.group, [volume], but=facet)
-        compare = bool(saved["compare"])
+        # Until a reboot what is equal may be so in the page cache only, and marked clean (O16).
+        compare = bool(saved["compare"]) and saved["failed_boot"] != self.store.state["boot_id"]
         member.copy = FacetCopy(volume, facet, member.dcm, sources, compare=compare)
         await member.copy.run()
         saved.update(NEW, state=FacetState.SYNCHRONISED.value, default=member.dcm.map.default)

@@ -40,10 +40,10 @@ class Host:
         self.restored = self.swapped = False
         """A snapshot was restored on it, as a secondary (V14)."""
         self.forked = False
+        """The last start began a new line of history: the log, or its end, was lost."""
         self.memory_gone = False
         """What its log had in memory went with its process, and no start has said so yet: one may
         have noted it, and died."""
-        """The last start began a new line of history: the log, or its end, was lost."""
         self.unsynced_lost = False
         """Since its last start a facet lost what was not synced, and no other is sure to have it:
         without a redo it is gone. A start that was cut may have trusted that facet again."""

@@ -32,6 +32,7 @@ from tests.sim.plays.facets import (
     ASKED_FOR_TWICE,
     COPIED_FROM_WHAT_LOST,
     DISTRUSTED,
+    FAILED_AND_COMPARED,
     FAILED_AT_START,
     HURRIED,
     HURRIED_UNNOTED,
@@ -309,3 +310,14 @@ def _(assign: Assign) -> None:
         return original(self, member)
 
     assign(Facets, "map_of", map_of)
+
+
+@mutant("O16 what a failed facet has in the page cache counts as equal", run=FAILED_AND_COMPARED)
+def _(assign: Assign) -> None:
+    original = Facets.take_out
+
+    def take_out(self: Facets, member: Member, why: str | None) -> None:
+        original(self, member, why)
+        member.saved["failed_boot"] = None
+
+    assign(Facets, "take_out", take_out)

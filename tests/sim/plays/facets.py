@@ -22,6 +22,7 @@ from tests.sim.plays.stage import (
     moment,
     on_disk,
     power_loss,
+    released,
     slow,
     strikes,
     without_facet,
@@ -272,6 +273,23 @@ async def _sent_from_what_lost(s: Script) -> None:
     await s.in_sync()
 
 
+async def _failed_and_compared(s: Script) -> None:
+    """A sync of one of two facets fails, and what it should have made durable is in the page cache
+    only. A person has all of it compared, and the power fails when it is back."""
+    a = s.world.a
+    await s.write(0, 0)
+    loses(a, "/facets/v0.0")
+    await s.write(0, 0, fua=True)
+    await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
+    a.disk.faults = None
+    await s.facet("replace", "/facets/v0.0")
+    await s.facets_back()
+    await released(s, a)
+    await power_loss(s, a)
+    await s.read(0, 0, 1)
+    await s.in_sync()
+
+
 async def _stopped_and_clearing(s: Script) -> None:
     """A request takes longer than a stop waits for: it is in the log, and in one facet of two."""
     a, seconds = s.world.a, STOP_SECONDS + 10.0
@@ -289,6 +307,7 @@ async def _stopped_and_clearing(s: Script) -> None:
 FAILED_AT_START = directed(_failed_at_start, spill=8 * KIB, facets=2, last_facet=True)
 HURRIED = directed(_hurried, last_facet=True)
 HURRIED_UNNOTED = directed(_hurried_unnoted, last_facet=True)
+FAILED_AND_COMPARED = directed(_failed_and_compared, facets=2)
 DISTRUSTED = directed(_distrusted, facets=2)
 REMOVED_WHILE_SYNCED = directed(_removed_while_synced, facets=2)
 LAST_TAKEN = directed(_last_taken, facets=2)
