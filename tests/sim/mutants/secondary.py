@@ -31,6 +31,7 @@ from tests.sim.plays.secondary import (
     MOVED_AND_STOPPED,
     PUNCHED,
     RECEIVED_ONLY,
+    STOPPED_LATE,
     SYNCED_BEFORE,
     THAWED_AND_FAILED,
 )
@@ -299,3 +300,14 @@ def _(assign: Assign) -> None:
         self._begun_seq = self.applied_seq
 
     assign(Applier, "_apply_until", apply_until)
+
+
+@mutant("O4 a secondary that stops lets in who comes late", run=STOPPED_LATE)
+def _(assign: Assign) -> None:
+    original = Secondary.enter
+
+    async def enter(self: Secondary, receiver: Receiver) -> None:
+        self.stopping = False
+        await original(self, receiver)
+
+    assign(Secondary, "enter", enter)

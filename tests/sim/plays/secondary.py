@@ -246,6 +246,22 @@ async def _synced_before(s: Script) -> None:
     await s.in_sync()
 
 
+async def _stopped_late(s: Script) -> None:
+    """A secondary hangs, and is told to stop; a primary that was restarted meanwhile knocks at its
+    door. It finds both at once; later its power fails."""
+    a, (b,) = s.world.a, s.world.remotes
+    s.world.suspend(b, 60.0)
+    s.world.spawn(s.stop(b))
+    await killed(s, a)
+    for _ in range(8):
+        await s.write(0, 0)
+    await asyncio.sleep(90.0)
+    await s.world.start(b)
+    await s.in_sync()
+    await power_loss(s, b)
+    await s.in_sync()
+
+
 PUNCHED = directed(_punched)
 HOLES_REVERT = directed(_holes_revert)
 COPIES_REVERT = directed(_copies_revert, region=4 * BLOCK * OPTIONS.cell)
@@ -256,3 +272,4 @@ MOVED_AND_FROZEN = directed(_moved_and_frozen)
 THAWED_AND_FAILED = directed(_thawed_and_failed)
 FAILED_AND_FROZEN = directed(_failed_and_frozen, facets=2)
 SYNCED_BEFORE = directed(_synced_before)
+STOPPED_LATE = directed(_stopped_late)
