@@ -143,6 +143,8 @@ def _header(data: memoryview, at: int) -> tuple[int, int, int, int, int, int, in
         raise FormatError(f"header checksum of record {seq} does not match")
     if kind not in KIND_NAMES:
         raise FormatError(f"record {seq} has unknown kind {kind}")
+    if kind == MARK and (volume or offset):
+        raise FormatError(f"mark {seq} is at {offset} of volume {volume}, where there is none")
     return kind, flags, epoch, volume, seq, offset, length, time_ns, payload_sum
 
 

@@ -71,14 +71,16 @@ WELCOME = {
 MARK = mark.Mark(mark.SNAPSHOT, "5" * 32, (0,), 7).encode()
 
 
-def _record(kind: int, seq: int, payload: bytes) -> bytes:
-    one = record.Record(kind, 0, 1, 0, seq, 0, len(payload), 1, payload)
+def _record(kind: int, seq: int, payload: bytes, volume: int = 0) -> bytes:
+    one = record.Record(kind, 0, 1, volume, seq, 0, len(payload), 1, payload)
     return b"".join(map(bytes, record.encode(one)))
 
 
 RECORD = _record(record.WRITE, 1, b"data")
 RECORDS = RECORD + _record(record.MARK, 2, MARK)
 """A write, and the marker of a snapshot behind it."""
+STRAY = _record(record.MARK, 1, MARK, volume=5)
+"""A marker that is about no volume; a fuzzer found that one was let in, and applied."""
 
 
 class Recorder(asyncio.Transport):

@@ -298,7 +298,15 @@ TARGETS = {
     "node_primary": Target(
         nodes.primary, (b"\1" + ANSWERS, b"\2" + ANSWERS, b"\3" + HELLO, b"\0" + ANSWERS)
     ),
-    "node_peer": Target(nodes.secondary, (b"\0" + FRAMES, b"\2" + FRAMES, b"\3" + FRAMES)),
+    "node_peer": Target(
+        nodes.secondary,
+        (
+            b"\0" + FRAMES,
+            b"\2" + FRAMES,
+            b"\3" + FRAMES,
+            b"\3" + _sealed(Type.RECORDS, nodes.STRAY),
+        ),
+    ),
     "node_peer_raw": Target(nodes.raw_secondary, (HELLO,)),
     "node_admin": Target(
         nodes.admin, (b"\0{}", b'\1{"until":"in-sync","timeout":0}', b'\x12{"snapshot":"1"}')

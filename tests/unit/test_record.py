@@ -56,13 +56,17 @@ def test_payload_of_one_record_does_not_fit_the_header_of_another() -> None:
 
 
 def test_a_stranger_with_a_right_checksum_is_refused() -> None:
-    """I9: kind, version and length are checked even where the sums are right."""
+    """I9: kind, place, version and length are checked even where the sums are right."""
     long = codec.encode_header(codec.WRITE, 0, 1, 0, 1, 0, codec.PAYLOAD_MAX + 1, 0, b"")
     with pytest.raises(FormatError, match="too long"):
         codec.parse(memoryview(long + bytes(codec.PAYLOAD_MAX + 1)), 0)
     kind = codec.encode_header(9, 0, 1, 0, 1, 0, 0, 0, None)
     with pytest.raises(FormatError, match="unknown kind 9"):
         codec.parse(memoryview(kind), 0)
+    for volume, offset in ((1, 0), (0, 512)):
+        stray = Record(codec.MARK, 0, 1, volume, 1, offset, 2, 0, b"{}")
+        with pytest.raises(FormatError, match="mark 1 is at"):
+            codec.parse(memoryview(encoded(stray)), 0)
     later = bytearray(encoded(TRIM))
     later[4] = 2
     with pytest.raises(FormatError, match="version 2"):
