@@ -76,11 +76,12 @@ class Host:
 
     @property
     def leaning(self) -> bool:
-        """Whether a volume has no facet here, as people know from its last status: nobody then
-        throws away the disk of another node that has it (M11)."""
+        """Whether a volume has no facet here, as people know from its last status, or soon will,
+        its disks being gone: nobody then throws away, or restores, what another node has (M11)."""
         if self.node is None:
             return self.leaned
-        return any(not volume.in_service() for volume in self.node.volumes)
+        there = [[facet.path for facet in v.in_service()] for v in self.node.volumes]
+        return any(self.disk.broken.issuperset(paths) for paths in there)
 
     def look_for_memory(self) -> None:
         """Before a start: whether the log was in memory when the process ended."""
