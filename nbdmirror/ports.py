@@ -35,8 +35,8 @@ class File(Protocol):
         """The length in bytes (of a block device: its capacity)."""
 
     def identity(self) -> str:
-        """The same for the same file, over restarts and boots, and another for another file, under
-        whatever name it is; empty if that cannot be told."""
+        """The same for the same file or device, over restarts and boots, and another for another,
+        under whatever name it is; empty if that cannot be told."""
 
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly ``length`` bytes; OSError if the file ends before them: a device that is gone

@@ -28,6 +28,7 @@ from typing import ParamSpec, TypeVar
 from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
+from nbdmirror.edge import devices
 from nbdmirror.edge.scatterpure import write_all
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.ports import Buffer
@@ -168,10 +169,10 @@ class LinuxFile:
         return _size(self._fd, self.block_device)
 
     def identity(self) -> str:
-        """Of a file: its file system, inode and the inode's generation; a device has none, nor a
-        file on a file system that keeps no generation."""
+        """Of a file: its file system, inode and the inode's generation, unless its file system
+        keeps none; of a device see ``edge.devices``."""
         if self.block_device:
-            return ""
+            return devices.identity(os.fstat(self._fd).st_rdev)
         try:
             (generation,) = struct.unpack("=Q", fcntl.ioctl(self._fd, FS_IOC_GETVERSION, bytes(8)))
         except OSError:

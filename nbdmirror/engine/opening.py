@@ -77,7 +77,8 @@ def _distrust(
 ) -> None:
     """Another file in the place of a facet is not what that one was (I5): others, or a remote,
     stand in for it. StateError where nobody can: it would be served on a guess, and sent to who has
-    more than it."""
+    more than it; or where it is what another facet of the node was: nothing is lost then, and what
+    it is compared with would take the place of what it holds."""
     known = {entry["path"]: entry.get("identity") for entry in saved["facets"]}
     served = [facet for facet in facets if facet.in_service]
     strange = [
@@ -85,6 +86,7 @@ def _distrust(
         for facet in served
         if known[facet.path] and facet.file.identity() not in ("", known[facet.path])
     ]
+    _refuse_exchanged(store, strange, facets)
     if strange and len(strange) == len(served):
         if store.copied or any(same_inode(f.file.identity(), known[f.path]) for f in strange):
             return  # all of the node came here from elsewhere, or its disks are numbered anew
@@ -98,6 +100,22 @@ def _distrust(
             facet.close()
             why = f"another file lies at {facet.path}"
             facets[at] = _absent(saved["facets"][at], saved["size"], why)
+
+
+def _refuse_exchanged(store: Store, strange: list[LocalFacet], facets: list[LocalFacet]) -> None:
+    entries = [entry for volume in store.state["volumes"] for entry in volume["facets"]]
+    paths = {entry["identity"]: entry["path"] for entry in entries if entry.get("identity")}
+    for facet in strange:
+        former = paths.get(facet.file.identity())
+        if former is None:
+            continue
+        for one in facets:
+            one.close()
+        raise StateError(
+            f"what lies at {facet.path} is the facet that was at {former}",
+            hint="put each back in its place; disks whose names change with a boot are named in "
+            "the configuration as under /dev/disk/by-id",
+        )
 
 
 def _refuse_strangers(strange: list[LocalFacet], volume: str, role: str) -> None:

@@ -42,12 +42,13 @@ class GuestError(AssertionError):
 class Disk:
     """A file that the guest sees as a virtio disk: vda, vdb, ... in order.
 
-    ``trace``: an empty file to which QEMU logs each write and flush in its order (the format of
-    its ``blklogwrites``)."""
+    ``serial``: the number that it tells. ``trace``: an empty file to which QEMU logs each write and
+    flush in its order (the format of its ``blklogwrites``)."""
 
     path: Path
     read_only: bool = False
     trace: Path | None = None
+    serial: str = ""
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,8 @@ class Guest:
             if disk.read_only:
                 # Somebody else may have the file open, and write to it.
                 options += ",readonly=on,file.locking=off"
-            argv += ["-drive", options, "-device", f"virtio-blk-pci,drive=disk{number}"]
+            device = f"virtio-blk-pci,drive=disk{number},serial={disk.serial}"
+            argv += ["-drive", options, "-device", device]
         return argv
 
     def _spawn(self, name: str, argv: Sequence[str]) -> None:

@@ -57,24 +57,48 @@ def another_file(path: Path) -> None:
         file.truncate(SIZE)
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Each lies where the other was."""
+    third = one.rename(one.with_suffix(".third"))
+    other.rename(one)
+    third.rename(other)
+
+
 def test_the_files_of_two_volumes_are_exchanged(make_cluster: MakeCluster) -> None:
-    """I5, M11: of a volume without another facet the remote has what was written; what lies there
-    is compared with it, and mended.
+    """I5, fault 29: as when disks change names with a boot. Nothing is lost, so nothing is written
+    over: the node does not start, and with each back in its place nothing is sent again.
+
+    Runbook: two disks have exchanged their names."""
+    cluster = started(make_cluster)
+    node = cluster.primary
+    node.kill()
+    (first,), (second,) = node.facets("a"), node.facets("b")
+    exchange(first, second)
+    refused(node, f"what lies at {first} is the facet that was at {second}", "/dev/disk/by-id")
+    exchange(first, second)
+    before = cluster.proxy.sent_bytes
+    node.start()
+    check_content(cluster)
+    assert cluster.proxy.sent_bytes - before < MIB
+
+
+def test_another_file_where_a_remote_has_the_volume(make_cluster: MakeCluster) -> None:
+    """I5, M11: of volumes without another facet the remote has what was written; what lies there is
+    compared with it, and mended.
 
     Runbook: another file lies where a volume's only facet was."""
     cluster = started(make_cluster)
     node = cluster.primary
     node.kill()
-    (first,), (second,) = node.facets("a"), node.facets("b")
-    third = first.rename(first.with_suffix(".third"))
-    second.rename(first)
-    third.rename(second)
+    paths = [*node.facets("a"), *node.facets("b")]
+    for path in paths:
+        another_file(path)
     node.start()
     check_reads(cluster)
-    for path in (first, second):
+    for path in paths:
         node.ok("facet", "online", str(path), "--wait", "--timeout", "30")
     told = {one["facet"] for one in node.events() if one["kind"] == "facet-returns"}
-    assert told == {str(first), str(second)}
+    assert told == {*map(str, paths)}
     cluster.compare()
 
 
