@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
 from nbdmirror.codec import mappage
+from nbdmirror.config import LogConfig
 from nbdmirror.core.active import ActiveMap
 from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk, File
@@ -43,30 +44,32 @@ class ActiveMapFile:
             file.close()
 
     @classmethod
-    def open(cls, disk: Disk, directory: str, slots_max: int, extent_size: int) -> ActiveMapFile:
-        """Opens and loads; a damaged sector is remembered in ``damaged``, not raised."""
+    def open(cls, disk: Disk, directory: str, config: LogConfig, settled: int) -> ActiveMapFile:
+        """Opens and loads; damage is remembered in ``damaged``, not raised. ``settled``: so many
+        sectors were written, durably: one that is not there was lost (fault 16)."""
         file = disk.open(f"{directory}/{FILE_NAME}")
-        self = cls(file, slots_max, extent_size)
+        self = cls(file, config.hot_extents, config.extent_size)
         stored = file.size() // mappage.SECTOR_SIZE
-        for number in range(min(stored, self.map.sectors)):
-            data = file.pread(number * mappage.SECTOR_SIZE, mappage.SECTOR_SIZE)
+        for number in range(max(stored, settled)):
             try:
-                self.map.load(number, mappage.decode_sector(number, data))
+                slots = self._read(number, settled) if number < stored else None
             except FormatError as error:
                 self.damaged = f"{file.path}: {error}"
-        if stored > self.map.sectors:
-            self._check_shrunk(stored)
+                continue
+            if slots is None:
+                self.damaged = f"{file.path} was cut short"
+            elif number < self.map.sectors:
+                self.map.load(number, slots)
+            elif any(slots):
+                # The limit was lowered: what does not fit cannot be kept, so all is in doubt.
+                self.damaged = f"{file.path} was larger before"
         return self
 
-    def _check_shrunk(self, stored: int) -> None:
-        """The limit was lowered: extents beyond it cannot be kept, so all count as damaged."""
-        for number in range(self.map.sectors, stored):
-            data = self._file.pread(number * mappage.SECTOR_SIZE, mappage.SECTOR_SIZE)
-            try:
-                if any(mappage.decode_sector(number, data)):
-                    self.damaged = "the active map was larger before"
-            except FormatError as error:
-                self.damaged = f"{self._file.path}: {error}"
+    def _read(self, number: int, settled: int) -> list[int]:
+        data = self._file.pread(number * mappage.SECTOR_SIZE, mappage.SECTOR_SIZE)
+        if number < settled and not any(data):
+            raise FormatError(f"map page {number} is gone")
+        return mappage.decode_sector(number, data)
 
     async def activate(self, keys: list[int], along: Iterable[int] = ()) -> None:
         """Returns when all ``keys`` are durably in the map. DiskFailed if they cannot be.

@@ -169,7 +169,7 @@ class Node:
         state, config = self.store.state, self.config
         self._begin_epoch(recovered)
         active = ActiveMapFile.open(
-            self.env.disk, config.state_dir, config.log.hot_extents, config.log.extent_size
+            self.env.disk, config.state_dir, config.log, state.get("active_sectors", 0)
         )
         group = Group(self.volumes, self.log, active, self.env.clock, state["epoch"])
         group.timeline = recovered.timeline
@@ -186,7 +186,7 @@ class Node:
         group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
         self.housekeeper.facets, self.housekeeper.rescue = self.facets, self.rescue
         state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
-        state["durable_seq"] = self.log.durable_seq
+        state["durable_seq"], state["active_sectors"] = self.log.durable_seq, active.map.sectors
         state["log_spill"] = await may_spill(config, self.housekeeper, self.volumes, state)
         # The new epoch is durable before the first append (O10).
         await self.store.save()

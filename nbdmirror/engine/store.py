@@ -14,6 +14,7 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
                    empty id if what that run saved is lost
     run            on a secondary: the id of the last run that it followed
     extent_size    bytes that one entry of the active map stands for; fixed at creation
+    active_sectors  so many sectors of the active map were written, durably; on a primary
     identity       of this file (``ports.File.identity``) at the last start: another one shows that
                    the state was copied
     boot_id        of the boot in which the node was last started

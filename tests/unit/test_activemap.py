@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from nbdmirror.codec.mappage import SECTOR_SIZE, SLOTS
+from nbdmirror.config import LogConfig
 from nbdmirror.engine.activemap import FILE_NAME, ActiveMapFile
 from nbdmirror.errors import DiskFailed
 from tests.sim.disk import SimDisk
@@ -16,16 +17,21 @@ EXTENT = 1 << 22
 PATH = f"{STATE}/{FILE_NAME}"
 
 
+def load(disk: SimDisk, slots: int = SLOTS, settled: int = 0) -> ActiveMapFile:
+    config = LogConfig(extent_size=EXTENT, hot_extents=slots)
+    return ActiveMapFile.open(disk, STATE, config, settled)
+
+
 async def make(disk: SimDisk, slots: int = SLOTS) -> ActiveMapFile:
     await ActiveMapFile.create(disk, STATE, slots)
     await disk.sync_directory(STATE)
-    return ActiveMapFile.open(disk, STATE, slots, EXTENT)
+    return load(disk, slots)
 
 
 def found_after_a_cut(disk: SimDisk, slots: int = SLOTS) -> list[int]:
     other = disk.clone("cut")
     other.power_cut()
-    active = ActiveMapFile.open(other, STATE, slots, EXTENT)
+    active = load(other, slots)
     assert active.damaged is None
     return sorted(active.hot)
 
@@ -137,7 +143,7 @@ def test_settle_makes_a_killed_process_s_marks_durable() -> None:
             task = asyncio.ensure_future(active.activate([7]))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            again = ActiveMapFile.open(disk, STATE, SLOTS, EXTENT)
+            again = load(disk, SLOTS)
             assert list(again.hot) == [7]
             lost += found_after_a_cut(disk) == []
             await again.settle()
@@ -154,7 +160,7 @@ def test_damage_is_remembered_and_the_rest_kept() -> None:
         active = await make(disk, 2 * SLOTS)
         await active.activate(list(range(2 * SLOTS)))
         disk.flip(PATH, SECTOR_SIZE + 100)
-        again = ActiveMapFile.open(disk, STATE, 2 * SLOTS, EXTENT)
+        again = load(disk, 2 * SLOTS)
         assert again.damaged is not None and len(again.hot) == SLOTS
 
     run(main())
@@ -164,9 +170,33 @@ def test_a_lowered_limit_counts_as_damage_if_something_was_there() -> None:
     async def main() -> None:
         disk = make_disk()
         active = await make(disk, 2 * SLOTS)
-        assert ActiveMapFile.open(disk, STATE, SLOTS, EXTENT).damaged is None
+        assert load(disk, SLOTS).damaged is None
         await active.activate(list(range(2 * SLOTS)))
-        assert ActiveMapFile.open(disk, STATE, SLOTS, EXTENT).damaged is not None
+        assert load(disk, SLOTS).damaged is not None
+
+    run(main())
+
+
+def test_what_was_settled_and_is_gone_is_damage() -> None:
+    """Fault 16: a file that was cut short, or whose sectors read as zeros, proves nothing; a raised
+    limit is none."""
+
+    async def main() -> None:
+        disk = make_disk()
+        active = await make(disk, 2 * SLOTS)
+        await active.settle()
+        assert load(disk, 3 * SLOTS, settled=2).damaged is None
+        file = disk.open(PATH)
+        whole = file.pread(0, 2 * SECTOR_SIZE)
+        for slots in (2 * SLOTS, SLOTS):
+            for size in (SECTOR_SIZE, SECTOR_SIZE + 100, 0):
+                file.truncate(size)
+                assert load(disk, slots, settled=2).damaged == f"{PATH} was cut short"
+            file.truncate(2 * SECTOR_SIZE)
+            assert load(disk, slots, settled=2).damaged == f"{PATH}: map page 1 is gone"
+            assert load(disk, slots, settled=0).damaged is None
+            file.pwrite(0, whole)
+            assert load(disk, slots, settled=2).damaged is None
 
     run(main())
 
