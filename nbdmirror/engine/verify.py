@@ -28,7 +28,7 @@ from nbdmirror.core.remotestate import Stall
 from nbdmirror.engine.answers import Answers
 from nbdmirror.engine.copier import pay
 from nbdmirror.engine.events import EventLog
-from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.facet import LocalFacet, to_the_end
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.remote import Remote
@@ -302,22 +302,35 @@ class Verify:
             state[where] = state.get(where, 0) + 1
             return
         state["found"].append([volume.index, region, facets])
+        _, offset, length = self._place(volume.index, region)
         self._events.emit(
             "verify-differs",
             remote=self.remote.name,
             volume=volume.name,
-            offset=region * volume.region_size,
-            length=min(volume.region_size, volume.size - region * volume.region_size),
+            offset=offset,
+            length=length,
             rotten=facets or None,
         )
 
     # -- the end -----------------------------------------------------------------------------
 
     async def _finish(self) -> None:
+        """Facets of this host that stood alone are repaired from their equals, then what the remote
+        is to be sent is marked: to its end, though that may end the session."""
+        mended = await self._mend_all() if self._state["repair"] else 0
+        await to_the_end(asyncio.ensure_future(self._conclude(mended)))
+
+    async def _mend_all(self) -> int:
+        """Returns the number of regions."""
+        mended = 0
+        for index, region, paths in self._state["found"]:
+            if paths:
+                mended += await self._mend(*self._place(index, region), paths)
+        return mended
+
+    async def _conclude(self, mended: int) -> None:
         remote, state = self.remote, self._state
-        repaired = 0
-        if state["repair"]:
-            repaired = await self._repair()
+        repaired = mended + (await self._mark_found() if state["repair"] else 0)
         remote.facts["verified"] = {
             "finished_ns": self._clock.time_ns(),
             "started_ns": state["started_ns"],
@@ -337,34 +350,33 @@ class Verify:
         )
         remote.notify()
 
-    async def _repair(self) -> int:
-        """Facets of this host that stood alone are repaired from their equals; regions of the
-        remote are marked, and the resync that follows sends the blocks that differ. Returns the
-        number of regions."""
-        remote = self.remote
-        marked = mended = 0
-        for index, region, paths in self._state["found"]:
-            volume = remote.group.volumes[index]
-            offset = region * volume.region_size
-            length = min(volume.region_size, volume.size - offset)
-            if paths:
-                mended += await self._mend(volume, offset, length, paths)
-            else:
-                remote.mark(index, offset, length)
-                marked += 1
-        more = self._state.get("more_there", 0)
-        if more and not self._state.get("more_here", 0):
+    async def _mark_found(self) -> int:
+        """Regions of the remote are marked, and the resync that follows sends the blocks that
+        differ. Returns their number."""
+        remote, state = self.remote, self._state
+        theirs = [(index, region) for index, region, paths in state["found"] if not paths]
+        for index, region in theirs:
+            remote.mark(index, *self._place(index, region)[1:])
+        marked = len(theirs)
+        more = state.get("more_there", 0)
+        if more and not state.get("more_here", 0):
+            remote.drop.set()  # before the log may be released that the session reads
             await remote.fill("a verify found more that differs than it could remember")
             marked += more
         elif marked:
             # Where facets of this host hold more that is rotten, not all can be compared with them:
             # what was not remembered is left to the next verify.
-            why = f"a verify found {marked} regions that differ"
-            remote.doubt(why)
+            remote.doubt(f"a verify found {marked} regions that differ")
             await remote.sync_maps()
         if marked or remote.dirty_regions:
             remote.drop.set()  # the next handshake begins the resync
-        return marked + mended
+        return marked
+
+    def _place(self, index: int, region: int) -> tuple[Volume, int, int]:
+        """The volume, offset and length of a region."""
+        volume = self.remote.group.volumes[index]
+        offset = region * volume.region_size
+        return volume, offset, min(volume.region_size, volume.size - offset)
 
     async def _mend(self, volume: Volume, offset: int, length: int, paths: list[str]) -> bool:
         """Rewrites a range of facets that are rotten from one that is not; whether all of them

@@ -76,16 +76,16 @@ def _(assign: Assign) -> None:
 
 @mutant("X6 what was found in a remote is not sent", ROTTEN)
 def _(assign: Assign) -> None:
-    original = Verify._repair
+    original = Verify._mark_found
 
-    async def repair(self: Verify) -> int:
+    async def unmarked(self: Verify) -> int:
         setattr(self.remote, "mark", lambda *_: None)  # noqa: B010
         try:
             return await original(self)
         finally:
             del self.remote.__dict__["mark"]
 
-    assign(Verify, "_repair", repair)
+    assign(Verify, "_mark_found", unmarked)
 
 
 @mutant("X6 what was found in a facet is not mended", ROTTEN)
