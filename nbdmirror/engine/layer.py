@@ -212,6 +212,11 @@ class LayerFile:
         self._file.pwrite(self._at(region), data)
         self._tentative[self.map.set(region, PLAIN)] = None
 
+    def clear(self, region: int) -> None:
+        """Takes zeros for a whole region; durable after ``sync``. What is left of it in the file is
+        not read any more: ``release`` gives that back."""
+        self._tentative[self.map.set(region, ZEROS)] = None
+
     def pwrite(self, region: int, start: int, data: Buffer) -> None:
         """Changes a part of a region that was ``put``."""
         self._file.pwrite(self._at(region) + start, data)

@@ -417,6 +417,7 @@ class Restorer:
                     except OSError as error:
                         facet.fail("write", error)
                         await self.facets_failed(volume, [facet])
+                await asyncio.sleep(0)  # all of it may have been read in memory
         await self._node.housekeeper.sync_facets(everything=True)
 
     async def _drop_spoilt(

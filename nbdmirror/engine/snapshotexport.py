@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from nbdmirror.engine.batch import Batch
 from nbdmirror.engine.chain import Chain
+from nbdmirror.engine.facet import to_the_end
 from nbdmirror.engine.layer import LayerFile
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Change, Volume
@@ -21,6 +22,8 @@ from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import Buffer
 
 UUID_DIGITS_MIN = 6
+TURN_REGIONS = 64
+"""After so many regions of one request others have their turn."""
 
 
 class Writer(Protocol):
@@ -100,23 +103,40 @@ class SnapshotVolume(Volume):
             raise self._failed(error) from error
 
     async def _write(self, changes: Sequence[Change], durable: bool) -> None:
-        size = self.region_size
         async with self._lock:
             self._check_free()
             try:
                 own = await self._own()
                 for _, _, offset, length, payload in changes:
-                    for region in range(offset // size, (offset + length - 1) // size + 1):
-                        low = max(offset, region * size)
-                        high = min(offset + length, region * size + size)
-                        data = bytes(high - low)
-                        if payload is not None:
-                            data = bytes(memoryview(payload)[low - offset : high - offset])
-                        await self._put(own, region, low - region * size, data)
+                    await self._change(own, offset, length, payload)
                 if durable:
                     await self._snapshots.sync_own(self.uuid, own)
             except OSError as error:
                 raise self._failed(error) from error
+
+    async def _change(
+        self, own: LayerFile, offset: int, length: int, payload: Buffer | None
+    ) -> None:
+        """Region by region; others have their turn in between: one request may clear 4 GiB."""
+        size, cleared = self.region_size, []
+        for region in range(offset // size, (offset + length - 1) // size + 1):
+            self._check_free()  # that may have begun meanwhile
+            low = max(offset, region * size)
+            high = min(offset + length, (region + 1) * size)
+            if payload is not None:
+                data = memoryview(payload)[low - offset : high - offset]
+                await self._put(own, region, low - region * size, data)
+            elif high - low < min(size, self.size - region * size):
+                await self._put(own, region, low - region * size, bytes(high - low))
+            else:
+                own.clear(region)
+                cleared.append(region)
+            if region % TURN_REGIONS == 0:
+                await asyncio.sleep(0)
+        if cleared:
+            # To its end: it must not come over what is written next.
+            space = own.release([(cleared[0], len(cleared))])
+            await to_the_end(asyncio.ensure_future(space))
 
     def _check_free(self) -> None:
         """VolumeFailed if it is being restored: what that reads must not change. Of newer ones it
@@ -124,15 +144,17 @@ class SnapshotVolume(Volume):
         if self.uuid in self._snapshots.kept_for_restore[:1]:
             raise VolumeFailed(f"{self.name} is being restored from", number=errno.EPERM)
 
-    async def _put(self, own: LayerFile, region: int, start: int, data: bytes) -> None:
-        if own.map.kept.is_marked(region):
+    async def _put(self, own: LayerFile, region: int, start: int, data: Buffer) -> None:
+        if own.map.kept.is_marked(region) and not own.is_zeros(region):
             own.pwrite(region, start, data)
             return
         length = min(self.region_size, self.size - region * self.region_size)
-        whole = bytearray(await self._chain.read_region(self.uuid, region, 0, length))
-        self._check_free()  # that may have begun meanwhile
-        whole[start : start + len(data)] = data
-        own.put(region, whole)
+        if len(data) < length:
+            whole = bytearray(await self._chain.read_region(self.uuid, region, 0, length))
+            self._check_free()  # that may have begun meanwhile
+            whole[start : start + len(data)] = data
+            data = whole
+        own.put(region, data)
 
     async def _own(self) -> LayerFile:
         member = self._chain.members[self._chain.index(self.uuid)]
