@@ -10,8 +10,14 @@ SEQ_MAX = 1 << 62
 EPOCH_MAX = (1 << 32) - 1
 ENTRIES_MAX = 1000
 TEXT_MAX = 64
+SAID_MAX = 1000
 
 Json = dict[str, Any]
+
+
+def brief(value: object) -> str:
+    """What a peer said, for people: as long as an event, or a REFUSE, may well be."""
+    return str(value)[:SAID_MAX]
 
 
 def integer(message: Json, key: str, high: int = SEQ_MAX) -> int:
@@ -23,10 +29,13 @@ def integer(message: Json, key: str, high: int = SEQ_MAX) -> int:
 
 
 def text(message: Json, key: str) -> str:
-    """A short, printable text; PeerError if it is anything else."""
+    """A short, printable text in ASCII: as such it fits where it is kept; PeerError if it is
+    anything else."""
     value = message.get(key)
-    if not isinstance(value, str) or not 0 < len(value) <= TEXT_MAX or not value.isprintable():
+    if not isinstance(value, str) or not 0 < len(value) <= TEXT_MAX:
         raise PeerError(f"{key} must be a text of 1 to {TEXT_MAX} characters")
+    if not (value.isascii() and value.isprintable()):
+        raise PeerError(f"{key} must be of printable ASCII")
     return value
 
 

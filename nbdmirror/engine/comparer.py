@@ -24,6 +24,8 @@ from nbdmirror.engine.secondary import Secondary
 from nbdmirror.errors import PeerError
 from nbdmirror.ports import Buffer
 
+WINDOW_BYTES_MAX = 64 << 20
+"""Of one HASHES: what is read for it, and its answer, are bounded (I6); a primary's are shorter."""
 QUEUE_MAX = 4096
 """Windows that wait; a primary that follows its own bounds has far fewer under way."""
 
@@ -46,6 +48,8 @@ class Comparer:
         region = secondary.volumes[hashes.volume].region_size
         if hashes.region_size != region or hashes.offset % region:
             raise PeerError(f"HASHES of regions of {hashes.region_size} bytes at {hashes.offset}")
+        if hashes.length > WINDOW_BYTES_MAX:
+            raise PeerError(f"HASHES of {hashes.length} bytes, the limit is {WINDOW_BYTES_MAX}")
         if len(self._queue) >= QUEUE_MAX:
             raise PeerError(f"more than {QUEUE_MAX} windows to compare")
         if not hashes.verify:
@@ -64,6 +68,7 @@ class Comparer:
                 self._arrived.clear()
                 await self._arrived.wait()
             hashes = self._queue.popleft()
+            await self._link.room()  # who does not read the answers gets no more of them
             await (self._verify(hashes) if hashes.verify else self._compare(hashes))
 
     async def _verify(self, hashes: Hashes) -> None:
@@ -121,4 +126,4 @@ def _wanted(flags: bytearray) -> list[tuple[int, int]]:
     return runs
 
 
-assert HASH_SIZE * (1 << 20) // BLOCK < FRAME_BYTES_MIN
+assert HASH_SIZE * WINDOW_BYTES_MAX // BLOCK + WINDOW_BYTES_MAX // BLOCK < FRAME_BYTES_MIN

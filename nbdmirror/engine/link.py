@@ -102,10 +102,14 @@ class Link(asyncio.BufferedProtocol):
         self._transport.write(frame)
         self.bytes_sent += len(frame)
 
+    async def room(self) -> bool:
+        """Returns when the transport takes more, or the link is gone: whether it is there."""
+        await self._writable.wait()
+        return self.cause is None
+
     async def drain(self) -> None:
         """Returns when the transport takes more; ConnectionError if the link is gone."""
-        await self._writable.wait()
-        if self.cause is not None:
+        if not await self.room():
             raise ConnectionResetError(str(self.cause))
 
     def begin(self, *, started: bool) -> None:

@@ -12,7 +12,8 @@ from nbdmirror.engine.secondary import Secondary
 from nbdmirror.errors import PeerError
 
 READS_MAX = 64
-"""Reads under way at a time; the connection waits beyond that (I6)."""
+READ_BYTES_MAX = 16 << 20
+"""Reads under way at a time, and what they read; the connection waits beyond that (I6)."""
 EIO = 5
 
 
@@ -22,7 +23,8 @@ class ReadServer:
     def __init__(self, secondary: Secondary, link: Link) -> None:
         self._secondary = secondary
         self._link = link
-        self._under_way: dict[asyncio.Task[None], None] = {}
+        self._under_way: dict[asyncio.Task[None], int] = {}
+        """How much each reads."""
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -35,14 +37,19 @@ class ReadServer:
         self._secondary.check_range(volume, offset, length)
         if length > FRAME_BYTES_MIN - repl.DATA.size:
             raise PeerError(f"READ of {length} bytes")
-        while len(self._under_way) >= READS_MAX:
+        while len(self._under_way) >= READS_MAX or self._bytes() > READ_BYTES_MAX - length:
             await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
         task = asyncio.ensure_future(self._answer(token, volume, offset, length))
-        self._under_way[task] = None
+        self._under_way[task] = length
         task.add_done_callback(lambda done: self._under_way.pop(done, None))
+
+    def _bytes(self) -> int:
+        return sum(self._under_way.values())
 
     async def _answer(self, token: int, volume: int, offset: int, length: int) -> None:
         secondary = self._secondary
+        if not await self._link.room():  # who does not read the answers gets no more of them
+            return
         # Known before the read: records that come in beside it may be in the answer or not.
         seq, number, parts = secondary.applied_seq, 0, []
         try:

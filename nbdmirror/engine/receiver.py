@@ -173,8 +173,9 @@ class Receiver:
         self.link.session = frame.session
         refusal = self._impostor(hello) or self.secondary.refusal(hello)
         if refusal is not None:
-            rule, why = refusal
-            self.secondary.events.emit("refused", peer=str(hello.get("node")), rule=rule, why=why)
+            rule, why = refusal[0], fields.brief(refusal[1])
+            peer = fields.brief(hello.get("node"))
+            self.secondary.events.emit("refused", peer=peer, rule=rule, why=why)
             self.link.send_json(Type.REFUSE, {"rule": rule, "why": why})
             self.link.close(PeerError(why), flush=True)
             raise PeerError(why)
@@ -195,7 +196,7 @@ class Receiver:
 
     async def _start(self, frame: Frame) -> None:
         if frame.type is Type.REFUSE:
-            why = str(frame.json().get("why"))
+            why = fields.brief(frame.json().get("why"))
             self.secondary.events.emit("refused", peer=self.peer, why=why)
             raise PeerError(f"the primary refused: {why}")
         if frame.type is not Type.START:
@@ -207,7 +208,7 @@ class Receiver:
             or type(seq) is not int
             or not 1 <= seq <= fields.SEQ_MAX
         ):
-            raise PeerError(f"START garbled: {start}")
+            raise PeerError(f"START garbled: {fields.brief(start)}")
         log = self.secondary.log
         if action == "continue" and seq != log.next_seq:
             raise PeerError(f"START continues at {seq}, the log here ends at {log.next_seq - 1}")

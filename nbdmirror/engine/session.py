@@ -143,7 +143,7 @@ class Session:
             drop.cancel()
         if frame.type is Type.REFUSE:
             reason = frame.json()
-            raise Refused(f"{reason.get('rule', '')}: {reason.get('why', 'refused')}")
+            raise Refused(fields.brief(f"{reason.get('rule', '')}: {reason.get('why', 'refused')}"))
         if frame.type is not wanted:
             raise PeerError(f"{frame.type.name} came instead of {wanted.name}")
         return frame.json()
@@ -494,6 +494,6 @@ class Session:
         elif kind is Type.READY:
             self._ready.set()
         elif kind is Type.REFUSE:
-            raise Refused(str(frame.json().get("why")))
+            raise Refused(fields.brief(frame.json().get("why")))
         elif kind is not Type.PING:
             raise PeerError(f"unexpected {kind.name}")

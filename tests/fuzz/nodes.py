@@ -1,8 +1,8 @@
 """Whole nodes for the fuzzer, on a simulated disk: bytes go into a real listener's protocol.
 
 The engine is the product's, from its parser to its facets; only the transport is a recorder. A run
-fails on whatever the loop would have logged, on a node that ends, and on data that changed though
-nothing may change it.
+fails on whatever the loop would have logged, on a defect, on a node that ends, on an event without
+measure, and on data that changed though nothing may change it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nbdmirror.config import (
     VolumeConfig,
 )
 from nbdmirror.engine.create import create
+from nbdmirror.engine.events import Event
 from nbdmirror.engine.node import Node
 from nbdmirror.ports import Env
 from tests.fuzz import sealing
@@ -36,6 +37,8 @@ from tests.sim.loop import SimLoop
 
 SESSION = 0x5EED
 SIZE = 256 << 10
+EVENT_MAX = 8 << 10
+"""Of an event as text: ten thousand of them are kept."""
 Factory = Callable[[], asyncio.BufferedProtocol]
 Pieces = Callable[[int], Iterable[bytes]]
 
@@ -177,7 +180,8 @@ async def _run(
     disk, config, network = SimDisk("n", 0), config_of(role), Doorkeeper()
     env = Env(disk, network, SimClock(loop, disk), random.Random(0))
     await create(env, config, role, force=False)
-    node = Node(env, config)
+    node, told = Node(env, config), list[Event]()
+    node.events.listen(told.append)
     await node.start()
     assert node.failed is not None
     if role == "primary":
@@ -209,6 +213,9 @@ async def _run(
     assert not node.failed.done(), node.failed.result()
     assert may_write or disk.content("/facets/v") == before
     await node.stop()
+    for event in told:
+        assert event["kind"] != "defect", event
+        assert len(repr(event)) < EVENT_MAX, "an event keeps all that somebody said"
 
 
 def secondary(data: bytes) -> None:
