@@ -388,6 +388,9 @@ class Restorer:
                 runs = [(first * size, count * size) for first, count in regions.runs()]
                 async with changing_beside(self._facets(), volume.index, runs):
                     await self._even(volume, regions, source)
+                # All before the mark is in the facets, durably, and redone it would take the change
+                # back, here only: remotes get it once they are let go.
+                self._store.state["volumes"][volume.index]["redo_seq"] = seq
                 await self._store.save()
             await self._settle(seq)
         done = {"facet": source.path, "regions": regions.count, "seq": seq}

@@ -24,7 +24,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     end_seq        the log's last record at the last clean stop
     volumes        [{name, uuid, size, region_size, facets: [{path, state}], redo_seq}]; redo_seq,
                    if any: no record up to here is redone in this volume: it had no facet after a
-                   power loss, and the remote that stands in may be ahead of the log
+                   power loss, and the remote that stands in may be ahead of the log; or it was
+                   changed beside the log (V13)
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
     configured     what the configuration said of paths: see ``engine.agreement``
     removed        {name: address} of remotes that the configuration has and a command removed

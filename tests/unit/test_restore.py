@@ -11,6 +11,7 @@ from nbdmirror.codec import record as codec
 from nbdmirror.codec.nbd import ExportInfo
 from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.engine.access import Client
+from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import DiskFailed, Refused, VolumeFailed
 from tests.sim.faults import AllLost
@@ -203,6 +204,32 @@ def test_nobody_attaches_what_is_about_to_be_restored() -> None:
             await world.node.people.restore("1", "v", False, True, False)
         await restoring
         assert isinstance(exports.find_for(Client(), "v"), ExportInfo)
+
+    primary(test)
+
+
+def test_what_remotes_get_of_a_change_no_redo_takes_back_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """V13: the log still has what it had, where a slow disk keeps it from being released."""
+
+    async def test(world: Primary) -> None:
+        await world.write(3, 1)
+        world.node.volumes[0].facets[0].file.pwrite(3 * REGION, b"\x09" * REGION)
+        reached = asyncio.Event()
+
+        async def settle(self: Restorer, seq: int) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(Restorer, "_settle", settle)
+        changed = asyncio.ensure_future(
+            world.node.people.changed("v", [(3 * REGION, REGION)], None, False)
+        )
+        await reached.wait()  # remotes read the log again, and the regions
+        await world.restart(cut=True)
+        changed.cancel()
+        assert (await world.volume_fills())[3] == 9
 
     primary(test)
 
