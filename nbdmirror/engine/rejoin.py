@@ -4,13 +4,15 @@ had from the primary.
 One that fails ends the node (``engine.secondary``), and the primary tracks what follows. One that
 the next start cannot trust, because an empty or another file lies in its place, takes part again
 from there on: the primary compares everything with all of them, and sends what any of them lacks.
-Until that is through only the others are read. One that is missing keeps the node from starting:
-its disk may only not be mounted, and nobody wants its content beside the mount.
+Until that is through, over restarts, only the others are read. One that is missing keeps the node
+from starting: its disk may only not be mounted, and nobody wants its content beside the mount.
 """
 
 from __future__ import annotations
 
-from nbdmirror.engine.facet import FacetState, make_facet, open_facet
+from typing import Any
+
+from nbdmirror.engine.facet import FacetState, LocalFacet, make_facet, open_facet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -24,7 +26,7 @@ async def rejoin(disk: Disk, store: Store, volumes: list[Volume], log: Log) -> l
     found = []
     for volume, saved in zip(volumes, store.state["volumes"], strict=True):
         for facet, entry in zip(volume.facets, saved["facets"], strict=True):
-            if not facet.in_service:
+            if not facet.in_service and not _goes_on(facet, entry):
                 facet.close()
                 if not disk.exists(facet.path):
                     raise StateError(
@@ -46,6 +48,12 @@ async def rejoin(disk: Disk, store: Store, volumes: list[Volume], log: Log) -> l
                 found.append(facet.path)
             entry.update(state=facet.state.value, identity=facet.file.identity())
     return found
+
+
+def _goes_on(facet: LocalFacet, entry: dict[str, Any]) -> bool:
+    """Whether the primary knows already that it is new: what it lacks is marked there."""
+    found = facet.file.identity() if facet.state is FacetState.BEING_SYNCHRONISED else ""
+    return bool(found) and entry.get("identity") == found
 
 
 def trust(store: Store, volumes: list[Volume]) -> None:

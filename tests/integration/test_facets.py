@@ -82,6 +82,31 @@ def test_a_secondary_makes_up_for_a_facet_that_is_gone(make_cluster: MakeCluster
         assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_new_facet_of_a_secondary_over_a_restart(make_cluster: MakeCluster) -> None:
+    """M12, X1: what was compared with it is not compared again."""
+    cluster = group(make_cluster, remote_keys={"max_rate": "16MiB"})
+    handle = connect(cluster.primary.uri())
+    handle.pwrite(pattern(SIZE, 1), 0)
+    cluster.wait_in_sync()
+    node, (_, gone) = cluster.secondary, cluster.secondary.facets("data")
+    node.stop()
+    gone.write_bytes(b"")
+    node.start()
+
+    def left(size: int) -> None:
+        cluster.primary.until("some of it is there", lambda r: 0 < r["dirty"]["bytes"] < size)
+
+    left(SIZE // 2)
+    node.kill()
+    node.start()
+    cluster.primary.until("goes on", lambda r: r["link"] == "connected")
+    left(SIZE // 2)
+    cluster.wait_in_sync()
+    assert "facets-rejoin" not in [one["kind"] for one in node.events()]
+    cluster.check_in_sync()
+    assert all(path.read_bytes() == pattern(SIZE, 1) for path in node.facets("data"))
+
+
 def test_a_long_absence_is_kept_in_a_map(make_cluster: MakeCluster) -> None:
     """M8, O12: past the log the facet's own map takes over; remotes are not pushed out by it; the
     return goes on over a restart. Runbook: its disk must be replaced."""
