@@ -86,16 +86,7 @@ async def bypass(
     """Takes the remotes out of the log and locks the volumes; Refused names a remote that may not
     be (V14, M11), before anything is done."""
     async with primary.roster:
-        for remote in primary.remotes:
-            primary.check_needed(remote)
-        steps = {remote.name: _decide(primary, remote, force=force) for remote in primary.remotes}
-        for name, step in steps.items():
-            if step is Step.REFUSE:
-                raise Refused(
-                    f'changes are not tracked for remote {name}: on_full is "block", so it never '
-                    "goes to DCM logging",
-                    hint="--force compares everything with it afterwards",
-                )
+        steps = check_remotes(primary, force=force)
         held = list(primary.remotes)
         try:
             for remote in held:
@@ -116,6 +107,21 @@ async def bypass(
         finally:
             for remote in held:
                 remote.go_on()
+
+
+def check_remotes(primary: Primary, *, force: bool) -> dict[str, Step]:
+    """What is to become of each remote; Refused names one that may not be taken out of the log."""
+    for remote in primary.remotes:
+        primary.check_needed(remote)
+    steps = {remote.name: _decide(primary, remote, force=force) for remote in primary.remotes}
+    for name, step in steps.items():
+        if step is Step.REFUSE:
+            raise Refused(
+                f'changes are not tracked for remote {name}: on_full is "block", so it never '
+                "goes to DCM logging",
+                hint="--force compares everything with it afterwards",
+            )
+    return steps
 
 
 def _decide(primary: Primary, remote: Remote, *, force: bool) -> Step:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.engine.bypass import bypass, changing_beside, note_beside, relieve_log
+from nbdmirror.engine.bypass import (
+    bypass,
+    changing_beside,
+    check_remotes,
+    note_beside,
+    relieve_log,
+)
 from nbdmirror.engine.chain import Member
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.restore import VolumeRestore, restore_map
@@ -159,6 +165,8 @@ class Restorer:
             raise Refused("clients may be writing into the snapshot", hint="detach them first")
         self._check_idle()
         undo = None
+        if self._node.primary is not None:
+            check_remotes(self._node.primary, force=force)  # no snapshot is left by what is refused
         if keep and self._node.primary is not None:
             undo = await self._node.people.take(indices, "restore", protected=False)
         await self._snapshots.lock.acquire()
