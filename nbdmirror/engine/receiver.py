@@ -319,6 +319,7 @@ class Receiver:
     def _region(self, frame: Frame) -> Region:
         region = parse_region(frame)
         self.secondary.check_resyncing()
+        self.secondary.check_range(region.volume, 0, 1)  # even of one in which nothing differs
         for offset, length, _ in region.extents:
             self.secondary.check_range(region.volume, offset, length)
         return region

@@ -305,6 +305,7 @@ TARGETS = {
             b"\2" + FRAMES,
             b"\3" + FRAMES,
             b"\3" + _sealed(Type.RECORDS, nodes.STRAY),
+            b"\3" + _sealed(Type.REGION, repl.REGION.pack(1, 7, 0, 0, 0)),
         ),
     ),
     "node_peer_raw": Target(nodes.raw_secondary, (HELLO,)),
