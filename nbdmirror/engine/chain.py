@@ -8,6 +8,7 @@ What to give up when the disk of the layers is full is decided in ``engine.snaps
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -329,15 +330,18 @@ class Chain:
                 unreadable.append(region)
         await older.keep(moved, unreadable)
 
-    async def stop(self) -> None:
-        """Ends copying; leaves nothing to prove at the next start."""
+    async def stop(self, sync_own: Callable[[str, LayerFile], Awaitable[None]]) -> None:
+        """Ends copying; leaves nothing to prove at the next start, nor to doubt: what was written
+        into one is on the disk, or ``sync_own`` has ended that one (O16)."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        for member in list(self.members):
+            if member.own is not None:
+                with contextlib.suppress(OSError):
+                    await sync_own(member.uuid, member.own)
         for member in self.members:
             await member.layer.settle()
-            if member.own is not None:
-                await member.own.sync()
 
     def close(self) -> None:
         """Closes all files."""

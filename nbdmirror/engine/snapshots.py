@@ -44,7 +44,7 @@ from nbdmirror.engine.group import Group
 from nbdmirror.engine.layer import FULL, LayerFile, is_layer
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import FormatError, NbdmirrorError, Refused, StateError
+from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, StateError
 from nbdmirror.ports import Disk
 
 Entry = dict[str, Any]
@@ -237,8 +237,8 @@ class Snapshots:
                 await self.lock.acquire()  # for good
         for chain in self.chains:
             try:
-                await chain.stop()
-            except OSError as error:
+                await chain.stop(self.sync_own)
+            except (OSError, DiskFailed) as error:
                 self.events.emit("snapshot-failed", why=str(error))
 
     def close(self) -> None:

@@ -319,7 +319,8 @@ def test_a_first_write_into_a_snapshot_that_is_cut_costs_no_snapshot() -> None:
     assert outcomes == {1, 6}
 
 
-def test_a_failed_sync_of_what_was_written_into_a_snapshot_is_final() -> None:
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_failed_sync_of_what_was_written_into_a_snapshot_is_final(stopping: bool) -> None:
     """O16: over a restart nobody could tell what of it is on the disk; the volume goes on."""
 
     async def test(world: Primary) -> None:
@@ -337,8 +338,11 @@ def test_a_failed_sync_of_what_was_written_into_a_snapshot_is_final() -> None:
             return Fault(Kind.LOSE) if operation == "sync" and path.endswith(OWN) else None
 
         world.disk.faults = fail
-        with pytest.raises(VolumeFailed):
-            await snapshot.flush()
+        if stopping:
+            await world.restart(cut=False)
+        else:
+            with pytest.raises(VolumeFailed):
+                await snapshot.flush()
         world.disk.faults = None
         for cut in (False, True):
             assert world.states() == ["ok", "lost"]
