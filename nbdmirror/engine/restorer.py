@@ -47,6 +47,7 @@ class Restorer:
         self._maps: list[DcmFile] = []
         """Of what is left to copy; all that may be open."""
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     # -- after a restart -----------------------------------------------------------------------
 
@@ -304,7 +305,8 @@ class Restorer:
         self._snapshots.busy = "a restore is being copied"
         for one in self._running:
             one.install()
-        self._task = asyncio.ensure_future(self._copy())
+        if not self._stopped:  # what began before that is copied by the next start
+            self._task = asyncio.ensure_future(self._copy())
 
     async def _copy(self) -> None:
         """The copy behind; what ends it before its end ends the node, as for any facet or map."""
@@ -342,6 +344,7 @@ class Restorer:
 
     async def stop(self) -> None:
         """Ends the copy; the next start goes on with it."""
+        self._stopped = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

@@ -208,6 +208,29 @@ def test_nobody_attaches_what_is_about_to_be_restored() -> None:
     primary(test)
 
 
+def test_a_restore_that_begins_while_the_node_stops_is_copied_by_the_next_start() -> None:
+    """V12: nothing is copied while files are closed."""
+
+    async def test(world: Primary) -> None:
+        await world.write(3, 1)
+        await world.take()
+        await world.write(3, 2)
+        world.disk.stall(5.0)
+        restoring = asyncio.ensure_future(world.node.people.restore("1", "v", False, True, False))
+        await asyncio.sleep(1.0)
+        assert world.node.restorer is not None
+        await world.node.restorer.stop()
+        await restoring
+        await asyncio.sleep(10.0)
+        assert world.node.status()["restore"]["done_bytes"] == 0
+        await world.restart(cut=False)
+        while world.node.status()["restore"] is not None:
+            await asyncio.sleep(1.0)
+        assert (await world.volume_fills())[3] == 1
+
+    primary(test)
+
+
 def test_what_remotes_get_of_a_change_no_redo_takes_back_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
