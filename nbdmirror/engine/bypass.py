@@ -73,6 +73,7 @@ async def changing_beside(
     that leaves meanwhile lacks them, whether it is still out of service at the end or back."""
     facets.beside[volume] = ranges
     try:
+        await note_beside(facets, volume, ranges)  # one that is about to join has looked
         yield
         await note_beside(facets, volume, ranges)
     finally:

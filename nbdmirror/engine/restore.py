@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdmirror.codec.hashing import is_zeros
@@ -49,9 +50,11 @@ class Surroundings(Protocol):
     async def settled(self) -> None:
         """Returns when no redo comes by records from before the restore."""
 
-    async def changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
-        """The copy changes the facets in service in (offset, length) ranges: facets that lack
-        them are told."""
+    def changing(
+        self, volume: Volume, ranges: list[tuple[int, int]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Within, the copy changes the facets in service in (offset, length) ranges: facets that
+        lack them are told, at its end at the latest."""
 
     async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
         """Facets went out of service; VolumeFailed or DiskFailed if none is left."""
@@ -269,25 +272,27 @@ class VolumeRestore:
         ranges = [(r * size, min(size, volume.size - r * size)) for r in batch]
         while any(self._chain_holds(*one) for one in ranges):
             await self.chain.make_way(ranges)
-        await self._around.changing(volume, ranges)
-        async with volume.beside:
-            done = await self._place_all(batch)
-        lost = []
-        for facet in volume.writable():
-            try:
-                await facet.sync()
-            except DiskFailed:
-                lost.append(facet)
-        if lost:
-            await self._around.facets_failed(volume, lost)
-        # A facet that went out of service meanwhile, whoever saw it fail, may lack some of it.
-        await self._around.changing(volume, ranges)
+        # A facet that goes out of service meanwhile, whoever sees it fail, may lack some of it.
+        async with self._around.changing(volume, ranges):
+            async with volume.beside:
+                done = await self._place_all(batch)
+            await self._sync_facets()
         volume.source()  # raises if no facet is left
         self._unsynced = frozenset(done)
         self.left.unmark(done)
         await self.left.sync()
         self._unsynced = frozenset()
         self._resolve(done, None)
+
+    async def _sync_facets(self) -> None:
+        lost = []
+        for facet in self.volume.writable():
+            try:
+                await facet.sync()
+            except DiskFailed:
+                lost.append(facet)
+        if lost:
+            await self._around.facets_failed(self.volume, lost)
 
     async def _place_all(self, batch: list[int]) -> list[int]:
         """Puts regions into the facets; returns those that could be read."""

@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.core.dcm import Dcm
-from nbdmirror.engine.bypass import (
-    bypass,
-    changing_beside,
-    check_remotes,
-    note_beside,
-    relieve_log,
-)
+from nbdmirror.engine.bypass import bypass, changing_beside, check_remotes, relieve_log
 from nbdmirror.engine.chain import Member
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.restore import VolumeRestore, restore_map
@@ -109,11 +103,14 @@ class Restorer:
         elif facets[0].failed is not None:
             raise facets[0].failed
 
-    async def changing(self, volume: Volume, ranges: list[tuple[int, int]]) -> None:
+    def changing(
+        self, volume: Volume, ranges: list[tuple[int, int]]
+    ) -> AbstractAsyncContextManager[None]:
         """See ``Surroundings``."""
-        if self._node.primary is not None:
-            # Not the maps of remotes: what clients read, and remotes get, does not change by it.
-            await note_beside(self._facets(), volume.index, ranges)
+        if self._node.primary is None:
+            return nullcontext()
+        # Not the maps of remotes: what clients read, and remotes get, does not change by it.
+        return changing_beside(self._facets(), volume.index, ranges)
 
     def stalled(self, volume: Volume, why: str) -> None:
         """See ``Surroundings``."""

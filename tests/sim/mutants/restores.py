@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.mark import Mark
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine import restorer
-from nbdmirror.engine.bypass import Bypass
+from nbdmirror.engine.bypass import Bypass, note_beside
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.restores import (
     RESTORED,
+    RESTORED_AND_BACK,
     RESTORED_AND_REMOVED,
     RESTORED_AND_WRITTEN,
     RESTORED_WITHOUT_LOG,
@@ -178,6 +180,21 @@ def _(assign: Assign) -> None:
 @mutant("V13 it is taken in before redo is past the log of before", BESIDE)
 def _(assign: Assign) -> None:
     assign(Restorer, "_settle", nothing)
+
+
+@mutant(
+    "M8 a facet that is back before a restore's batch is through lacks it", run=RESTORED_AND_BACK
+)
+def _(assign: Assign) -> None:
+    @asynccontextmanager
+    async def changing(
+        self: Restorer, volume: Volume, ranges: list[tuple[int, int]]
+    ) -> AsyncIterator[None]:
+        await note_beside(self._facets(), volume.index, ranges)
+        yield
+        await note_beside(self._facets(), volume.index, ranges)
+
+    assign(Restorer, "changing", changing)
 
 
 @mutant("V11 a remote is removed from under a restore", run=RESTORED_AND_REMOVED)

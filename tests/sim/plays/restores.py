@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 
 from tests.sim.directed import directed
-from tests.sim.plays.stage import SLOW_SECONDS, killed, power_loss, slow, slow_at, without_log
+from tests.sim.plays.stage import (
+    SLOW_SECONDS,
+    killed,
+    power_loss,
+    slow,
+    slow_at,
+    within,
+    without_log,
+)
 from tests.sim.script import BLOCK, Script
 
 
@@ -59,7 +67,31 @@ async def _restored_and_removed(s: Script) -> None:
     await s.in_sync()
 
 
+async def _restored_and_back(s: Script) -> None:
+    """A person takes out a facet as the regions of a restore are placed, and has it back as the
+    other one is synced."""
+    a, away = s.world.a, "/facets/v0.1"
+    everywhere = range(0, 4 * BLOCK, BLOCK)
+    await s.write(0, *everywhere, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, *everywhere, count=BLOCK)
+    await s.in_sync()
+    placing = (await s.primary()).volumes[0].beside.locked
+    reading = slow(a, "read", "/state/snapshots", when=placing)
+    a.disk.timing.miss = 1.0  # nothing of what is read is in memory
+    await s.restore(uuid)
+    await within(reading, SLOW_SECONDS)
+    await s.facet("offline", away)
+    a.disk.timing.miss = 0.0
+    syncing = slow(a, "sync", "/facets/v0.0", when=lambda: not placing())
+    await within(syncing, 2 * SLOW_SECONDS)
+    await s.facet("online", away)
+    await s.facets_back()
+    await s.in_sync()
+
+
 RESTORED = directed(_restored)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 RESTORED_AND_WRITTEN = directed(_restored_and_written)
 RESTORED_AND_REMOVED = directed(_restored_and_removed, remotes=2)
+RESTORED_AND_BACK = directed(_restored_and_back, facets=2)
