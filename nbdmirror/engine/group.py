@@ -155,7 +155,10 @@ class Group:
                     await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
                 except OSError as error:
                     facet.fail("clear", error)
-                    await self.facets_failed(volume, [facet])
+            lost = [facet for facet in volume.facets if facet.unnoted]
+            if lost:  # whoever saw it fail (M12)
+                await self.facets_failed(volume, lost)
+            self._check_served(volume)
         return True
 
     def _clear_pieces(self, change: Change) -> list[Change]:

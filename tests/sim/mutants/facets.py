@@ -16,6 +16,7 @@ from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.gate import SyncGate
+from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.maps import DcmFile
@@ -23,13 +24,14 @@ from nbdmirror.engine.remote import Remote, may_follow
 from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.store import Store
-from nbdmirror.engine.volume import Volume
+from nbdmirror.engine.volume import Change, Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.plays.facets import (
     ADDED_AND_FAILED,
     ASKED_FOR_TWICE,
+    CLEARED_UNNOTED,
     COPIED_FROM_WHAT_LOST,
     DISTRUSTED,
     FAILED_AND_COMPARED,
@@ -321,3 +323,17 @@ def _(assign: Assign) -> None:
         member.saved["failed_boot"] = None
 
     assign(Facets, "take_out", take_out)
+
+
+@mutant("M12 a clearing does not wait until a facet's failure is durable", run=CLEARED_UNNOTED)
+def _(assign: Assign) -> None:
+    original = Group._clear_locked
+
+    async def clear_locked(self: Group, volume: Volume, change: Change) -> bool:
+        setattr(self, "facets_failed", nothing)  # noqa: B010
+        try:
+            return await original(self, volume, change)
+        finally:
+            delattr(self, "facets_failed")
+
+    assign(Group, "_clear_locked", clear_locked)

@@ -18,6 +18,7 @@ from tests.sim.plays.stage import (
     another_disk,
     claimed,
     either,
+    killed,
     loses,
     moment,
     on_disk,
@@ -304,6 +305,28 @@ async def _stopped_and_clearing(s: Script) -> None:
     await s.in_sync()
 
 
+async def _cleared_unnoted(s: Script) -> None:
+    """A client sees a facet fail, and before that is durable a range is cleared, in the other facet
+    only. The log is in memory, so no redo comes by; and the process dies."""
+    a, path = s.world.a, "/facets/v0.0"
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    saving = slow(a, "sync", "/state/superblock")
+    s.world.spawn(s.facet("offline", "/facets/v1.1"))
+    await saving.wait()
+    s.spoil(path)
+    s.world.spawn(s.write(0, FAR))
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    s.world.spawn(s.clear(0, 0, BLOCK, "trim"))
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    s.mend(path)
+    await killed(s, a)
+    await s.read(0, 0, BLOCK)
+    await s.facet("online", "/facets/v1.1")
+    await s.facets_back()
+    await s.in_sync()
+
+
 FAILED_AT_START = directed(_failed_at_start, spill=8 * KIB, facets=2, last_facet=True)
 HURRIED = directed(_hurried, last_facet=True)
 HURRIED_UNNOTED = directed(_hurried_unnoted, last_facet=True)
@@ -319,3 +342,4 @@ READ_AND_FAILED = directed(_read_and_failed, facets=2)
 COPIED_FROM_WHAT_LOST = directed(_copied_from_what_lost, facets=2)
 SENT_FROM_WHAT_LOST = directed(_sent_from_what_lost, facets=2)
 STOPPED_AND_CLEARING = directed(_stopped_and_clearing, facets=2)
+CLEARED_UNNOTED = directed(_cleared_unnoted, spill=8 * KIB, facets=2)
