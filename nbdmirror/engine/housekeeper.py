@@ -259,19 +259,24 @@ class Housekeeper:
     async def _release(self) -> None:
         # One at a time: what one has released the next must not look for records in.
         async with self.releasing:
-            ring, redone = self._log.ring, self._log.redone
-            seq = self._floor() + 1
-            if seq > ring.tail_seq:
-                seq, position = await releasable(self._log, seq)
+            ring = self._log.ring
+            while (floor := self._floor()) >= ring.tail_seq:
+                seq, position = await releasable(self._log, floor + 1)
                 if ring is not self._log.ring:
                     return  # the log was reset meanwhile
-                self._log.release(seq, position)
-                for volume in self._volumes:
-                    for facet in volume.writable():
-                        has = seq - 1 if redone else facet.floor(seq - 1)
-                        facet.synced_seq = max(facet.synced_seq, has)
+                if self._floor() >= seq - 1:  # else somebody needs it since: a facet that has left
+                    self._let_go(seq, position)
+                    break
             if ring.durable_tail < ring.tail:
                 await self._confirm()
+
+    def _let_go(self, seq: int, position: int) -> None:
+        self._log.release(seq, position)
+        for volume in self._volumes:
+            for facet in volume.writable():
+                # Where nothing is redone the floor says nothing of them.
+                has = seq - 1 if self._log.redone else facet.floor(seq - 1)
+                facet.synced_seq = max(facet.synced_seq, has)
 
     async def _confirm(self) -> None:
         """Makes the tail durable; only then is the space free (O5)."""

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from nbdmirror.core.active import ActiveMap
-from nbdmirror.engine import doubt, node, recovery
+from nbdmirror.engine import doubt, housekeeper, node, recovery
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.recovery import Recovered
 from nbdmirror.engine.remote import Remote
@@ -23,6 +24,7 @@ from tests.sim.plays.spill import (
     FAR_BEHIND,
     IN_MEMORY_AGAIN,
     LEFT,
+    LEFT_MEANWHILE,
     ON_DISK,
     PAST_TWICE,
     UNSPILLED_TOO_SOON,
@@ -235,3 +237,16 @@ def _(assign: Assign) -> None:
         original(self, on_disk=True)
 
     assign(Spill, "look", look)
+
+
+@mutant("O5 a release does not see who has left while it read the log", run=LEFT_MEANWHILE)
+def _(assign: Assign) -> None:
+    found, floor, before = housekeeper.releasable, Housekeeper._floor, list[int]()
+
+    async def releasable(log: Log, seq: int) -> tuple[int, int]:
+        seq, position = await found(log, seq)
+        before.append(seq - 1)
+        return seq, position
+
+    assign(housekeeper, "releasable", releasable)
+    assign(Housekeeper, "_floor", lambda self: before.pop() if before else floor(self))

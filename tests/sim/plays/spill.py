@@ -18,6 +18,7 @@ from tests.sim.plays.stage import (
     power_loss,
     slow,
     slow_save,
+    within,
     without_facet,
 )
 from tests.sim.script import BLOCK, Script
@@ -61,6 +62,33 @@ async def _left(s: Script) -> None:
     for first in range(2 * BLOCK, 192, BLOCK):
         await s.write(0, first, count=BLOCK)
         await s.until(all_is_there)
+    await s.facets_back()
+    await power_loss(s, a)
+
+
+async def _left_meanwhile(s: Script) -> None:
+    """One of two facets loses what it was to make durable, as a release is about to take that from
+    the log: it looks on a slow disk for the place where the log will begin. The extent leaves the
+    active map before the facet is back; then power fails."""
+    a = s.world.a
+    (b,) = s.world.remotes
+    node = await s.primary()
+    releasing = node.housekeeper.releasing.locked
+    slow(b, "sync", "/state/log")
+    await s.write(0, 0, count=BLOCK)
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    for turn in range(1, 8):  # the oldest go to the file; the remote has them later
+        await s.write(0, turn * BLOCK, count=BLOCK)
+    reading = slow(a, "read", "/state/log", when=releasing)
+    slow(b, "sync", "/state/log", 2 * SLOW_SECONDS)
+    await within(reading, SLOW_SECONDS)
+    loses(a, "/facets/v0.1")
+    await s.flush()
+    await s.world.in_life(a, node._make_safe())  # as for an extent that is cold
+    await s.until(lambda node: not releasing())
+    for first in range(8 * BLOCK, 192, BLOCK):
+        await s.write(0, first, count=BLOCK)
+    await s.until(all_is_there)
     await s.facets_back()
     await power_loss(s, a)
 
@@ -117,6 +145,7 @@ async def _unspilled_too_soon(s: Script) -> None:
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, **LARGE)
+LEFT_MEANWHILE = directed(_left_meanwhile, spill=8 * KIB, facets=2, **LARGE)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
 UNSPILLED_TOO_SOON = directed(_unspilled_too_soon, spill=8 * KIB, facets=2, last_facet=True)
