@@ -350,7 +350,7 @@ class Chain:
 
 
 def stopping() -> VolumeFailed:
-    """What a request gets that waits for a copy when the node stops."""
+    """What a request gets that waits for something when the node stops."""
     return VolumeFailed("the node stops", number=errno.ESHUTDOWN, hint="start it again")
 
 

@@ -145,13 +145,15 @@ class ExportServer:
         )
 
     async def stop(self, seconds: float) -> None:
-        """Lets requests in flight finish, refuses new ones, then closes every connection."""
+        """Lets requests in flight finish, refuses all others, then closes every connection."""
         self.stopping = True
         for connection in list(self.connections):
             connection.shutdown()
         busy = [task for c in self.connections for task in c.tasks]
         if busy:
             await asyncio.wait(busy, timeout=seconds)
+        if self.group is not None:
+            self.group.end()
         for connection in list(self.connections):
             connection.close()
 

@@ -21,6 +21,7 @@ from nbdmirror.core.active import key_of
 from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ALONG_MAX, ActiveMapFile
 from nbdmirror.engine.batch import Changes
+from nbdmirror.engine.chain import stopping
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, VolumeFailed
@@ -80,6 +81,7 @@ class Group:
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None
         """Called once, when no write is taken any more; the node then ends."""
         self.failed: NbdmirrorError | None = None
+        """Why no write is taken any more."""
         self.timeline = Timeline()
         self.bytes_written = 0
         self.pressure_at = log.capacity // 4
@@ -439,6 +441,11 @@ class Group:
         if self.failed is None:
             self.failed = error
             self.on_failed(error)
+
+    def end(self) -> None:
+        """The node stops: who has waited until now appends nothing any more, or it would be in no
+        facet durably when the superblock says that all is (M12)."""
+        self.failed = self.failed or stopping()
 
     def _client_error(self, error: NbdmirrorError) -> VolumeFailed:
         if isinstance(error, DiskFailed):

@@ -25,7 +25,7 @@ from nbdmirror.errors import FormatError
 from nbdmirror.ports import Buffer
 from tests.sim.mutants.aims import UNFINISHED
 from tests.sim.mutation import Assign, mutant, nothing
-from tests.sim.plays.facets import READ_AND_FAILED, STOPPED_AND_CLEARING
+from tests.sim.plays.facets import READ_AND_FAILED, STOPPED_AND_CLEARING, STOPPED_AND_WAITING
 from tests.sim.plays.log import BELIEVED, ENDED_EPOCH, LOG_REVERTS
 
 
@@ -291,6 +291,11 @@ def _(assign: Assign) -> None:
         await original(self)
 
     assign(Node, "_settle", settle)
+
+
+@mutant("M12 a request that outlives the patience of a stop is made", run=STOPPED_AND_WAITING)
+def _(assign: Assign) -> None:
+    assign(Group, "end", lambda self: None)
 
 
 @mutant("O16 a facet answers that has lost what it held", run=READ_AND_FAILED)

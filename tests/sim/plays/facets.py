@@ -305,6 +305,23 @@ async def _stopped_and_clearing(s: Script) -> None:
     await s.in_sync()
 
 
+async def _stopped_and_waiting(s: Script) -> None:
+    """The log is full, for a facet's disk hangs for longer than a stop waits for requests: those
+    that wait for room then do so until the stop gives some back. Afterwards power fails."""
+    a, seconds = s.world.a, STOP_SECONDS + 15.0
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    syncing = slow(a, "sync", "/facets/v0.0", seconds)
+    for turn in range(14):
+        s.world.spawn(s.write(0, (1 + turn % 8) * BLOCK, count=BLOCK))
+    await syncing.wait()
+    await s.stop(a)
+    s.power_cut(a)
+    await s.world.start(a)
+    await s.read(0, 0, 9 * BLOCK)
+    await s.in_sync()
+
+
 async def _cleared_unnoted(s: Script) -> None:
     """A client sees a facet fail, and before that is durable a range is cleared, in the other facet
     only. The log is in memory, so no redo comes by; and the process dies."""
@@ -342,4 +359,5 @@ READ_AND_FAILED = directed(_read_and_failed, facets=2)
 COPIED_FROM_WHAT_LOST = directed(_copied_from_what_lost, facets=2)
 SENT_FROM_WHAT_LOST = directed(_sent_from_what_lost, facets=2)
 STOPPED_AND_CLEARING = directed(_stopped_and_clearing, facets=2)
+STOPPED_AND_WAITING = directed(_stopped_and_waiting, facets=2)
 CLEARED_UNNOTED = directed(_cleared_unnoted, spill=8 * KIB, facets=2)
