@@ -49,6 +49,8 @@ class Applier:
         self.applied_seq = last if limit is None else min(limit, last)
         self._begun_seq = self.applied_seq
         """The last record of which the facets may have something."""
+        self._unsaved = False
+        """The settings were changed, and nobody has seen a save of that end."""
         self._cursor = Cursor(self.applied_seq + 1)
         self.caught_up: Callable[[], Awaitable[None]] = _nothing
         """Awaited when everything that may be applied is."""
@@ -96,12 +98,8 @@ class Applier:
         """Applies some of what is due in the step in which the lock is had: whoever held it before
         may have applied that, emptied the log, or frozen it."""
         until = self._due()
-        if self.applied_seq >= until:
-            return
-        if self.bounded:
-            self.settings["limit"] = until
-            await self._store.save()
-        await self._apply_until(until)
+        if self.applied_seq < until:
+            await self._apply_until(until)
 
     def _due(self) -> int:
         """The last record that may be applied now."""
@@ -128,7 +126,13 @@ class Applier:
             pass
 
     async def _apply_until(self, until: int) -> None:
-        """Applies a chunk of the records up to there."""
+        """Applies a chunk of the records up to there, once the bound on the disk is not before that
+        (V8): whoever moved it may have been cancelled, and redo would stop within what is there."""
+        limit = self.settings["limit"]
+        if limit is not None and limit < until:
+            self.settings["limit"], self._unsaved = until, True
+        if self._unsaved:
+            await self._save()
         self._begun_seq = until  # should this fail, or be cancelled
         await self._apply_chunk(until)
         self._begun_seq = self.applied_seq
@@ -198,11 +202,7 @@ class Applier:
     async def drain(self) -> None:
         """Applies all that is in the log, whatever holds it back; the log must be durable."""
         async with self.lock:
-            last = self._log.next_seq - 1
-            if self.settings["limit"] is not None and self.settings["limit"] < last:
-                self.settings["limit"] = last
-                await self._store.save()
-            await self._apply_all(last)
+            await self._apply_all(self._log.next_seq - 1)
 
     async def settle(self) -> None:
         """Clean stop: applies what may be applied; what is held back stays in the log. The next
@@ -216,7 +216,8 @@ class Applier:
             await self._apply_until(until)
 
     def reset(self, seq: int) -> None:
-        """The log was emptied, to go on with ``seq``; everything before it is applied."""
+        """The log was emptied, to go on with ``seq``; everything before it is applied. The caller
+        saves."""
         self.applied_seq = self._begun_seq = seq - 1
         self._cursor = Cursor(seq)
         self._arrivals = Timeline()
@@ -231,9 +232,15 @@ class Applier:
             settings["frozen"] = settings["frozen"] if frozen is None else frozen
             settings["delay"] = settings["delay"] if delay is None else delay
             settings["limit"] = self._begun_seq if self.bounded else None
-            await self._store.save()
+            self._unsaved = True
+            await self._save()
         self._events.emit("apply", frozen=settings["frozen"], delay_s=settings["delay"])
         self.wake()
+
+    async def _save(self) -> None:
+        """Makes the settings durable; the lock is held."""
+        await self._store.save()
+        self._unsaved = False
 
     def status(self) -> dict[str, Any]:
         """The ``apply`` object of the status."""

@@ -28,15 +28,17 @@ AIMS: dict[str, Aim] = {}
 
 def mutant(
     rule: str, aim: Aim | None = None, run: Callable[..., swarm.Result] | None = None
-) -> Callable[[Callable[[Assign], None]], None]:
-    """Registers a mutant under the rule that it breaks."""
+) -> Callable[[Callable[[Assign], None]], Callable[[Assign], None]]:
+    """Registers a mutant under the rule that it breaks; under several, if it takes several runs to
+    see all that it does."""
 
-    def register(apply: Callable[[Assign], None]) -> None:
+    def register(apply: Callable[[Assign], None]) -> Callable[[Assign], None]:
         MUTANTS[rule] = apply
         if aim is not None:
             AIMS[rule] = aim
         if run is not None:
             RUNS[rule] = run
+        return apply
 
     return register
 

@@ -24,9 +24,11 @@ from tests.sim.mutants.aims import RESYNCS, TWO_THERE
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.secondary import (
     COPIES_REVERT,
+    DRAINED_TWICE,
     FAILED_AND_FROZEN,
     HOLES_REVERT,
     LOST_IN_PART,
+    MOVED_AND_CUT,
     MOVED_AND_FROZEN,
     MOVED_AND_STOPPED,
     PUNCHED,
@@ -34,6 +36,7 @@ from tests.sim.plays.secondary import (
     STOPPED_LATE,
     SYNCED_BEFORE,
     THAWED_AND_FAILED,
+    UNDELAYED,
 )
 
 
@@ -274,6 +277,21 @@ def _(assign: Assign) -> None:
     assign(Applier, "run", run)
 
 
+@mutant("V8 a stop counts on a bound that is not durable", run=MOVED_AND_CUT)
+@mutant("V8 a session counts on the bound that the one before it had moved", run=DRAINED_TWICE)
+@mutant("V8 a delay that was taken away is gone before that is durable", run=UNDELAYED)
+def _trust_memory(assign: Assign) -> None:
+    original = Applier._apply_until
+
+    async def apply_until(self: Applier, until: int) -> None:
+        limit = self.settings["limit"]
+        if limit is None or limit >= until:
+            self._unsaved = False
+        await original(self, until)
+
+    assign(Applier, "_apply_until", apply_until)
+
+
 @mutant("V8 a thaw is followed that could not be saved", run=THAWED_AND_FAILED)
 def _(assign: Assign) -> None:
     original = Node._start_secondary
@@ -283,6 +301,7 @@ def _(assign: Assign) -> None:
         self.store.on_failed = self._fail
 
     assign(Node, "_start_secondary", start_secondary)
+    _trust_memory(assign)  # else what is applied is saved once more before that
 
 
 @mutant("O5 a sync of the stream before counts for the one that follows", run=SYNCED_BEFORE)
@@ -295,11 +314,13 @@ def _(assign: Assign) -> None:
 
 @mutant("V8 a bound goes back behind what was begun", run=FAILED_AND_FROZEN)
 def _(assign: Assign) -> None:
-    async def apply_until(self: Applier, until: int) -> None:
-        await self._apply_chunk(until)
-        self._begun_seq = self.applied_seq
+    original = Applier._apply_chunk
 
-    assign(Applier, "_apply_until", apply_until)
+    async def apply_chunk(self: Applier, until: int) -> None:
+        self._begun_seq = self.applied_seq
+        await original(self, until)
+
+    assign(Applier, "_apply_chunk", apply_chunk)
 
 
 @mutant("O4 a secondary that stops lets in who comes late", run=STOPPED_LATE)

@@ -165,14 +165,72 @@ async def _moved_and_frozen(s: Script) -> None:
     """Somebody freezes it in that moment: from then on nothing is applied, a power loss or not."""
     b = await _moving(s)
     await s.freeze(on=True)
-    await asyncio.sleep(SLOW_SECONDS)
     applier = follower(b).applier
-    if applier.applied_seq > applier.settings["limit"]:
-        raise Violation(
-            "what is applied is beyond the bound, which a power loss comes back to (V8)"
-        )
+    frozen_at = applier.applied_seq
+    await asyncio.sleep(2 * SLOW_SECONDS)
+    if applier.applied_seq > frozen_at:
+        raise Violation("something was applied that a person had frozen (V8)")
     await s.freeze(on=False)
     await s.in_sync()
+
+
+async def _moved_and_cut(s: Script) -> None:
+    """It is stopped in that moment, and loses its power before the bound is durable: nothing was
+    applied by it."""
+    b = await _moving(s)
+    s.world.spawn(s.stop(b))
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    await power_loss(s, b)
+    _check_held(s, b)
+    await s.in_sync()
+
+
+async def _drained_twice(s: Script) -> None:
+    """A frozen secondary is to be resynchronised, and its link is lost while it makes durable that
+    it applies all it has; so is it to be again by the next session, and then power fails."""
+    (b,) = s.world.remotes
+    await s.freeze(on=True)
+    await s.write(0, 0, BLOCK, count=BLOCK)
+    await s.until(all_is_there)
+    held_at = follower(b).applied_seq
+    draining = slow_save(b, lambda node: follower(b).applier.settings["limit"] > held_at)
+    s.world.spawn(s.full_resync())
+    await draining.wait()
+    s.world.net.reset("a", "b")
+    await asyncio.sleep(SLOW_SECONDS / 2)
+    s.link(up=False)
+    await power_loss(s, b)
+    _check_held(s, b)
+    s.link(up=True)
+    await s.freeze(on=False)
+    await s.in_sync()
+
+
+async def _undelayed(s: Script) -> None:
+    """A session takes away the delay of a secondary, and its link is lost before that is durable;
+    so is the power, after more than the second in which the applier looks what is due."""
+    (b,) = s.world.remotes
+    await s.world.in_life(b, follower(b).applier.change(delay=600.0))
+    await s.write(0, 0, BLOCK, count=BLOCK)
+    await s.until(all_is_there)
+    taking = slow_save(b, lambda node: not follower(b).applier.bounded)
+    s.world.net.reset("a", "b")
+    await taking.wait()
+    s.world.net.reset("a", "b")
+    await asyncio.sleep(SLOW_SECONDS / 2)
+    s.link(up=False)
+    await s.world.in_life(b, follower(b).sync_facets())  # as before the log is released
+    await power_loss(s, b)
+    _check_held(s, b)
+    s.link(up=True)
+    await s.in_sync()
+
+
+def _check_held(s: Script, host: Host) -> None:
+    """A secondary that is held back has what its bound says, and nothing else."""
+    assert host.node is not None
+    wanted = s.world.history.image(host.node.store.state["epoch"], follower(host).applied_seq)
+    compare(host.images(), wanted, "a secondary that is held back (I1, V8)")
 
 
 async def _thawed_and_failed(s: Script) -> None:
@@ -185,11 +243,8 @@ async def _thawed_and_failed(s: Script) -> None:
     loses(b, "/state/superblock")
     await s.freeze(on=False)
     await s.up(b)
-    applier = follower(b).applier
-    if applier.bounded:
-        assert b.node is not None
-        wanted = s.world.history.image(b.node.store.state["epoch"], applier.applied_seq)
-        compare(b.images(), wanted, "a secondary that is frozen (I1, V8)")
+    if follower(b).applier.bounded:
+        _check_held(s, b)
     await s.freeze(on=False)
     await s.in_sync()
 
@@ -211,11 +266,8 @@ async def _failed_and_frozen(s: Script) -> None:
     await s.freeze(on=True)
     await failed.wait()
     await s.up(b)
-    assert b.node is not None
-    applier, epoch = follower(b).applier, b.node.store.state["epoch"]
-    wanted = s.world.history.image(epoch, applier.applied_seq)
-    compare(b.images(), wanted, "a secondary that is frozen (I1, V8)")
-    await s.world.in_life(b, applier.change(frozen=False, delay=0.0))
+    _check_held(s, b)
+    await s.world.in_life(b, follower(b).applier.change(frozen=False, delay=0.0))
     await s.in_sync()
 
 
@@ -269,6 +321,9 @@ LOST_IN_PART = directed(_lost_in_part)
 RECEIVED_ONLY = directed(_received_only)
 MOVED_AND_STOPPED = directed(_moved_and_stopped)
 MOVED_AND_FROZEN = directed(_moved_and_frozen)
+MOVED_AND_CUT = directed(_moved_and_cut)
+DRAINED_TWICE = directed(_drained_twice)
+UNDELAYED = directed(_undelayed)
 THAWED_AND_FAILED = directed(_thawed_and_failed)
 FAILED_AND_FROZEN = directed(_failed_and_frozen, facets=2)
 SYNCED_BEFORE = directed(_synced_before)
