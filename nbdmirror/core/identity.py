@@ -69,8 +69,10 @@ class Target:
     """The id of the primary's run that it followed last."""
     altered: bool = False
     """Its volumes were changed by something else since: a snapshot was restored there (V14), or
-    (``rejoined``) one of its facets holds something else than the others."""
+    (``rejoined``) one of its facets holds something else than the others, or (``damaged``) what it
+    knows of them may be out of date."""
     rejoined: bool = False
+    damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ def _decide(source: Source, target: Target) -> Decision:
         return doubt
     if target.altered:
         what = "a facet is new" if target.rejoined else "a snapshot was restored"
+        what = "a file of the node's own was damaged" if target.damaged else what
         return _full(f"{what} on the secondary")
     fork = _fork_end(source, target.epoch)
     end = source.next_seq - 1 if fork is None else fork.end_seq

@@ -247,8 +247,8 @@ class Node:
         self.store.state.update(
             clean=False, boot_id=self.env.clock.boot_id(), log_failed=False, log_spill=False
         )
-        if (recovered.lost or self.store.damaged) and self.store.state["upstream"] is not None:
-            self.store.state["upstream"]["consistent"] = False  # it promised more than it has
+        if recovered.lost or self.store.damaged is not None:
+            self.secondary.distrust()
         await self.store.save()
         self.secondary.need_space = self.housekeeper.need_space
         self.secondary.start()

@@ -262,9 +262,18 @@ class Secondary:
             "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
             "consistent": bool(upstream and upstream["consistent"]),
-            "altered": bool(state.get("altered") or state.get("rejoined")),
+            "altered": any(state.get(key) for key in ("altered", "rejoined", "damaged")),
             "rejoined": bool(state.get("rejoined")),
+            "damaged": bool(state.get("damaged")),
         }
+
+    def distrust(self) -> None:
+        """It promised more than it has; or its superblock may be out of date, of before the log was
+        emptied for a resync: then redo has brought back what region copies had replaced. Whatever
+        the primary knows, everything is compared (I5); the caller saves."""
+        if self.store.state["upstream"] is not None:
+            self.store.state["upstream"]["consistent"] = False
+            self.store.state["damaged"] = True
 
     async def adopt(
         self,
@@ -301,7 +310,7 @@ class Secondary:
             "consistent": bool(former.get("consistent")) and not resync,
             "since": former.get("since"),
         }
-        state["altered"] = state["rejoined"] = False
+        state["altered"] = state["rejoined"] = state["damaged"] = False
         self.follower.left_out(left_out, epoch)
         if reset_seq is not None:
             self._reset(reset_seq, left_out)

@@ -6,7 +6,7 @@ the terms (an overflow, a command, a lost link) ends the session; the next hands
 
 HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, volumes, session}
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
-          consistent, altered, rejoined}
+          consistent, altered, rejoined, damaged}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
           eager: clients wait for its acknowledgements, marks: see ``engine.leftout``}
@@ -185,6 +185,7 @@ class Session:
             consistent=welcome.get("consistent") is True,
             altered=welcome.get("altered") is True,
             rejoined=welcome.get("rejoined") is True,
+            damaged=welcome.get("damaged") is True,
             history=fields.history(welcome),
         )
 

@@ -40,6 +40,7 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     restore        what is being copied behind: see ``engine.restore``; null if nothing is
     altered        on a secondary: its volumes were changed by something else than its primary (V14)
     rejoined       on a secondary: a facet of it is new, see ``engine.rejoin``
+    damaged        on a secondary: its log, or this file, has lost something
     upstream       on a secondary: {name, consistent, since}; null before the first session
 """
 

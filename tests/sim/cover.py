@@ -41,6 +41,7 @@ def decision(primary: Node, name: str, secondary: Node) -> Decision:
             epoch=other["epoch"],
             durable_seq=secondary.log.next_seq - 1,
             consistent=bool(upstream and upstream["consistent"]),
+            altered=bool(other.get("damaged")),
         ),
     )
 

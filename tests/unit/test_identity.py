@@ -43,6 +43,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Action, str, int]] = {
     ),
     "T5 a snapshot was restored there": ({}, {"altered": True}, FULL, "T5", 101),
     "T5 ... while it was tracked": ({"tracking": True}, {"altered": True}, FULL, "T5", 101),
+    "T5 the superblock there was damaged": (
+        {"consistent": False},
+        {"altered": True, "damaged": True, "consistent": False},
+        FULL,
+        "T5",
+        101,
+    ),
     "T4 tracked by the map": ({"tracking": True}, {}, RESET, "T4", 101),
     "T4 the log is gone, the map has it": (
         {"tracking": True, "tail_seq": 101},

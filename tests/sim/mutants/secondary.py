@@ -31,6 +31,7 @@ from tests.sim.plays.secondary import (
     MOVED_AND_CUT,
     MOVED_AND_FROZEN,
     MOVED_AND_STOPPED,
+    OLD_TAIL,
     PUNCHED,
     RECEIVED_ONLY,
     STOPPED_LATE,
@@ -321,6 +322,17 @@ def _(assign: Assign) -> None:
         await original(self, until)
 
     assign(Applier, "_apply_chunk", apply_chunk)
+
+
+@mutant("X6 what redo brings back by an old superblock is compared with nothing", run=OLD_TAIL)
+def _(assign: Assign) -> None:
+    original = Secondary.distrust
+
+    def distrust(self: Secondary) -> None:
+        original(self)
+        self.store.state["damaged"] = False
+
+    assign(Secondary, "distrust", distrust)
 
 
 @mutant("O4 a secondary that stops lets in who comes late", run=STOPPED_LATE)

@@ -9,6 +9,7 @@ from nbdmirror.engine.node import Node
 from tests.sim.directed import directed
 from tests.sim.faults import Fault, Kind
 from tests.sim.host import Host
+from tests.sim.options import KIB
 from tests.sim.oracle import Violation, compare
 from tests.sim.plays.stage import (
     FAR,
@@ -28,6 +29,7 @@ from tests.sim.plays.stage import (
     only_remote,
     power_loss,
     released,
+    save_rotted,
     slow,
     slow_save,
     strikes,
@@ -298,6 +300,35 @@ async def _synced_before(s: Script) -> None:
     await s.in_sync()
 
 
+async def _old_tail(s: Script) -> None:
+    """A secondary has got the first region of a resync when its process dies, and the save in which
+    it had emptied its log for that has rotted: redo brings back what the region had before, which
+    the primary's log does not hold any more."""
+    a, (b,) = s.world.a, s.world.remotes
+    await s.freeze(on=True)
+    await s.write(0, 0, count=BLOCK)
+    await released(s, a)
+    await s.until(all_is_there)
+    s.link(up=False)
+    slow(a, "sync", "/state/log", NEVER_SECONDS)
+    await s.write(0, *range(0, 2 * HOLES * BLOCK, BLOCK), count=BLOCK)  # more than a window
+    node = await s.primary()
+    await s.world.in_life(a, node.volumes[0].facets[0].sync())
+    await power_loss(s, a)  # the log has lost what the facet has
+    remote = await only_remote(s)
+    marks, volume = remote.dcms[0].map, a.disk.content("/facets/v0.0")
+    rest = slow(b, "sync", "/facets", NEVER_SECONDS, when=lambda: not marks.is_marked(0))
+    s.link(up=True)
+    await rest.wait()
+    s.link(up=False)
+    await save_rotted(s, b)
+    await s.freeze(on=False)
+    s.link(up=True)
+    await s.in_sync()
+    compare([b.disk.content("/facets/v0.0")], [volume], "a secondary that is in sync (I2)")
+    s.world.astray_on = None
+
+
 async def _stopped_late(s: Script) -> None:
     """A secondary hangs, and is told to stop; a primary that was restarted meanwhile knocks at its
     door. It finds both at once; later its power fails."""
@@ -327,4 +358,5 @@ UNDELAYED = directed(_undelayed)
 THAWED_AND_FAILED = directed(_thawed_and_failed)
 FAILED_AND_FROZEN = directed(_failed_and_frozen, facets=2)
 SYNCED_BEFORE = directed(_synced_before)
+OLD_TAIL = directed(_old_tail, remote_log_size=260 * KIB)
 STOPPED_LATE = directed(_stopped_late)

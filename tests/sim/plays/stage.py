@@ -7,6 +7,7 @@ import contextlib
 import errno
 from collections.abc import Callable
 
+from nbdmirror.codec import slots
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
@@ -15,6 +16,7 @@ from tests.sim.faults import AllLost, Fault, Injector, Kind
 from tests.sim.file import SimFile
 from tests.sim.host import Host
 from tests.sim.options import KIB
+from tests.sim.oracle import Violation
 from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
 SLOW_SECONDS = 3.0
@@ -153,6 +155,20 @@ async def killed(s: Script, host: Host) -> None:
     """Its process dies, and is started again."""
     s.kill(host)
     await s.world.start(host)
+
+
+async def save_rotted(s: Script, host: Host) -> None:
+    """Its process dies, and what it saved last of its superblock has rotted: it comes back with the
+    save before that, and knows of it."""
+    world, path, size = s.world, "/state/superblock", slots.SLOT_SIZE
+    s.kill(host)
+    content = host.disk.content(path)
+    newest, _, _ = slots.choose([content[:size], content[size:]])
+    host.disk.flip(path, newest * size + 100)
+    world.astray_on, noticed = host, moment(s, host, "superblock-damaged")
+    await world.start(host)
+    if not noticed.is_set():
+        raise Violation(f"{host.name} did not notice what its superblock lost (O11)")
 
 
 async def without_log(s: Script) -> None:
