@@ -83,7 +83,7 @@ class Follower:
         if why is not None:
             self._snapshots.store.state["marked_seq"] = record.seq
             self._lack(entry, why)
-            await self._snapshots.store.save()
+            await self._snapshots.store.save_twice()  # else redo might follow it, too late
         self._drop(mark.replaces)
 
     def _lack(self, entry: Entry, why: str) -> None:

@@ -320,9 +320,10 @@ class Snapshots:
         return made
 
     async def settle(self, entry: Entry) -> None:
-        """Returns when an entry is durable: whoever was saving it may have been cancelled."""
+        """Returns when an entry is durable: whoever was saving it may have been cancelled. Before
+        anything is kept in its layer alone, which a start that does not know it would remove."""
         if entry["uuid"] in self._planned:
-            await self.store.save()
+            await self.store.save_twice()
             self._planned.pop(entry["uuid"], None)
 
     @staticmethod

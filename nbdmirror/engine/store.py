@@ -146,6 +146,12 @@ class Store:
         self._counter += 1
         self._slot = slot
 
+    async def save_twice(self) -> None:
+        """The same, in both slots: for what nothing makes good that is not known, should one rot
+        (I5)."""
+        for _ in range(slots.SLOT_COUNT):
+            await self.save()
+
     def identity(self) -> str:
         """Of the file (``ports.File.identity``)."""
         return self._file.identity()

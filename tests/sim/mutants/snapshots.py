@@ -20,6 +20,7 @@ from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
 from nbdmirror.engine.snapshotexport import SnapshotVolume
 from nbdmirror.engine.snapshots import Entry, Snapshots
+from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import DELETIONS, FOLLOWERS, INSCRIBED, MARKERS, RESYNCS, waiting
 from tests.sim.mutation import Assign, mutant, nothing
@@ -31,8 +32,10 @@ from tests.sim.plays.snapshots import (
     CONSISTENT_AND_DEAD,
     DELETED_THERE,
     DELETED_WHILE_KEPT,
+    FOLLOWED_AND_ROTTED,
     GIVEN_UP_WHILE_DELETED,
     OUTLIVED,
+    TAKEN_AND_ROTTED,
 )
 
 
@@ -331,6 +334,15 @@ def _(assign: Assign) -> None:
             self._moving = saved
 
     assign(Chain, "leave", leave)
+
+
+@mutant("I5 one slot alone knows of a snapshot that was followed", run=FOLLOWED_AND_ROTTED)
+@mutant("I5 one slot alone knows of a snapshot that is being taken", run=TAKEN_AND_ROTTED)
+def _(assign: Assign) -> None:
+    async def save_twice(self: Store) -> None:
+        await self.save()
+
+    assign(Store, "save_twice", save_twice)
 
 
 @mutant("V9 a remote is told of snapshots as they are not durably", run=BACK_UNTOLD)

@@ -7,7 +7,8 @@ import asyncio
 
 from nbdmirror.engine.node import Node
 from tests.sim.directed import directed
-from tests.sim.faults import Timing
+from tests.sim.faults import AllLost, Timing
+from tests.sim.options import KIB
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
     FAR,
@@ -20,6 +21,7 @@ from tests.sim.plays.stage import (
     moment,
     power_loss,
     released,
+    save_rotted,
     slow,
     slow_at,
     slow_save,
@@ -27,6 +29,8 @@ from tests.sim.plays.stage import (
 )
 from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
+UNHURRIED = {**OPTIONS.constants, "engine.housekeeper.INTERVAL_SECONDS": 5.0}
+"""Constants with which little is saved that nobody has asked for."""
 MISSES = Timing(sync=(0.000_1, 0.002), miss=1.0)
 """Nothing of what is read is in memory."""
 
@@ -179,6 +183,46 @@ async def _consistent_and_back(s: Script) -> None:
     await s.in_sync()
 
 
+async def _followed_and_rotted(s: Script) -> None:
+    """A secondary follows a snapshot, and keeps for it what is overwritten; its process dies before
+    its superblock is saved for anything else, and what was saved last has rotted: the snapshot is
+    what it was, and so is the one before it, which needs what it has kept."""
+    (b,) = s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    await s.snapshot()
+    await released(s, b)
+    await s.snapshot()
+    await s.in_sync()
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await save_rotted(s, b)
+    await s.in_sync()
+    s.world.astray_on = None
+
+
+async def _taken_and_rotted(s: Script) -> None:
+    """The primary takes a snapshot, keeps for it what is overwritten, and loses its power before it
+    has saved that it was taken; what it saved last, the plan, has rotted: the snapshot before is
+    what it was, for it needs what was kept."""
+    a = s.world.a
+    await s.write(0, 0, count=BLOCK)
+    await s.snapshot()
+    node = await s.primary()
+    taking = slow_save(a, lambda node: node.snapshots.entries[-1]["seq"] is not None)
+    s.world.spawn(_taken(s))
+    await taking.wait()
+    await s.write(0, 0, count=BLOCK, fua=True)
+    await s.world.in_life(a, node.volumes[0].facets[0].sync())
+    s.world.power_cut(a, AllLost())
+    await save_rotted(s, a)
+    await s.in_sync()
+    s.world.astray_on = None
+
+
+async def _taken(s: Script) -> None:
+    await s.snapshot()
+
+
 OUTLIVED = directed(_outlived)
 CLEARED_LATE = directed(_cleared_late)
 DELETED_THERE = directed(_deleted_there)
@@ -189,3 +233,5 @@ GIVEN_UP_WHILE_DELETED = directed(
 BACK_UNTOLD = directed(_back_untold, snapshot_space=4 * OPTIONS.region)
 CONSISTENT_AND_DEAD = directed(_consistent_and_dead)
 CONSISTENT_AND_BACK = directed(_consistent_and_back)
+FOLLOWED_AND_ROTTED = directed(_followed_and_rotted, log_size=260 * KIB, constants=UNHURRIED)
+TAKEN_AND_ROTTED = directed(_taken_and_rotted)

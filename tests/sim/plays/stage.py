@@ -158,10 +158,11 @@ async def killed(s: Script, host: Host) -> None:
 
 
 async def save_rotted(s: Script, host: Host) -> None:
-    """Its process dies, and what it saved last of its superblock has rotted: it comes back with the
-    save before that, and knows of it."""
+    """Its process dies, if it has not, and what it saved last of its superblock has rotted: it
+    comes back with the save before that, and knows of it."""
     world, path, size = s.world, "/state/superblock", slots.SLOT_SIZE
     s.kill(host)
+    host.disk.faults = None
     content = host.disk.content(path)
     newest, _, _ = slots.choose([content[:size], content[size:]])
     host.disk.flip(path, newest * size + 100)
