@@ -29,7 +29,7 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.logloss import LogKeeper, open_log
 from nbdmirror.engine.opening import open_volumes
 from nbdmirror.engine.primary import Primary
-from nbdmirror.engine.recovery import Recovered, note_fork, redo
+from nbdmirror.engine.recovery import Recovered, forget_oldest, note_fork, redo
 from nbdmirror.engine.rejoin import rejoin
 from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.restorer import Restorer
@@ -44,8 +44,6 @@ from nbdmirror.engine.waiting import wait_until
 from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused, StateError
 from nbdmirror.ports import Env
 
-RUNS_MAX = 1000
-"""Starts that a primary remembers; a secondary that last followed an older one is compared."""
 STOP_SECONDS = 30.0
 """Requests in flight get so long to finish when the node stops."""
 
@@ -222,7 +220,7 @@ class Node:
         note_fork(self.store, recovered)
         state["epoch"] += 1
         runs.append([state["epoch"], f"{self.env.random.getrandbits(64):016x}"])
-        del runs[:-RUNS_MAX]
+        forget_oldest(state)
 
     async def _start_secondary(self, recovered: Recovered) -> None:
         config = self.config

@@ -33,6 +33,9 @@ from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed
 
+RUNS_MAX = 1000
+"""Starts that a primary remembers; a secondary that last followed an older one is compared. So many
+forks, at the most, are told in a HELLO (``fields.ENTRIES_MAX``)."""
 LEVEL_BYTES = 1 << 20
 """Facets are compared in pieces of this size after a power loss."""
 
@@ -327,6 +330,15 @@ def note_fork(store: Store, recovered: Recovered) -> None:
     """Remembers where a power loss, or damage, ended the epoch; the caller saves (O10)."""
     if recovered.in_doubt or recovered.lost or recovered.unfinished or store.damaged:
         store.state["forks"].append([store.state["epoch"], recovered.end_seq])
+
+
+def forget_oldest(state: dict[str, Any]) -> None:
+    """Drops the oldest runs, and the forks of epochs before those that are left: a secondary that
+    last followed one of them is compared whatever its fork was (T5). The last fork stays: a scan of
+    the log that is told of it takes no record of any epoch that had ended before (O10)."""
+    runs, forks = state["runs"], state["forks"]
+    del runs[:-RUNS_MAX]
+    state["forks"] = [fork for fork in forks[:-1] if fork[0] >= runs[0][0]] + forks[-1:]
 
 
 def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[Volume, int, int]]:

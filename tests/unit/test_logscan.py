@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.record import Record
 from nbdmirror.engine.log import RING_AT
+from nbdmirror.engine.recovery import RUNS_MAX, forget_oldest
 from tests.sim.disk import SimDisk
 from tests.unit.loghelp import PATH, append, make, record, release, reopened
 from tests.unit.world import make_disk, run
@@ -82,6 +85,22 @@ def test_records_beyond_a_fork_are_not_taken() -> None:
         overwrite(disk, 384, record(3, 100, 2))
         scan_stops_at(disk, 3, forks=[(1, 2)])
         scan_stops_at(disk, 2, forks=[(1, 2), (2, 2)])
+
+    run(main())
+
+
+def test_the_last_fork_stands_for_those_that_are_forgotten() -> None:
+    """O10: many starts after its epoch ended, what lies beyond is still not taken."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        append(log, [100, 100, 100], epoch=2)
+        starts = [[epoch, "run"] for epoch in range(1, RUNS_MAX + 9)]
+        state: dict[str, Any] = {"runs": starts, "forks": [[1, 1], [2, 2]]}
+        forget_oldest(state)
+        assert len(state["runs"]) == RUNS_MAX and state["forks"] == [[2, 2]]
+        scan_stops_at(disk, 2, forks=[(epoch, end) for epoch, end in state["forks"]])
 
     run(main())
 

@@ -27,6 +27,7 @@ from tests.sim.mutants.aims import UNFINISHED
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.facets import READ_AND_FAILED, STOPPED_AND_CLEARING, STOPPED_AND_WAITING
 from tests.sim.plays.log import BELIEVED, ENDED_EPOCH, LOG_REVERTS
+from tests.sim.plays.remotes import OFTEN_WITHOUT_POWER
 
 
 @mutant("O1 an extent counts as in before it is durable")
@@ -165,6 +166,14 @@ def _(assign: Assign) -> None:
 @mutant("O10 the end of an epoch is not remembered")
 def _(assign: Assign) -> None:
     assign(node, "note_fork", lambda store, recovered: None)
+
+
+@mutant("I2 forks are remembered for ever, more than a HELLO may tell of", run=OFTEN_WITHOUT_POWER)
+def _(assign: Assign) -> None:
+    def forget_oldest(state: dict[str, Any]) -> None:
+        del state["runs"][: -recovery.RUNS_MAX]
+
+    assign(node, "forget_oldest", forget_oldest)
 
 
 @mutant("O10 a scan takes records of an epoch that had ended", run=ENDED_EPOCH)
