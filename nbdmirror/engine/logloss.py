@@ -147,13 +147,18 @@ class LogKeeper:
                 self._resume()
                 self._events.emit("log-in-memory", size=capacity)
         except NbdmirrorError as failure:
+            for gate in self._primary.group.gates:
+                gate.lost()  # nothing begins anew
             self.on_failed(failure)
 
     def _is_lost(self) -> bool:
         return self._log.failed is not None
 
     async def _settle(self, why: str) -> None:
-        """Steps 1 to 3."""
+        """Steps 1 to 3. It is this side that ends the links, and begins them anew: no client gets
+        an error for that (I8)."""
+        for remote in self._primary.remotes:
+            remote.drop.set()
         await self._primary.stop()
         for remote in self._primary.remotes:
             if remote.tracking or remote.durable_seq < self._log.next_seq - 1:

@@ -12,6 +12,7 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.logloss import LogKeeper
 from nbdmirror.engine.logscan import Unfinished
+from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.store import Store
@@ -22,6 +23,7 @@ from tests.sim.plays.log import (
     KILLED_APPENDING,
     LAST_ONE_ROTS,
     MOVED_AND_LOST,
+    MOVED_AND_LOST_IN_STEP,
     STOPPED_AND_FORCED_OUT,
 )
 from tests.sim.plays.remotes import ADDED_WHILE_MOVED
@@ -42,6 +44,18 @@ def _(assign: Assign) -> None:
 @mutant("X6 nobody asks the facets for the log's last record", run=LAST_ONE_ROTS)
 def _(assign: Assign) -> None:
     assign(Unfinished, "was", lambda self, payload: False)
+
+
+@mutant("I8 links that end for a move of the log count as lost", run=MOVED_AND_LOST_IN_STEP)
+def _(assign: Assign) -> None:
+    original = Primary.stop
+
+    async def stop(self: Primary) -> None:
+        for remote in self.remotes:
+            remote.drop.clear()
+        await original(self)
+
+    assign(Primary, "stop", stop)
 
 
 @mutant(

@@ -57,6 +57,27 @@ async def _moved_and_lost(s: Script) -> None:
     await power_loss(s, a, "/state/log")
 
 
+async def _moved_and_lost_in_step(s: Script) -> None:
+    """A write that cannot reach its synchronous remote is to fail, and clients write all the time,
+    while a person moves the log, and while its disk is lost: the link is up, and none fails."""
+
+    async def write_until(end: asyncio.Event) -> None:
+        while not end.is_set():
+            succeeded = s.succeeded
+            await s.write(1, 0, pause=0.005)
+            if s.succeeded == succeeded:
+                raise Violation("a write failed while the log was moved, or lost (I8)")
+
+    moved, lost = moment(s, s.world.a, "log-moved"), moment(s, s.world.a, "log-in-memory")
+    s.world.spawn(s.replace_log("/state/moved"))
+    await write_until(moved)
+    await s.in_sync()
+    s.spoil("/state/moved")
+    await write_until(lost)
+    await s.write(1, 0)
+    await s.in_sync()
+
+
 async def _believed(s: Script) -> None:
     """A sync of a secondary's log fails, and has lost what the next process finds in the page cache
     still: it is applied when it is durable, and not because it is there."""
@@ -241,6 +262,7 @@ async def _last_one_rots(s: Script) -> None:
 
 
 MOVED_AND_LOST = directed(_moved_and_lost)
+MOVED_AND_LOST_IN_STEP = directed(_moved_and_lost_in_step, mode="sync", on_link_loss="fail")
 BELIEVED = directed(_believed)
 ENDED_EPOCH = directed(_ended_epoch)
 LOG_REVERTS = directed(_log_reverts)
