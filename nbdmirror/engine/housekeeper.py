@@ -290,7 +290,9 @@ class Housekeeper:
             return  # the log was reset meanwhile
         position = ring.tail
         self._store.state["tail"] = {"position": position, "seq": ring.tail_seq}
-        self._store.state["durable_seq"] = self._log.kept_seq
+        # In this save it goes with the tail; in any other before that one is durable, what was in
+        # memory only would be missed by a start.
+        self._store.state["durable_seq"] = max(self._log.kept_seq, ring.tail_seq - 1)
         await self._store.save()
         if self._log.ring is ring:
             self._log.confirm_tail(position)

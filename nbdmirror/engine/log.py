@@ -175,10 +175,9 @@ class Log:
 
     @property
     def kept_seq(self) -> int:
-        """Recovery finds every record up to here in the file, even after a power loss."""
-        if self.spilled is None:
-            return self.durable_seq
-        return max(self._kept_seq, self.ring.tail_seq - 1)
+        """Recovery finds every record up to here in the file, even after a power loss; or the tail
+        that it begins at lies behind them."""
+        return self.durable_seq if self.spilled is None else self._kept_seq
 
     @property
     def next_seq(self) -> int:
@@ -432,7 +431,9 @@ class Log:
         assert self.ring.durable_tail <= position <= self.ring.tail
         self.ring.durable_tail = position
         if self.spilled is not None:
+            assert position == self.ring.tail
             self.spilled.drop(position)
+            self._kept_seq = max(self._kept_seq, self.ring.tail_seq - 1)
 
     def reset(self, seq: int) -> None:
         """Empties the log, to go on with ``seq``: a secondary starts a new stream. The superblock

@@ -201,7 +201,7 @@ class Checks:
             return 0
         if node.log.frozen or node.store.state.get("log_volatile"):
             return 0
-        return node.log.durable_seq if node.log.spilled is None else node.log._kept_seq
+        return node.log.kept_seq
 
     def flushed(self) -> None:
         """With synchronous remotes what a flush promised survives the loss of the primary (I3)."""

@@ -27,6 +27,7 @@ from tests.sim.plays.spill import (
     LEFT_MEANWHILE,
     ON_DISK,
     PAST_TWICE,
+    RELEASED_WHILE_MADE_SAFE,
     UNSPILLED_TOO_SOON,
 )
 
@@ -76,6 +77,18 @@ def _(assign: Assign) -> None:
         self._kept_seq = self.next_seq - 1
 
     assign(Log, "keep", keep)
+
+
+@mutant(
+    "X1 what is released counts as kept before its tail is durable", run=RELEASED_WHILE_MADE_SAFE
+)
+def _(assign: Assign) -> None:
+    def kept_seq(self: Log) -> int:
+        return max(
+            self.durable_seq if self.spilled is None else self._kept_seq, self.ring.tail_seq - 1
+        )
+
+    assign(Log, "kept_seq", property(kept_seq))
 
 
 @mutant("M4 a flush, and letting go of an extent, sync no facet")

@@ -6,15 +6,20 @@ import asyncio
 from dataclasses import replace
 
 from tests.sim.directed import directed
+from tests.sim.faults import Fault, Kind
 from tests.sim.options import KIB
+from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
     FAR,
     LARGE,
     SLOW_SECONDS,
     all_is_there,
+    full_log,
     killed,
     loses,
+    moment,
     on_disk,
+    only_remote,
     power_loss,
     slow,
     slow_save,
@@ -22,6 +27,8 @@ from tests.sim.plays.stage import (
     without_facet,
 )
 from tests.sim.script import BLOCK, Script
+
+BRIEFLY = Fault(Kind.STALL, seconds=1.0)
 
 
 async def _past_twice(s: Script) -> None:
@@ -142,10 +149,40 @@ async def _unspilled_too_soon(s: Script) -> None:
     await s.in_sync()
 
 
+async def _released_while_made_safe(s: Script) -> None:
+    """An extent is about to leave the active map, and the disk of the remotes' maps is slow; what
+    is released meanwhile was in memory only. The superblock is saved, and not yet the tail: a start
+    misses nothing that it had not been told to be in the file."""
+    world, a = s.world, s.world.a
+    s.link(up=False)
+    await full_log(s)
+    remote, node = await only_remote(s), await s.primary()
+    await s.until(lambda node: remote.tracking and remote.marked_seq is None)
+    await s.until(lambda node: node.log.ring.durable_tail == node.log.ring.head)
+    a.disk.faults = lambda operation, path, nth: (
+        BRIEFLY if operation == "sync" and path.startswith("/state/dcm/") else None
+    )
+    await s.write(0, 0)
+    await asyncio.sleep(BRIEFLY.seconds / 5)
+    safe = world.spawn(world.in_life(a, node._make_safe()))
+    await asyncio.sleep(BRIEFLY.seconds / 50)
+    for first in range(BLOCK, 6 * BLOCK, BLOCK):
+        await s.write(0, first)
+    await safe
+    a.disk.faults = None
+    damaged = moment(s, a, "log-damaged")
+    await killed(s, a)
+    if damaged.is_set():
+        raise Violation("a log that is sound was taken for damaged, and all is compared (X1)")
+    s.link(up=True)
+    await s.in_sync()
+
+
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, **LARGE)
 LEFT_MEANWHILE = directed(_left_meanwhile, spill=8 * KIB, facets=2, **LARGE)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
+RELEASED_WHILE_MADE_SAFE = directed(_released_while_made_safe, spill=8 * KIB)
 UNSPILLED_TOO_SOON = directed(_unspilled_too_soon, spill=8 * KIB, facets=2, last_facet=True)
