@@ -64,6 +64,8 @@ class Handshake:
         self.structured = False
         self.shutting_down = False
         self.export: ExportInfo | None = None
+        self.name = ""
+        """What the client called it, which need not be its own name."""
         self.contexts: tuple[str, ...] = ()
         self.failure: str | None = None
         self.tls_wanted = False
@@ -235,7 +237,7 @@ class Handshake:
 
     def _enter(self, name: str, export: ExportInfo) -> None:
         """Ends the handshake; contexts that were selected for another name do not count."""
-        self.export = export
+        self.name, self.export = name, export
         self.contexts = self._selected if name == self._contexts_for else ()
 
     # -- meta contexts ---------------------------------------------------------------------------

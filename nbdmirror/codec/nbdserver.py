@@ -100,6 +100,8 @@ class ServerSession:
         self._plain_max = -1
         self.export: ExportInfo | None = None
         """The export that the client chose: set once transmission has begun."""
+        self.name = ""
+        """What it called it, which need not be its own name."""
         self.contexts: tuple[str, ...] = ()
         """The meta contexts that a block status has to answer for."""
         self.structured = False
@@ -225,7 +227,7 @@ class ServerSession:
         return True
 
     def _begin_transmission(self, export: ExportInfo) -> None:
-        self.export = export
+        self.name, self.export = self._handshake.name, export
         self.contexts = self._handshake.contexts
         self.structured = self._handshake.structured
         self._slab.enlarge()

@@ -215,7 +215,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         """What the handshake has come to: an export, TLS, an end, or nothing yet."""
         session = self._session
         if session.export is not None:
-            self._begin(session.export)
+            self._begin(session.name)
         elif session.tls_wanted:
             assert self._transport is not None
             self._transport.writelines(session.take_output())
@@ -244,9 +244,10 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._work_off()
         self._throttle()
 
-    def _begin(self, export: ExportInfo) -> None:
+    def _begin(self, name: str) -> None:
+        """By the name that the client found it by: of two that share a number, a uuid names one."""
         self._arrival.chosen()
-        self._volume = self._server.volume(export.name)
+        self._volume = self._server.volume(name)
         assert self._volume is not None
         self._group = self._server.writer(self._volume)
         self._volume.clients += 1

@@ -55,6 +55,11 @@ class SnapshotCommands:
             self._check_idle()
             if replaced is None:
                 snapshots.check_room()
+            elif not snapshots.shown(replaced):  # somebody else was quicker
+                raise Refused(
+                    f"snapshot {label(replaced)} is gone, or there is another with its number",
+                    hint="look for it with nbdmirror snapshot list",
+                )
             state = self._node.store.state
             number = state.get("snapshot_number", 0) + 1
             if replaced is not None and replaced["number"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from nbdmirror.codec.nbd import ExportInfo
@@ -11,6 +13,7 @@ from nbdmirror.engine.access import Client, Rules
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.methods import METHODS
 from nbdmirror.errors import UsageError
+from tests.unit import nbdclient as c
 from tests.unit.primary import Primary, primary
 
 READING = {
@@ -64,6 +67,35 @@ def test_a_snapshot_is_for_the_clients_of_its_volume() -> None:
         server.rules = {}
         found = server.find_for(LAPTOP, "v@1")
         assert isinstance(found, ExportInfo) and not found.read_only
+
+    primary(test)
+
+
+class Transport(asyncio.Transport):
+    """Takes what is sent, and sends nothing."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_client_that_names_a_uuid_attaches_that_snapshot(*, old: bool) -> None:
+    """While a snapshot is made anew there are two of its number."""
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        pair = world.node.snapshots.entries
+        await world.node.people.take([0], "user", protected=False, replaced=pair[0])
+        wanted, other = (f"v@{entry['uuid']}" for entry in (pair if old else pair[::-1]))
+        connection = exports(world).connection()
+        connection.connection_made(Transport())
+        for data in (c.client_flags(), c.go(wanted)):
+            memoryview(connection.get_buffer(-1))[: len(data)] = data
+            connection.buffer_updated(len(data))
+        assert (world.served(wanted).clients, world.served(other).clients) == (1, 0)
+        connection.connection_lost(None)
 
     primary(test)
 

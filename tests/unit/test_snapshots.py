@@ -369,6 +369,22 @@ def test_refresh_makes_it_anew_with_its_number() -> None:
     primary(test)
 
 
+def test_of_two_who_refresh_a_snapshot_at_once_one_is_told() -> None:
+    """V10: one snapshot is left under its number, not two."""
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        people = world.node.people
+        results = await asyncio.gather(
+            people.refresh("1"), people.refresh("1"), return_exceptions=True
+        )
+        (told,) = [one for one in results if isinstance(one, Refused)]
+        assert "another with its number" in str(told)
+        assert [one["number"] for one in people.list()] == [1]
+
+    primary(test)
+
+
 def test_at_the_limit_of_their_number_no_more_are_taken() -> None:
     async def test(world: Primary) -> None:
         await world.take()
