@@ -237,13 +237,14 @@ class Restorer:
         secondary = self._node.secondary
         assert secondary is not None
         keep = keep and bool((self._store.state["upstream"] or {}).get("consistent"))
-        await secondary.detach({})
+        await secondary.detach()
         seq, undo = self._node.log.next_seq - 1, None
         if keep:
             now = self._node.env.clock.time_ns()
             undo = await self._snapshots.take_here("restore", indices, seq, now, protected=False)
         running = await self._prepare_maps(entry, indices)
-        await secondary.detach({"restore": self._state(entry, undo, seq, running)})
+        # Only now: one that cannot begin has cost nothing (X2).
+        await secondary.diverge({"restore": self._state(entry, undo, seq, running)})
         self._started(entry, running)
         return undo
 

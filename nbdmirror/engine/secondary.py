@@ -318,11 +318,10 @@ class Secondary:
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
 
-    async def detach(self, change: dict[str, Any]) -> None:
-        """The volumes are about to be changed by something else than the primary (V14): everything
-        is applied and durable, no redo comes by it, and the primary will compare everything.
-        ``change`` goes into the superblock in the same save. No primary is let in until
-        ``detached`` is taken back. Refused while the link is active."""
+    async def detach(self) -> None:
+        """Something else than the primary is about to change the volumes (V14): everything is
+        applied and durable, and no primary is let in until ``detached`` is taken back, which undoes
+        this. Refused while the link is active."""
         if self.current is not None or self._entered:  # what one began in a thread may yet land
             raise Refused(
                 f"{self.node_name} is connected to its primary: what is restored here would be "
@@ -331,6 +330,11 @@ class Secondary:
             )
         self.detached = True
         await self.drain()
+
+    async def diverge(self, change: dict[str, Any]) -> None:
+        """From this save of the superblock on, in which ``change`` goes, what is detached may be
+        changed: no redo comes by, and the primary will compare everything."""
+        assert self.detached
         state = self.store.state
         if state["upstream"] is not None:
             state["upstream"]["consistent"] = False

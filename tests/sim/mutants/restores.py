@@ -22,6 +22,7 @@ from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.restores import (
+    NOT_RESTORED,
     RESTORED,
     RESTORED_AND_BACK,
     RESTORED_AND_REMOVED,
@@ -64,12 +65,23 @@ def _(assign: Assign) -> None:
 
 @mutant("V14 a secondary that was restored does not say so")
 def _(assign: Assign) -> None:
-    original = Secondary.detach
+    original = Secondary.diverge
 
-    async def detach(self: Secondary, change: dict[str, Any]) -> None:
+    async def diverge(self: Secondary, change: dict[str, Any]) -> None:
         await original(self, change)
         self.store.state["altered"] = False
         await self.store.save()
+
+    assign(Secondary, "diverge", diverge)
+
+
+@mutant("X2 a restore that cannot begin costs a secondary its consistency", run=NOT_RESTORED)
+def _(assign: Assign) -> None:
+    original = Secondary.detach
+
+    async def detach(self: Secondary) -> None:
+        await original(self)
+        await self.diverge({})
 
     assign(Secondary, "detach", detach)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 
 from tests.sim.directed import directed
+from tests.sim.faults import Fault, Kind
+from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
     SLOW_SECONDS,
     killed,
     power_loss,
     slow,
     slow_at,
+    strikes,
     within,
     without_log,
 )
@@ -90,7 +93,32 @@ async def _restored_and_back(s: Script) -> None:
     await s.in_sync()
 
 
+async def _not_restored(s: Script) -> None:
+    """A restore on a secondary whose link is inactive cannot begin, for want of a snapshot of the
+    state before, or of the map of what is to be copied: it is as consistent as it was, and goes on
+    where it was."""
+    (b,) = s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await s.pause(on=True)
+    await asyncio.sleep(1.0)
+    assert b.node is not None
+    for operation, path in (("create", "/state/snapshots"), ("sync", "/state/restore")):
+        failed = asyncio.Event()
+        b.disk.faults = strikes(operation, path, Fault(Kind.ERROR), failed)
+        await s._command(b.node.people.restore(uuid, None, False, True, False), b)
+        assert failed.is_set() and b.node.store.state.get("restore") is None
+        if not b.node.store.state["upstream"]["consistent"]:
+            raise Violation("a restore that could not begin was not without consequence (X2)")
+    await s.write(0, 0)
+    await s.pause(on=False)
+    await s.in_sync()
+
+
 RESTORED = directed(_restored)
+NOT_RESTORED = directed(_not_restored)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 RESTORED_AND_WRITTEN = directed(_restored_and_written)
 RESTORED_AND_REMOVED = directed(_restored_and_removed, remotes=2)
