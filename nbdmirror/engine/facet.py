@@ -95,6 +95,11 @@ class LocalFacet:
         """Whether it takes writes and serves reads."""
         return self.state is FacetState.SYNCHRONISED and self.failed is None
 
+    @property
+    def dirty(self) -> bool:
+        """Whether it takes writes, and a sync has not covered all of them."""
+        return self.writable and (self.written_seq > self.synced_seq or bool(self.pending))
+
     def leave(self) -> None:
         """Takes no more writes; from this step on the log is kept for what it lacks."""
         if self.writable:
@@ -195,9 +200,7 @@ class LocalFacet:
         """The log up to here is not needed for this facet, all up to ``applied_seq`` being in."""
         if not self.writable:
             return applied_seq if self.kept_seq is None else self.kept_seq
-        if self.written_seq > self.synced_seq or self.pending:
-            return self.synced_seq
-        return applied_seq
+        return self.synced_seq if self.dirty else applied_seq
 
     async def sync(self) -> None:
         """Makes durable what was written before; raises DiskFailed and fails the facet (O16)."""

@@ -218,7 +218,7 @@ class Housekeeper:
             (volume, facet)
             for volume in self._volumes
             for facet in volume.writable()
-            if everything or facet.written_seq > facet.synced_seq or facet.pending
+            if everything or facet.dirty
         ]
         syncs = (facet.sync() for _, facet in dirty)
         results = await asyncio.gather(*syncs, return_exceptions=True)

@@ -340,7 +340,7 @@ class Node:
             await self.primary.group.active.drop_safe()
         # A failed log may hold a record that nobody was told of: redo decides about it, and brings
         # what has outlived the patience for requests into all facets.
-        landed = not any(f.pending or f.unnoted for v in self.volumes for f in v.facets)
+        landed = not any(f.dirty or f.unnoted for v in self.volumes for f in v.facets)
         if self.log.failed is None and landed and all(v.in_service() for v in self.volumes):
             self.store.state.update(clean=True, end_seq=self.log.next_seq - 1)
             await self.store.save()

@@ -25,7 +25,12 @@ from nbdmirror.errors import FormatError
 from nbdmirror.ports import Buffer
 from tests.sim.mutants.aims import UNFINISHED
 from tests.sim.mutation import Assign, mutant, nothing
-from tests.sim.plays.facets import READ_AND_FAILED, STOPPED_AND_CLEARING, STOPPED_AND_WAITING
+from tests.sim.plays.facets import (
+    READ_AND_FAILED,
+    STOPPED_AND_CLEARED,
+    STOPPED_AND_CLEARING,
+    STOPPED_AND_WAITING,
+)
 from tests.sim.plays.log import BELIEVED, ENDED_EPOCH, LOG_REVERTS
 from tests.sim.plays.remotes import OFTEN_WITHOUT_POWER
 
@@ -300,6 +305,22 @@ def _(assign: Assign) -> None:
         await original(self)
 
     assign(Node, "_settle", settle)
+
+
+@mutant(
+    "O5 a stop is clean though what ended after its syncs is not durable", run=STOPPED_AND_CLEARED
+)
+def _(assign: Assign) -> None:
+    original = Node._make_safe
+
+    async def make_safe(self: Node) -> None:
+        await original(self)
+        assert self.exports is not None
+        if self.exports.stopping:
+            for facet in (facet for volume in self.volumes for facet in volume.facets):
+                facet.synced_seq = facet.written_seq
+
+    assign(Node, "_make_safe", make_safe)
 
 
 @mutant("M12 a request that outlives the patience of a stop is made", run=STOPPED_AND_WAITING)

@@ -305,6 +305,22 @@ async def _stopped_and_clearing(s: Script) -> None:
     await s.in_sync()
 
 
+async def _stopped_and_cleared(s: Script) -> None:
+    """A request takes a little longer than a stop waits for: it has come into the facets when the
+    stop is through, and after its syncs of them. Then power fails."""
+    a, began = s.world.a, s.world.loop.time()
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    punching = slow(a, "punch", "/facets/v0.0", STOP_SECONDS + SLOW_SECONDS / 2)
+    s.world.spawn(s.clear(0, 0, BLOCK, "trim"))
+    await punching.wait()
+    slow(a, "sync", "/state/superblock", when=lambda: s.world.loop.time() > began + STOP_SECONDS)
+    await s.stop(a)
+    await power_loss(s, a)
+    await s.read(0, 0, BLOCK)
+    await s.in_sync()
+
+
 async def _stopped_and_waiting(s: Script) -> None:
     """The log is full, for a facet's disk hangs for longer than a stop waits for requests: those
     that wait for room then do so until the stop gives some back. Afterwards power fails."""
@@ -359,5 +375,6 @@ READ_AND_FAILED = directed(_read_and_failed, facets=2)
 COPIED_FROM_WHAT_LOST = directed(_copied_from_what_lost, facets=2)
 SENT_FROM_WHAT_LOST = directed(_sent_from_what_lost, facets=2)
 STOPPED_AND_CLEARING = directed(_stopped_and_clearing, facets=2)
+STOPPED_AND_CLEARED = directed(_stopped_and_cleared, facets=2)
 STOPPED_AND_WAITING = directed(_stopped_and_waiting, facets=2)
 CLEARED_UNNOTED = directed(_cleared_unnoted, spill=8 * KIB, facets=2)
