@@ -149,8 +149,7 @@ class ExportServer:
         self.stopping = True
         for connection in list(self.connections):
             connection.shutdown()
-        busy = [task for c in self.connections for task in c.tasks]
-        if busy:
+        if busy := [task for c in self.connections for task in c.tasks]:
             await asyncio.wait(busy, timeout=seconds)
         if self.group is not None:
             self.group.end()
