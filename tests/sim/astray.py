@@ -1,21 +1,24 @@
 """Writes to a node's own files that their disk lost, or put somewhere else in the file, and told
-nobody (fault 16): who reads them back must notice.
+nobody (fault 16), and saves of a superblock that rot: who reads them back must notice.
 
 A record of a log has its seq, a sector of a map its place, a superblock its number and counter:
 what is not what it should be is not taken for good, all that it may have spoken of is compared, and
-everything is equal again in the end. That a newer page of a map was lost, nothing says: what it had
-marked is a difference that nobody knows of until a verify finds it.
+everything is equal again in the end, and each snapshot that is shown is what it was. That a newer
+page of a map was lost, nothing says: what it had marked is a difference that nobody knows of until
+a verify finds it.
 
 Once at the end of a run, where nothing else goes on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
 from nbdmirror.codec import mappage, slots
 from nbdmirror.core.ring import Ring
+from tests.sim import snapshots
 from tests.sim.faults import AllLost, Fault, Kind, Miswrites
 from tests.sim.host import Host
 from tests.sim.image import SECTOR
@@ -26,6 +29,9 @@ from tests.sim.world import World
 
 SYNC_SECONDS = 300.0
 WRITES = 5
+SPREAD = 12
+"""Writes, of which a resync has not copied all at once."""
+MOMENT_S = 0.000_1
 EVER = 1 << 30
 PATH = "/state/superblock"
 FULL_MAX = 400
@@ -76,7 +82,9 @@ class Astray:
         cases: list[tuple[Case, Kind, str]]
         cases = [(self._log_there, kind, "a log") for kind in both]
         cases.append((self._superblock, Kind.STRAY, "a superblock"))
+        cases.append((self._after_snapshot, Kind.FLIP, "a superblock"))
         if not in_memory:
+            cases.append((self._in_resync, Kind.FLIP, "a superblock"))
             cases += [(self._log, kind, "a log") for kind in both]
             cases += [(self._superblock, Kind.DROP, "a superblock"), *maps]
         return cases
@@ -142,9 +150,12 @@ class Astray:
         await world.rot.check_mended()
 
     async def _write(self) -> None:
+        await self._script.write(*self._place())
+
+    def _place(self) -> tuple[int, int]:
         options, rng = self._world.options, self._random
         volume = rng.randrange(len(options.sizes))
-        await self._script.write(volume, rng.randrange(options.sizes[volume] // options.cell))
+        return volume, rng.randrange(options.sizes[volume] // options.cell)
 
     def _cut(self) -> None:
         for remote in self._world.remotes:
@@ -211,9 +222,8 @@ class Astray:
         self._begin(host)
         self._cut()
         await self._end(host, rng.choice(["kill", "stop"]))
-        content, size = host.disk.content(PATH), slots.SLOT_SIZE
-        index, _, _ = slots.choose([content[:size], content[size:]])
-        to_other = (2 * index - 1) * size
+        # The next one goes to the other slot; it lands in the one that counts.
+        to_other = 2 * newest_slot(host) - slots.SLOT_SIZE
         fault = Fault(kind, shift=rng.choice([to_other, slots.SECTOR_SIZE]))
         # The first write is that of the slot that counts, which is made durable once more.
         faults = Miswrites(PATH, fault, 2, EVER if kind is Kind.DROP else 1)
@@ -225,6 +235,68 @@ class Astray:
         await self._again(host, rng.choice(["kill", "power"]))
         if faults.last:  # else a later save has put another in its place
             self._check_noticed(host)
+
+    async def _in_resync(self, kind: Kind) -> None:
+        """A secondary's last save, when some regions of a resync are there, and its log has held
+        older versions of them. The primary's log has lost the newer ones, with its power."""
+        world, rng, a = self._world, self._random, self._world.a
+        host, held = rng.choice(world.remotes), rng.random() < 0.5
+        self._begin(host)
+        await self._apply(host, frozen=held)
+        places = [self._place() for _ in range(SPREAD)]
+        for place in places:
+            await self._script.write(*place)
+        # Else a redo of the primary's brings the older versions back there too.
+        await self._script.until(lambda node: _has_released(a, world.history.head))
+        self._cut()
+        assert a.node is not None
+        log, stall = a.node.log._file.path, Fault(Kind.STALL, seconds=SYNC_SECONDS)
+        a.disk.faults = lambda name, path, nth: stall if (name, path) == ("sync", log) else None
+        for place in places:
+            await self._script.write(*place)
+        for volume in a.node.volumes:
+            await world.in_life(a, volume.in_service()[0].sync())
+        await self._again(a, "power")
+        node = await self._script.primary()
+        assert node.primary is not None
+        remote = node.primary.remote(host.name)
+        left = rng.randrange(1, max(2, remote.dirty_regions))
+        world.net.heal_all()
+        while remote.dirty_regions > left and world.a.node is node:
+            await asyncio.sleep(MOMENT_S)
+        await self._rotten(host)
+        await self._apply(host, frozen=False)
+
+    async def _apply(self, host: Host, *, frozen: bool) -> None:
+        assert host.node is not None
+        await self._world.in_life(host, host.node.apply(frozen))
+
+    async def _after_snapshot(self, kind: Kind) -> None:
+        """The last save, when something was just overwritten that two snapshots have, perhaps
+        without a redo that comes by what it was."""
+        world, rng = self._world, self._random
+        host = rng.choice(list(world.hosts.values()))
+        self._begin(host)
+        place, between = self._place(), rng.random()
+        await self._script.write(*place)
+        await self._script.snapshot()
+        if between < 0.3:
+            await self._script.write(*place)
+        elif between < 0.9:
+            await self._script.until(lambda node: _has_released(host, world.history.head))
+        await self._script.snapshot()
+        await self._script.write(*place)
+        await self._in_sync()
+        await self._rotten(host)
+        await self._in_sync()
+        await snapshots.look(world)
+
+    async def _rotten(self, host: Host) -> None:
+        """Its process dies, the save that counts rots, and it is started again."""
+        await self._end(host, "kill")
+        host.disk.flip(PATH, newest_slot(host) + self._random.randrange(slots.SECTOR_SIZE))
+        await self._start(host, None)
+        self._check_noticed(host)
 
     # -- the maps --------------------------------------------------------------------------------
 
@@ -261,6 +333,17 @@ class Astray:
         await self._verify()
 
 
+def newest_slot(host: Host) -> int:
+    """Where in the superblock the save that counts begins."""
+    content, size = host.disk.content(PATH), slots.SLOT_SIZE
+    index, _, _ = slots.choose([content[:size], content[size:]])
+    return index * size
+
+
 def _released(ring: Ring, seq: int) -> bool:
     """Whether it, and what lies before it, is needed no more, durably."""
     return ring.tail_seq > seq and ring.durable_tail == ring.tail
+
+
+def _has_released(host: Host, seq: int) -> bool:
+    return host.node is not None and _released(host.node.log.ring, seq)

@@ -7,10 +7,11 @@ import contextlib
 import errno
 from collections.abc import Callable
 
-from nbdmirror.codec import slots
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
+from tests.sim.astray import PATH as SUPERBLOCK
+from tests.sim.astray import newest_slot
 from tests.sim.disk import SimDisk
 from tests.sim.faults import AllLost, Fault, Injector, Kind
 from tests.sim.file import SimFile
@@ -160,14 +161,11 @@ async def killed(s: Script, host: Host) -> None:
 async def save_rotted(s: Script, host: Host) -> None:
     """Its process dies, if it has not, and what it saved last of its superblock has rotted: it
     comes back with the save before that, and knows of it."""
-    world, path, size = s.world, "/state/superblock", slots.SLOT_SIZE
     s.kill(host)
     host.disk.faults = None
-    content = host.disk.content(path)
-    newest, _, _ = slots.choose([content[:size], content[size:]])
-    host.disk.flip(path, newest * size + 100)
-    world.astray_on, noticed = host, moment(s, host, "superblock-damaged")
-    await world.start(host)
+    host.disk.flip(SUPERBLOCK, newest_slot(host) + 100)
+    s.world.astray_on, noticed = host, moment(s, host, "superblock-damaged")
+    await s.world.start(host)
     if not noticed.is_set():
         raise Violation(f"{host.name} did not notice what its superblock lost (O11)")
 
