@@ -309,7 +309,7 @@ class Node:
         if self.exports is not None:
             await self.exports.stop(STOP_SECONDS)
         if self.primary is not None:
-            await self.primary.stop()
+            await self.primary.stop(for_good=True)
         if self.facets is not None:
             await self.rescue.stop()
             await self.facets.stop()

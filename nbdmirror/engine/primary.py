@@ -55,6 +55,7 @@ class Primary:
         self.remotes: list[Remote] = []
         housekeeper.remotes = self.remotes
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ended = False
         self.roster = asyncio.Lock()
         """Held while remotes come and go, and by who needs the same ones from its first to its last
         step (``engine.bypass``)."""
@@ -168,10 +169,12 @@ class Primary:
             self._begin(remote)
 
     def _begin(self, remote: Remote) -> None:
-        self._tasks[remote.name] = asyncio.ensure_future(self._serve(remote))
+        if not self._ended:
+            self._tasks[remote.name] = asyncio.ensure_future(self._serve(remote))
 
-    async def stop(self) -> None:
-        """Ends the connections."""
+    async def stop(self, *, for_good: bool = False) -> None:
+        """Ends the connections; ``for_good``: and none begins any more, whoever was about to."""
+        self._ended = self._ended or for_good
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
