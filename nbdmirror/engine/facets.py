@@ -91,6 +91,9 @@ class Facets:
             if facet.in_service:
                 member.saved["identity"] = facet.file.identity()
                 continue
+            if not clean:
+                # A sync may have failed just before the process died, and nobody has noted that.
+                member.saved["failed_boot"] = self.store.state["boot_id"]
             if facet.is_open and not member.is_same():
                 member.fill()
                 member.saved.update(compare=True, identity=facet.file.identity())

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from nbdmirror.codec.record import MARK, Record
@@ -358,14 +359,19 @@ def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[
 
 
 async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
-    """Writes what the facets hold in the ranges once more, durably. A sync that failed before the
-    process died may have left it in the page cache, marked clean; else redo does that (O16)."""
+    """Writes what the facets hold in the ranges once more, and clears their holes, durably. A sync
+    that failed before the process died may have left either in the page cache, marked clean; else
+    redo does that (O16)."""
     for volume, offset, length in ranges:
         for facet in volume.in_service():
-            for start, size in facet.file.data_ranges(offset, length):
+            begin, end = offset, offset + length
+            for start, size in chain(facet.file.data_ranges(offset, length), [(end, 0)]):
+                if begin < start:
+                    await facet.punch(begin, start - begin)
                 for at in range(start, start + size, LEVEL_BYTES):
                     step = min(LEVEL_BYTES, start + size - at)
                     facet.pwrite(at, await facet.read(at, step))
+                begin = start + size
     for volume in volumes:
         for facet in volume.in_service():
             await facet.sync()

@@ -16,11 +16,13 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.spill import Spill
 from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import lost_spilled
 from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 from tests.sim.plays.spill import (
+    CLEARED_AND_KILLED,
     FAR_BEHIND,
     IN_MEMORY_AGAIN,
     LEFT,
@@ -175,6 +177,22 @@ def _(assign: Assign) -> None:
 @mutant("O16 after a process death what is in the page cache is taken to be on disk", LOSES)
 def _(assign: Assign) -> None:
     assign(doubt, "write_anew", nothing)
+
+
+@mutant("O16 after a process death what is a hole in the page cache is one", run=CLEARED_AND_KILLED)
+def _(assign: Assign) -> None:
+    original = recovery.write_anew
+
+    async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
+        pieces = (
+            (volume, start, size)
+            for volume, offset, length in ranges
+            for facet in volume.in_service()
+            for start, size in facet.file.data_ranges(offset, length)
+        )
+        await original(volumes, list(pieces))
+
+    assign(doubt, "write_anew", write_anew)
 
 
 @mutant("O16 what is in the page cache is believed where the log was in memory", LOSES_ALL)

@@ -15,9 +15,12 @@ from tests.sim.plays.stage import (
     FAR,
     SLOW,
     SLOW_SECONDS,
+    alike_without_power,
     another_disk,
     claimed,
+    dies_of,
     either,
+    full_log,
     killed,
     loses,
     moment,
@@ -291,6 +294,46 @@ async def _failed_and_compared(s: Script) -> None:
     await s.in_sync()
 
 
+async def _cleared_and_failed(s: Script) -> None:
+    """A sync of one of two facets fails that should have made a clearing durable: the hole is in
+    its page cache only. It gets what it lacks, in the same boot, where the other has a hole too;
+    and the power fails when it is back, and nothing active."""
+    a, regions = s.world.a, range(0, 4 * BLOCK, BLOCK)
+    await s.write(0, *regions, count=BLOCK)
+    await s.in_sync()
+    await released(s, a)
+    loses(a, "/facets/v0.1")
+    for first in regions:
+        await s.clear(0, first, BLOCK, "trim")
+    node = await s.primary()
+    await s.world.in_life(a, node.housekeeper.sync_facets())
+    await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
+    a.disk.faults = None
+    await s.facets_back()
+    await alike_without_power(s)
+
+
+async def _compared_and_killed(s: Script) -> None:
+    """All of a facet is compared, and what differed is written, or cleared; its sync fails, and the
+    process dies before that is noted. What is in the page cache does not count as equal then."""
+    a, path = s.world.a, "/facets/v0.1"
+    await s.write(0, 0, 2 * BLOCK, count=BLOCK)
+    await s.facet("offline", path)
+    await s.write(0, 0, count=BLOCK)
+    await s.clear(0, 2 * BLOCK, BLOCK, "trim")
+    await full_log(s)
+    await s.in_sync()
+    await released(s, a)
+    returns, (_, facet) = moment(s, a, "facet-returns"), (await s.primary()).volumes[0].facets
+    died = dies_of(s, a, facet)
+    a.disk.faults = strikes("sync", path, Fault(Kind.LOSE), asyncio.Event(), returns.is_set)
+    await s.facet("replace", path)
+    await died.wait()
+    await s.world.start(a)
+    await s.facets_back()
+    await alike_without_power(s)
+
+
 async def _stopped_and_clearing(s: Script) -> None:
     """A request takes longer than a stop waits for: it is in the log, and in one facet of two."""
     a, seconds = s.world.a, STOP_SECONDS + 10.0
@@ -374,6 +417,8 @@ ADDED_AND_FAILED = directed(_added_and_failed, facets=2)
 READ_AND_FAILED = directed(_read_and_failed, facets=2)
 COPIED_FROM_WHAT_LOST = directed(_copied_from_what_lost, facets=2)
 SENT_FROM_WHAT_LOST = directed(_sent_from_what_lost, facets=2)
+CLEARED_AND_FAILED = directed(_cleared_and_failed, facets=2)
+COMPARED_AND_KILLED = directed(_compared_and_killed, facets=2)
 STOPPED_AND_CLEARING = directed(_stopped_and_clearing, facets=2)
 STOPPED_AND_CLEARED = directed(_stopped_and_cleared, facets=2)
 STOPPED_AND_WAITING = directed(_stopped_and_waiting, facets=2)

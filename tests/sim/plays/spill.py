@@ -13,7 +13,9 @@ from tests.sim.plays.stage import (
     FAR,
     LARGE,
     SLOW_SECONDS,
+    alike_without_power,
     all_is_there,
+    dies_of,
     full_log,
     killed,
     loses,
@@ -21,6 +23,7 @@ from tests.sim.plays.stage import (
     on_disk,
     only_remote,
     power_loss,
+    released,
     slow,
     slow_save,
     within,
@@ -46,6 +49,25 @@ async def _past_twice(s: Script) -> None:
     await world.start(a)
     await killed(s, a)
     s.link(up=True)
+
+
+async def _cleared_and_killed(s: Script) -> None:
+    """A sync of one of two facets fails that should have made a clearing durable, and the process
+    dies before that is noted; the log in memory is gone. What is in the page cache only, holes too,
+    is on the disk before it is relied on."""
+    a, regions = s.world.a, range(0, 4 * BLOCK, BLOCK)
+    await s.write(0, *regions, count=BLOCK)
+    await s.in_sync()
+    await released(s, a)
+    for first in regions:
+        await s.clear(0, first, BLOCK, "trim")
+    facet = (await s.primary()).volumes[0].facets[1]
+    died = dies_of(s, a, facet)
+    loses(a, facet.path)
+    s.world.spawn(s.flush())
+    await died.wait()
+    await s.world.start(a)
+    await alike_without_power(s)
 
 
 async def _far_behind(s: Script) -> None:
@@ -179,6 +201,7 @@ async def _released_while_made_safe(s: Script) -> None:
 
 
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
+CLEARED_AND_KILLED = directed(_cleared_and_killed, spill=8 * KIB, facets=2)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
 LEFT = directed(_left, spill=8 * KIB, facets=2, **LARGE)
 LEFT_MEANWHILE = directed(_left_meanwhile, spill=8 * KIB, facets=2, **LARGE)

@@ -7,9 +7,11 @@ import contextlib
 import errno
 from collections.abc import Callable
 
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.errors import DiskFailed
 from tests.sim.astray import PATH as SUPERBLOCK
 from tests.sim.astray import newest_slot
 from tests.sim.disk import SimDisk
@@ -115,6 +117,24 @@ def loses(host: Host, path: str) -> None:
     host.disk.faults = strikes("sync", path, Fault(Kind.LOSE), asyncio.Event())
 
 
+def dies_of(s: Script, host: Host, facet: LocalFacet) -> asyncio.Event:
+    """The process dies in the step in which it sees this facet fail: nobody has noted it. Set when
+    it has."""
+    died = asyncio.Event()
+
+    def die() -> None:
+        s.kill(host)
+        host.disk.faults = None
+        died.set()
+
+    def fail(what: str, error: OSError) -> DiskFailed:
+        s.world.loop.call_soon(die)
+        raise asyncio.CancelledError
+
+    setattr(facet, "fail", fail)  # noqa: B010
+    return died
+
+
 def claimed(disk: SimDisk) -> None:
     """A file is opened for writing by one at a time, as on a real disk."""
     opened, files = disk.open, dict[str, SimFile]()
@@ -198,6 +218,20 @@ async def released(s: Script, host: Host) -> None:
     log = host.node.log
     while log.ring.tail_seq < log.next_seq:
         await asyncio.sleep(POLL_S)
+
+
+async def alike_without_power(s: Script) -> None:
+    """Nothing is active, and power fails: the facets of volume 0 are what they are."""
+    a = s.world.a
+    await s.in_sync()
+    await released(s, a)
+    await s.stop(a)
+    await s.world.start(a)
+    await power_loss(s, a)
+    content = [a.disk.content(f"/facets/v0.{number}") for number in (0, 1)]
+    if content[0] != content[1]:
+        raise Violation("a facet that is back was not on its disk (O16)")
+    await s.in_sync()
 
 
 async def cleared(s: Script) -> None:
