@@ -50,10 +50,10 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Primary.stop
 
-    async def stop(self: Primary) -> None:
+    async def stop(self: Primary, *, for_good: bool = False) -> None:
         for remote in self.remotes:
             remote.drop.clear()
-        await original(self)
+        await original(self, for_good=for_good)
 
     assign(Primary, "stop", stop)
 
