@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import mark as marks
@@ -81,14 +82,13 @@ class SnapshotCommands:
         """Deletes a snapshot here; ``everywhere``: on the secondaries too, at one point of the
         write order."""
         entry = self._find(spec, lost=True)
-        self._check_unused(entry)
         self._check_needless(entry)
         self._check_idle()
-        if everywhere:
-            group = self._group()
-            mark = Mark(marks.DELETE, entry["uuid"], tuple(entry["volumes"]))
-            await group.put_mark(mark)
-        await self._snapshots.delete(entry)
+        with self._unused(entry, "deleted"):
+            if everywhere:
+                mark = Mark(marks.DELETE, entry["uuid"], tuple(entry["volumes"]))
+                await self._group().put_mark(mark)
+            await self._snapshots.delete(entry)
         self._exports.forget(entry)
         return {"uuid": entry["uuid"], "number": entry["number"]}
 
@@ -96,11 +96,11 @@ class SnapshotCommands:
         """The snapshot becomes one of the volumes as they are now, with its number and a uuid of
         its own; what was written into it is dropped. Nothing is copied (V10)."""
         entry = self._find(spec)
-        self._check_unused(entry)
-        fresh = await self.take(
-            entry["volumes"], entry["kind"], protected=entry["protected"], replaced=entry
-        )
-        await self._snapshots.delete(entry)
+        with self._unused(entry, "taken anew"):
+            fresh = await self.take(
+                entry["volumes"], entry["kind"], protected=entry["protected"], replaced=entry
+            )
+            await self._snapshots.delete(entry)
         self._exports.forget(entry)
         return self._describe(fresh)
 
@@ -278,13 +278,23 @@ class SnapshotCommands:
         """How many have a snapshot attached."""
         return self._exports.clients(entry)
 
-    def _check_unused(self, entry: Entry) -> None:
+    @contextmanager
+    def _unused(self, entry: Entry, what: str) -> Iterator[None]:
+        """Refused while clients have it attached; none attaches it within."""
         clients = self._exports.clients(entry)
         if clients:
             raise Refused(
                 f"snapshot {label(entry)} has {clients} clients attached",
                 hint="detach them first",
             )
+        served = [self._exports.serve(entry, index) for index in entry["volumes"]]
+        for volume in served:
+            volume.closed = f"snapshot {label(entry)} is about to be {what}"
+        try:
+            yield
+        finally:
+            for volume in served:
+                volume.closed = None
 
     def _check_needless(self, entry: Entry) -> None:
         """X2: the last consistent image stays while nothing else is promotable."""

@@ -48,6 +48,26 @@ def test_a_name_of_no_snapshot_is_just_that(spec: str) -> None:
     primary(test)
 
 
+@pytest.mark.parametrize("what", ["deleted", "taken anew"])
+def test_nobody_attaches_one_that_is_about_to_go(what: str) -> None:
+    """V10: it would read errors from then on."""
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        people = world.node.people
+        world.disk.stall(5.0)
+        work = people.delete("1", True) if what == "deleted" else people.refresh("1")
+        going = asyncio.ensure_future(work)
+        await asyncio.sleep(1.0)
+        found = exports(world).find_for(LAPTOP, "v@1")
+        assert isinstance(found, Forbidden) and f"about to be {what}" in found.why
+        await going
+        again = exports(world).find_for(LAPTOP, "v@1")
+        assert again is None if what == "deleted" else isinstance(again, ExportInfo)
+
+    primary(test)
+
+
 def test_a_snapshot_is_for_the_clients_of_its_volume() -> None:
     """The rules of ``[[volume]]`` hold for what follows the @, in lists as well; ``read_only``
     too, whatever was said about the snapshot."""
