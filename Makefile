@@ -7,7 +7,8 @@
 #   make sim SEEDS=N       the simulation over N seeds; SEED=N replays one with a trace; MUTANTS=1
 #   make guest             the tests in a QEMU guest; CUTS=N: so many power cuts a side
 #   make bench             the measurements
-#   make fuzz SECONDS=N    every parser and whole nodes, N seconds each (3600), guided by coverage
+#   make fuzz SECONDS=N    every parser and whole nodes, N seconds each (3600), guided by coverage;
+#                          JOBS=N of them at a time
 #   make clean             removes what any of these made
 
 SHELL := /bin/bash
@@ -26,6 +27,7 @@ CHECK_SEEDS ?= 50
 TEST_SEEDS ?= 300
 CUTS ?= 2
 SECONDS ?= 3600
+JOBS ?= 1
 
 RUN_PACKAGES := python3 python3-venv python3-libnbd gcc libc6-dev python3-dev libxxhash-dev
 TEST_PACKAGES := $(RUN_PACKAGES) nbdkit nbdkit-plugin-python libnbd-bin nbd-client nbd-server \
@@ -75,7 +77,7 @@ bench: setup
 
 fuzz: setup
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
-	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --jobs $(JOBS)
 
 setup: packages-test .venv/stamp
 setup-run: packages-run .venv/stamp

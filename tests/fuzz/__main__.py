@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
-import resource
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 RUNS = re.compile(r"number_of_executed_units: +([0-9]+)")
@@ -25,6 +29,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", help="all, if none is named")
     parser.add_argument("--seconds", type=int, default=60, help="for each target (60)")
+    parser.add_argument("--jobs", type=int, default=1, help="targets at a time (1)")
     parser.add_argument("--reproduce", type=Path, metavar="FILE", help="one input of one target")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -46,10 +51,30 @@ def _fuzz(name: str, seconds: int) -> None:
     atheris.Fuzz()
 
 
-def _processor_seconds() -> float:
-    """What all children that have ended took: on a busy machine the time alone says little."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+@dataclass(frozen=True)
+class Campaign:
+    """What became of one target; ``processor``: seconds of it, for on a busy machine the time alone
+    says little."""
+
+    name: str
+    found: bool
+    said: str
+    seconds: float
+    processor: float
+
+
+def _campaign(seconds: int, name: str) -> Campaign:
+    """Fuzzes one target in a process of its own."""
+    began = time.monotonic()
+    argv = [sys.executable, "-m", "tests.fuzz", name, "--child", f"--seconds={seconds}"]
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read()
+    took = time.monotonic() - began
+    return Campaign(name, child.returncode != 0, text, took, usage.ru_utime + usage.ru_stime)
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str:
@@ -74,23 +99,18 @@ def main() -> int:
     if options.reproduce:
         TARGETS[names[0]].run(options.reproduce.read_bytes())
         return 0
-    failed = []
-    for name in names:
-        began, before = time.monotonic(), _processor_seconds()
-        argv = [sys.executable, "-m", "tests.fuzz", name, "--child"]
-        done = subprocess.run(
-            [*argv, f"--seconds={options.seconds}"], capture_output=True, text=True, check=False
-        )
-        word = "ok" if done.returncode == 0 else "FOUND"
-        print(
-            f"{name}: {word}, {_last(RUNS, done.stderr)} runs in {time.monotonic() - began:.0f} s "
-            f"({_processor_seconds() - before:.0f} s of processor), "
-            f"{_last(EDGES, done.stderr)} edges covered",
-            flush=True,
-        )
-        if done.returncode:
-            failed.append(name)
-            print(done.stderr[-3000:], flush=True)
+    failed = False
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for one in pool.map(partial(_campaign, options.seconds), names):
+            failed = failed or one.found
+            print(
+                f"{one.name}: {'FOUND' if one.found else 'ok'}, {_last(RUNS, one.said)} runs in "
+                f"{one.seconds:.0f} s ({one.processor:.0f} s of processor), "
+                f"{_last(EDGES, one.said)} edges covered",
+                flush=True,
+            )
+            if one.found:
+                print(one.said[-3000:], flush=True)
     return 1 if failed else 0
 
 
