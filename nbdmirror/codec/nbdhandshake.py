@@ -39,6 +39,10 @@ GREETING = nbd.GREETING.pack(nbd.INIT_MAGIC, nbd.OPTION_MAGIC, _OFFERED)
 _QUOTED_MAX = 64
 
 
+LISTS_MAX = 8
+"""Of one connection: there may be thousands of exports, and a stranger may ask (I6)."""
+
+
 class _Invalid(Exception):
     """The option's data is malformed; the text says how."""
 
@@ -63,6 +67,7 @@ class Handshake:
         self._selected: tuple[str, ...] = ()
         self.structured = False
         self.shutting_down = False
+        self._lists = 0
         self.export: ExportInfo | None = None
         self.name = ""
         """What the client called it, which need not be its own name."""
@@ -185,6 +190,9 @@ class Handshake:
 
     def _list(self, data: bytes) -> list[bytes]:
         _no_data(data)
+        self._lists += 1
+        if self._lists > LISTS_MAX:
+            raise _Invalid(f"listed {LISTS_MAX} times: it does not change that often")
         answer = []
         for export in self._list_exports():
             entry = _counted(export.name) + export.description.encode()
@@ -354,6 +362,5 @@ def _reply(option: int, kind: Rep, data: bytes = b"") -> bytes:
 
 
 def _error(option: int, kind: Rep, text: str) -> bytes:
-    data = text.encode()
-    assert len(data) <= nbd.STRING_BYTES_MAX
+    data = text.encode()[: nbd.STRING_BYTES_MAX]
     return _reply(option, kind, data)

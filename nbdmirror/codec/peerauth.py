@@ -111,7 +111,7 @@ class Listening:
         if said.get("peer") != self._node:
             raise PeerError(f"wrong name: {_shown(said.get('peer'))} is wanted, not {self._node!r}")
         claimed = said.get("node")
-        if not isinstance(claimed, str) or not 0 < len(claimed) <= 64:
+        if not isinstance(claimed, str) or not claimed.isascii() or not 0 < len(claimed) <= 64:
             raise PeerError("a node without a name")
         names = Names(self._group, claimed, self._node)
         nonces = (_bytes(said, "nonce", NONCE_BYTES), self._nonce)

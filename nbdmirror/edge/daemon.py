@@ -141,8 +141,9 @@ class Daemon:
         try:
             fresh = self._sockets.extended(load(config.path))
             self._security.reload(fresh)
-        except NbdmirrorError as error:
-            events.emit("reload-failed", why=error.message)
+        except (NbdmirrorError, OSError) as error:
+            why = error.message if isinstance(error, NbdmirrorError) else str(error)
+            events.emit("reload-failed", why=why)
         else:
             changed = [
                 name for name in Config.__slots__ if getattr(fresh, name) != getattr(config, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import socket
@@ -56,5 +57,7 @@ def peer_uid(transport: asyncio.BaseTransport) -> int | None:
 
 
 def say(text: str) -> None:
-    """A line for the journal."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the journal; none where its disk is full, or nobody reads: who tells of what has
+    happened goes on with it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -273,7 +273,7 @@ class LinuxFile:
                     yield offset, end - offset
                     return
                 start = stop = size
-            if start < min(end, size):
+            if start < min(stop, end, size):  # else it was punched in between
                 yield start, stop - start
             offset = stop
         if end > max(offset, size):

@@ -25,7 +25,7 @@ import nbdkit
 from nbdmirror.codec import record
 from nbdmirror.edge.nbdkit_bridge import Bridge, Client, die_with_supervisor, end
 from nbdmirror.engine import operations
-from nbdmirror.engine.export import BLOCK_STATUS_EXTENTS_MAX
+from nbdmirror.engine.blockstatus import BLOCK_STATUS_EXTENTS_MAX
 from nbdmirror.engine.snapshotexport import Writer
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError, UsageError, VolumeFailed

@@ -38,6 +38,7 @@ __all__ = ["ControlConnection", "ControlServer", "NodeApi", "PeerUid"]
 PeerUid = Callable[[asyncio.BaseTransport], int | None]
 
 RECEIVE_BYTES = 16 * 1024
+SHOWN_MAX = 500
 
 
 class ControlServer:
@@ -218,8 +219,9 @@ class ControlConnection(asyncio.BufferedProtocol):
         finally:
             self._waiting = False
             if method.changing:
+                params = {key: _shortened(value) for key, value in call.params.items()}
                 self._node.events.emit(
-                    "admin", method=name, params=call.params, uid=self._uid, error=failure
+                    "admin", method=name, params=params, uid=self._uid, error=failure
                 )
 
     def _check_owner(self, name: str, method: Method) -> None:
@@ -265,3 +267,9 @@ class ControlConnection(asyncio.BufferedProtocol):
             self._guest.leave()
         if self in self._server.connections:
             self._server.connections.remove(self)
+
+
+def _shortened(value: Any) -> Any:
+    """As an event keeps it: who may only look has his refused calls told too (I6)."""
+    text = str(value)
+    return value if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from nbdmirror.codec import nbd, nbdreply, record
+from nbdmirror.codec import nbd, record
 from nbdmirror.codec.batch import Writes, singly
 from nbdmirror.codec.nbd import ExportInfo, Request
 from nbdmirror.codec.nbdhandshake import Forbidden
@@ -25,6 +25,7 @@ from nbdmirror.engine.access import OPEN, Client, Rules
 from nbdmirror.engine.admission import Gate, Room
 from nbdmirror.engine.arrival import Arrival
 from nbdmirror.engine.batch import Batch, Changes, Received
+from nbdmirror.engine.blockstatus import ALLOCATION_CONTEXT, DIRTY_CONTEXT, block_status
 from nbdmirror.engine.budget import Budget, Holder
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
@@ -34,9 +35,6 @@ from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError, VolumeFailed
 from nbdmirror.ports import TlsServer
 
-DIRTY_CONTEXT = "nbdmirror:dirty:"
-ALLOCATION_CONTEXT = "base:allocation"
-BLOCK_STATUS_EXTENTS_MAX = 4096
 SPARSE_READ_MIN = 64 << 10
 """Structured reads from here on are answered with holes where the facet has them."""
 
@@ -178,6 +176,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._backlog: list[Request | Writes] = []
         self._writable = True
         self._reading = True
+        self._leaving = False
+        self._looking = asyncio.Lock()
 
     # -- transport callbacks -----------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class ExportConnection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Executes everything that is complete, and sends what can be answered at once."""
         session = self._session
-        requests = session.received(nbytes)
+        requests = session.received(nbytes) if not self._leaving else []
         if self._volume is None:
             self._haggle()
         if requests:
@@ -262,7 +262,11 @@ class ExportConnection(asyncio.BufferedProtocol):
                 transport.write(output[0])
             else:
                 transport.writelines(output)
-        if session.closing or (session.disconnect_requested and not self.tasks):
+            if not self._writable:
+                self._held.unread(transport.get_write_buffer_size())
+        if session.closing or (
+            session.disconnect_requested and not self.tasks and not self._backlog
+        ):
             transport.close()
         else:
             self._throttle()
@@ -286,9 +290,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         if self._backlog and not self.tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
         limit = self._server.limits.requests_max
-        reading = (
-            self._writable and len(self.tasks) < limit and not self._backlog and not self._starved
-        )
+        reading = self._writable and len(self.tasks) < limit and not self._backlog
+        reading = reading and not self._starved and not self._leaving
         if reading != self._reading and self._transport is not None:
             self._reading = reading
             if reading:
@@ -297,8 +300,11 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Requests in flight run to their end; their replies go nowhere."""
+        """What is not made yet is not made any more: the client has none of it confirmed, sends it
+        again elsewhere, and what it writes after that must not be under it."""
         self._transport = None
+        for task in self.tasks:
+            task.cancel()
         self._held.leave()
         self._arrival.leave()
         if self._volume is not None:
@@ -308,8 +314,12 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._server.connections.remove(self)
 
     def shutdown(self) -> None:
-        """Refuses what comes from now on (ESHUTDOWN)."""
+        """Takes no more requests. They are not refused: the kernel's client makes I/O errors of
+        that, while what has no reply it sends again over its next connection (X7)."""
         self._session.shutdown()
+        if self._volume is not None:
+            self._leaving, self._backlog = True, []
+            self._throttle()
 
     def close(self) -> None:
         """Sends what is answered and closes."""
@@ -365,10 +375,13 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     def _work_off(self) -> None:
         """Goes on with requests that had to wait for others to be answered."""
-        if self._backlog and self._volume is not None and not self._full(0):
-            requests, self._backlog = self._backlog, []
-            self._execute(requests)
-            self._send()
+        if self._backlog and self._volume is not None:
+            if not self._full(0):
+                requests, self._backlog = self._backlog, []
+                self._execute(requests)
+                self._send()
+            elif self._budget.free <= 0:
+                self._held.wait()
 
     def _write_now(
         self, volume: Volume, group: Writer, batch: Batch, writes: list[Request | Writes]
@@ -415,10 +428,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             data = await volume.read(request.offset, request.length)
             self._session.reply_read(request, data)
             return
-        pieces: list[nbdreply.Piece] = []
-        for offset, length, hole in list(volume.allocation(request.offset, request.length)):
-            data_or_hole = None if hole else await volume.read(offset, length)
-            pieces.append((offset, length, data_or_hole))
+        pieces = await operations.read(volume, request.offset, request.length)
         self._session.reply_read_extents(request, pieces)
 
     async def _other(self, volume: Volume, group: Writer, request: Request) -> None:
@@ -432,31 +442,17 @@ class ExportConnection(asyncio.BufferedProtocol):
             keep = bool(flags & nbd.NO_HOLE)
             where = request.offset, request.length
             await operations.zero(group, volume, *where, keep_space=keep, durable=durable)
-        elif kind == nbd.BLOCK_STATUS:
-            self._session.reply_block_status(request, await self._status(volume, request))
-            return
-        elif kind == nbd.CACHE:
-            await operations.cache(volume, request.offset, request.length)
-        self._session.reply(request)
-
-    async def _status(self, volume: Volume, request: Request) -> dict[str, list[tuple[int, int]]]:
-        result = {}
-        for context in self._session.contexts:
-            if context == ALLOCATION_CONTEXT:
+        else:
+            async with self._looking:  # one after the other, and others in between
+                await asyncio.sleep(0)
                 where = request.offset, request.length
-                pieces = volume.pieces(*where, BLOCK_STATUS_EXTENTS_MAX)
-                flag = nbd.STATE_HOLE | nbd.STATE_ZERO
-            else:
-                name = context.removeprefix(DIRTY_CONTEXT)
-                remote = next((r for r in self._server.remotes if r.name == name), None)
-                if remote is None:  # removed since: all of it is what the remote lacks
-                    pieces = [(request.offset, request.length, True)]
-                else:
-                    pieces = await remote.lacking(volume.index, request.offset, request.length)
-                flag = 1
-            pieces = pieces[:BLOCK_STATUS_EXTENTS_MAX]
-            result[context] = [(length, flag if on else 0) for _, length, on in pieces]
-        return result
+                if kind == nbd.BLOCK_STATUS:
+                    asked = self._session.contexts, self._server.remotes
+                    found = await block_status(volume, *asked, *where)
+                    self._session.reply_block_status(request, found)
+                    return
+                await operations.cache(volume, *where)
+        self._session.reply(request)
 
     # -- tasks -------------------------------------------------------------------------------
 
@@ -487,6 +483,10 @@ class ExportConnection(asyncio.BufferedProtocol):
             number = getattr(error, "errno", 5)
             for request in requests:
                 self._session.reply(request, number, error.message)
+        except Exception:
+            for request in requests:
+                self._session.reply(request, 5, "a defect of nbdmirror: see the daemon's log")
+            raise
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         size = self.tasks.pop(task)

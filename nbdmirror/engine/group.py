@@ -22,7 +22,7 @@ from nbdmirror.core.timeline import Timeline
 from nbdmirror.engine.activemap import ALONG_MAX, ActiveMapFile
 from nbdmirror.engine.batch import Changes
 from nbdmirror.engine.chain import stopping
-from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.facet import LocalFacet, to_the_end
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, VolumeFailed
 
@@ -149,19 +149,32 @@ class Group:
             facets = volume.writable()
             for facet in facets:
                 facet.pending[seq] = None  # from this step on no sync covers it (O5)
-            for facet in facets:
-                if not facet.writable:
-                    del facet.pending[seq]
-                    continue
-                try:
-                    await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
-                except OSError as error:
-                    facet.fail("clear", error)
-            lost = [facet for facet in volume.facets if facet.unnoted]
-            if lost:  # whoever saw it fail (M12)
-                await self.facets_failed(volume, lost)
-            self._check_served(volume)
+            # To its end: what is in the log is in every facet, whoever asked for it is gone or not.
+            clearing = self._clear_facets(volume, facets, seq, change, keep_space=keep_space)
+            await to_the_end(asyncio.ensure_future(clearing))
         return True
+
+    async def _clear_facets(
+        self,
+        volume: Volume,
+        facets: list[LocalFacet],
+        seq: int,
+        change: Change,
+        *,
+        keep_space: bool,
+    ) -> None:
+        for facet in facets:
+            if not facet.writable:
+                del facet.pending[seq]
+                continue
+            try:
+                await facet.clear(seq, change.offset, change.length, keep_space=keep_space)
+            except OSError as error:
+                facet.fail("clear", error)
+        lost = [facet for facet in volume.facets if facet.unnoted]
+        if lost:  # whoever saw it fail (M12)
+            await self.facets_failed(volume, lost)
+        self._check_served(volume)
 
     def _clear_pieces(self, change: Change) -> list[Change]:
         """A large TRIM or WRITE_ZEROES cut so that all its extents can be hot at once."""
@@ -399,12 +412,16 @@ class Group:
             raise volume.no_facet()
 
     async def facets_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
-        """Out of service, durably, before the write that saw it is acknowledged (M12)."""
-        for facet in facets:
-            await self.facet_lost(volume, facet)
+        """Out of service, durably, before the write that saw it is acknowledged (M12); to its end,
+        though whoever saw it is gone."""
+        await to_the_end(asyncio.ensure_future(self._note_failed(volume, facets)))
         if facets[-1].failed is not None and not (volume.in_service() or self.goes_on(volume)):
             self.fail(facets[-1].failed)
         self._check_served(volume)  # no facet left: the client's error
+
+    async def _note_failed(self, volume: Volume, facets: list[LocalFacet]) -> None:
+        for facet in facets:
+            await self.facet_lost(volume, facet)
 
     async def _reach(self, seq: int, durable: bool) -> None:
         """Returns when record ``seq`` is wherever a reply promises it to be."""

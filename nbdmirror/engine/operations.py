@@ -7,9 +7,12 @@ nbdkit front end; both run on the node's event loop.
 
 from __future__ import annotations
 
+import asyncio
+
 from nbdmirror.codec import record
 from nbdmirror.engine.snapshotexport import Writer
 from nbdmirror.engine.volume import Change, Volume
+from nbdmirror.ports import Buffer
 
 CACHE_PIECE = 1 << 20
 """CACHE reads so many bytes at a time: its memory stays bounded (I6)."""
@@ -33,8 +36,17 @@ async def zero(
     await group.clear(volume, Change(record.ZERO, flags, offset, length, None), durable=durable)
 
 
+async def read(volume: Volume, offset: int, length: int) -> list[tuple[int, int, Buffer | None]]:
+    """(offset, length, data) pieces of the range, holes without data; VolumeFailed as a read."""
+    pieces: list[tuple[int, int, Buffer | None]] = []
+    for at, size, hole in list(volume.allocation(offset, length)):
+        pieces.append((at, size, None if hole else await volume.read(at, size)))
+    return pieces
+
+
 async def cache(volume: Volume, offset: int, length: int) -> None:
     """Reads the range, so that the page cache has it; VolumeFailed as for a read."""
     end = offset + length
     for at in range(offset, end, CACHE_PIECE):
         await volume.read(at, min(CACHE_PIECE, end - at))
+        await asyncio.sleep(0)  # it may have been in memory

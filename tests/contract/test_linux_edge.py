@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import io
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ import pytest
 from nbdmirror.codec.batchpure import PLACE
 from nbdmirror.config import KIB, MIB
 from nbdmirror.edge import _scatter, files, scatterpure
+from nbdmirror.edge import env as world
 from nbdmirror.edge.clock import LinuxClock
 from nbdmirror.edge.files import LinuxDisk
 from nbdmirror.edge.net import LinuxNetwork
@@ -355,3 +357,35 @@ def test_a_host_that_does_not_exist_is_named() -> None:
         assert "tcp:host.invalid:1" in str(caught.value)
 
     asyncio.run(main())
+
+
+def test_a_range_that_is_punched_while_it_is_looked_at_is_none(
+    disk: LinuxDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O22: between SEEK_DATA and SEEK_HOLE; a piece of no length would be a defect in a reply."""
+    file = disk.open(f"{tmp_path}/file", create=True)
+    file.pwrite(0, b"1" * MIB)
+    seek, punched = os.lseek, list[int]()
+
+    def race(fd: int, offset: int, whence: int) -> int:
+        if whence == os.SEEK_HOLE and not punched:
+            punched.append(offset)
+            return offset
+        return seek(fd, offset, whence)
+
+    monkeypatch.setattr(os, "lseek", race)
+    assert list(file.data_ranges(0, MIB)) == [(0, MIB)] and punched == [0]
+    file.close()
+
+
+def test_who_tells_of_what_happened_goes_on_where_nobody_can_be_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """I8: the journal's disk is full, or its reader gone."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    world.say("disconnected")

@@ -10,6 +10,7 @@ import struct
 import pytest
 
 from nbdmirror.codec.nbd import ExportInfo
+from nbdmirror.codec.nbdhandshake import LISTS_MAX
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.config import KIB, MIB
 from tests.unit import nbdclient as c
@@ -76,6 +77,14 @@ def test_list() -> None:
     assert [reply.kind for reply in replies] == [c.SERVER] * 4 + [c.ACK]
     assert replies[0].data == c.counted("data") + b"the data"
     assert replies[1].data == c.counted("frozen")
+
+
+def test_a_list_is_given_a_few_times() -> None:
+    """I6: a flood of them takes no more than a flood of anything else."""
+    client = greeted()
+    for _ in range(LISTS_MAX):
+        assert client.kinds(c.option(c.LIST))[-1] == c.ACK
+    assert client.kinds(c.option(c.LIST)) == [c.INVALID]
 
 
 def test_info_and_go_agree_and_go_has_no_padding() -> None:

@@ -105,6 +105,14 @@ def test_a_refusal_is_told() -> None:
         connecting().answer(peerauth.refusal("wrong group"))
 
 
+@pytest.mark.parametrize("node", ["", "n" * 65, "\ud800", "\u00fcber", 7, None])
+def test_a_name_that_is_none_is_refused(node: object) -> None:
+    """4.1: before anything is made of it; half a character would have been a defect."""
+    said = {"version": 1, "group": "db", "peer": "beta", "node": node, "nonce": ONE.hex()}
+    with pytest.raises(PeerError, match="without a name"):
+        listening().answer(json.dumps(said).encode())
+
+
 @given(st.binary(max_size=200) | st.dictionaries(st.text(), st.none() | st.text()).map(json.dumps))
 def test_any_line_is_an_error_and_nothing_else(line: bytes | str) -> None:
     data = line.encode() if isinstance(line, str) else line

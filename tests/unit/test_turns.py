@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from nbdmirror.codec import record as codec
-from nbdmirror.engine import snapshotexport
+from nbdmirror.engine import operations, snapshotexport
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.volume import Change
@@ -85,6 +85,29 @@ def test_a_person_says_that_all_was_changed(monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(Restorer, "_even", watched)
         await world.node.people.changed("v", [(0, REGIONS * REGION)], None, False)
+        assert seen >= set(range(1, REGIONS)), "nobody else had a turn meanwhile"
+
+    primary(test)
+
+
+def test_a_client_has_a_volume_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I6: all of it may be in memory already."""
+    monkeypatch.setattr(operations, "CACHE_PIECE", REGION)
+
+    async def test(world: Primary) -> None:
+        volume, reads, seen = world.node.volumes[0], 0, set[int]()
+        read = volume.read
+
+        async def counted(offset: int, length: int) -> Buffer:
+            nonlocal reads
+            reads += 1
+            return await read(offset, length)
+
+        await volume.read(0, REGIONS * REGION)
+        monkeypatch.setattr(volume, "read", counted, raising=False)
+        looking = asyncio.ensure_future(look(lambda: reads, seen))
+        await operations.cache(volume, 0, REGIONS * REGION)
+        await looking
         assert seen >= set(range(1, REGIONS)), "nobody else had a turn meanwhile"
 
     primary(test)

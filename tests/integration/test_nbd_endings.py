@@ -1,0 +1,185 @@
+"""Connections that end while requests are under way, and requests that others stand before (I6, I8,
+X7): what is replied to is done, once, in its order; what is not, is sent again by the client."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.integration.cluster import MIB, Cluster, Volume
+from tests.integration.process import wait_until
+from tests.integration.rawnbd import DISC, FLUSH, FUA, OPT_STRUCTURED, READ, WRITE, RawClient
+from tests.integration.tools import connect, pattern
+
+KIB = 1024
+MakeCluster = Callable[..., Cluster]
+Attach = Callable[..., RawClient]
+PLACE = 60 * MIB
+QUIET_S = 1.0
+
+
+def request(kind: int, cookie: int, offset: int, length: int, flags: int = 0) -> bytes:
+    """Without the data of a write."""
+    return struct.pack(">IHHQQI", 0x25609513, flags, kind, cookie, offset, length)
+
+
+def write(cookie: int, offset: int, data: bytes, flags: int = 0) -> bytes:
+    return request(WRITE, cookie, offset, len(data), flags) + data
+
+
+def reply(client: RawClient) -> tuple[int, int]:
+    """(error, cookie) of a reply without data."""
+    magic, error, cookie = struct.unpack(">IIQ", client.receive(16))
+    assert magic == 0x67446698
+    return error, cookie
+
+
+@pytest.fixture
+def attached() -> Iterator[Attach]:
+    """Attaches clients; each is closed at the end at the latest."""
+    with contextlib.ExitStack() as stack:
+
+        def attach(cluster: Cluster, *, structured: bool = False) -> RawClient:
+            client = stack.enter_context(RawClient(cluster.primary.nbd_socket))
+            if structured:
+                client.option(OPT_STRUCTURED)
+                client.reply()
+            client.go("data")
+            return client
+
+        yield attach
+
+
+def answers(client: RawClient) -> tuple[int, int] | None:
+    """The next reply, or none in a while."""
+    client.socket.settimeout(QUIET_S)
+    try:
+        return reply(client)
+    except TimeoutError:
+        return None
+
+
+def test_a_write_of_a_closed_connection_is_not_made_later(
+    make_cluster: MakeCluster, attached: Attach
+) -> None:
+    """I3: its client has sent it again, had it confirmed, and written something else there. Want of
+    room in the log, in one batch with a longer one, is but one way to wait."""
+    cluster = make_cluster(on_full="block", log_size=16 * MIB).start()
+    cluster.wait_in_sync()
+    cluster.proxy.refuse()
+    cluster.primary.until("is away", lambda one: one["link"] == "disconnected")
+    first = attached(cluster)
+    first.send(write(1, 50 * MIB, bytes(84 * KIB)))
+    assert answers(first) == (0, 1)
+    number = 2
+    while True:
+        first.send(write(number, number % 100 * 256 * KIB, b"f" * 100 * KIB))
+        if answers(first) is None:
+            break
+        number += 1
+    gone = attached(cluster)
+    gone.send(write(1, 40 * MIB, b"g" * 100 * KIB) + write(2, PLACE, b"1" * 34 * KIB))
+    assert answers(gone) is None
+    gone.socket.close()
+    first.socket.close()
+    again = attached(cluster)
+    for cookie, data in ((1, b"1"), (2, b"2")):
+        again.send(write(cookie, PLACE, data * 34 * KIB))
+        assert answers(again) == (0, cookie)
+    again.send(request(FLUSH, 3, 0, 0))
+    assert answers(again) == (0, 3)
+    cluster.proxy.heal()
+    cluster.wait_in_sync()
+    assert connect(cluster.primary.uri()).pread(16, PLACE) == b"2" * 16
+    cluster.check_in_sync()
+
+
+def test_a_clean_stop_under_load_refuses_nothing(
+    make_cluster: MakeCluster, attached: Attach
+) -> None:
+    """X7: the kernel's client makes an I/O error of any refusal, and sends again what is not
+    answered."""
+    cluster = make_cluster(remotes=()).start()
+    errors: list[int] = []
+
+    def load(number: int) -> None:
+        sent = answered = 0
+        client = attached(cluster)
+        try:
+            while True:
+                while sent - answered < 16:
+                    place = (number * 16 + sent % 16) * 64 * KIB
+                    client.send(write(sent, place, bytes(4096), FUA if sent % 4 == 0 else 0))
+                    sent += 1
+                error, _ = reply(client)
+                errors.append(error)
+                answered += 1
+        except (OSError, EOFError):
+            pass
+
+    clients = [threading.Thread(target=load, args=(number,)) for number in range(4)]
+    for client in clients:
+        client.start()
+    wait_until("clients are busy", lambda: len(errors) > 1000 or None)
+    cluster.primary.stop()
+    for client in clients:
+        client.join()
+    assert errno.ESHUTDOWN not in errors and not any(errors)
+
+
+def test_what_comes_before_a_disconnect_is_done(
+    make_cluster: MakeCluster, attached: Attach
+) -> None:
+    """NBD_CMD_DISC: all outstanding requests are handled, those too that had to wait for others."""
+    cluster = make_cluster(remotes=()).start()
+    handle = connect(cluster.primary.uri())
+    for number in range(64):
+        handle.pwrite(pattern(MIB, number), number * MIB)
+    client, reads = attached(cluster), 60
+    client.send(
+        b"".join(request(READ, number, number * MIB, MIB) for number in range(reads))
+        + write(reads, 63 * MIB, b"W" * 4096, FUA)
+        + request(DISC, 0, 0, 0)
+    )
+    got = 0
+    while piece := client.socket.recv(MIB):
+        got += len(piece)
+    assert got == reads * (16 + MIB) + 16
+    assert handle.pread(4096, 63 * MIB) == b"W" * 4096
+
+
+def test_who_waits_for_memory_is_woken(make_cluster: MakeCluster, attached: Attach) -> None:
+    """I6: others have all of it, and give it back little by little, while a request waits and a
+    long one is half received."""
+    cluster = make_cluster(remotes=(), volumes=[Volume(size=64 * MIB)])
+    cluster.primary.keys["limits"] = ["memory_bytes_max = '128MiB'", "handshake_seconds = 30"]
+    cluster.primary.write_config()
+    cluster.start()
+    handle = connect(cluster.primary.uri())
+    for number in range(64):
+        handle.pwrite(pattern(MIB, number), number * MIB)
+    greedy = []
+    for _ in range(20):
+        client = attached(cluster, structured=True)
+        client.send(b"".join(request(READ, n, n * MIB, MIB) for n in range(31)))
+        greedy.append(client)
+
+    def used() -> int:
+        return int(cluster.primary.status()["connections"]["memory"]["used"])
+
+    wait_until("memory is spent", lambda: used() >= 128 * MIB or None)
+    waiting, length = attached(cluster), 300 * KIB
+    reads = request(READ, 1, 0, 4096) + request(READ, 2, 0, 4096)
+    waiting.send(reads + request(WRITE, 3, 0, length) + bytes(4000))
+    greedy.pop().socket.close()
+    wait_until("some is given back", lambda: used() >= 128 * MIB or None)
+    for client in greedy:
+        client.socket.close()
+    wait_until("all is given back", lambda: used() < MIB or None)
+    waiting.send(bytes(length - 4000))
+    assert len(waiting.receive(2 * (16 + 4096) + 16)) == 2 * (16 + 4096) + 16
