@@ -304,7 +304,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         again elsewhere, and what it writes after that must not be under it."""
         self._transport = None
         for task in self.tasks:
-            task.cancel()
+            asyncio.get_running_loop().call_soon(task.cancel)  # once it has begun
         self._held.leave()
         self._arrival.leave()
         if self._volume is not None:
