@@ -1,7 +1,8 @@
 """How a volume's last facet comes back from the log alone, while the node runs.
 
 As at a start: what the log holds after its last sync is written anew, for the page cache may have
-lost it (O16), and it is durable before the facet is trusted (O5). ``engine.facets`` calls it.
+lost it (O16). ``engine.facets`` calls it, and makes all of it durable before the facet is trusted
+(O5).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from nbdmirror.engine.log import Cursor, Log
 
 async def redo(facet: LocalFacet, log: Log, volume: int) -> None:
     """Brings an open facet of the volume with that index to the log's head. In the step in which
-    this returns it takes every write; it is trusted when the caller has made that durable: what is
-    flushed by its sync alone would else be lost, where the log is in memory (M13). DiskFailed or
-    OSError if its disk refuses."""
+    this returns it takes every write, and most of what it got is durable: flushes sync the facet
+    from then on, and are not to wait for all of it. It is trusted when the caller has made durable
+    the rest, and then that it is back: what is flushed by its sync alone would else be lost, where
+    the log is in memory (M13). DiskFailed or OSError if its disk refuses."""
     assert facet.kept_seq is not None
     cursor = Cursor(facet.kept_seq + 1)
     await _carry(cursor, facet, log, volume)

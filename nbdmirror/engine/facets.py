@@ -388,6 +388,9 @@ class Facets:
                     return False
                 self.events.emit("facet-returns", **where)
                 await redo(facet, self.group.log, member.volume.index)
+            # What it got last may be flushed already, on the word of a remote, and where the log
+            # is in memory nobody redoes it (I3, M13). Every flush from now on syncs the facet.
+            await facet.sync()
             state = FacetState.SYNCHRONISED
             member.saved.update(state=state.value, since=None, last=False, why=None)
             await self.store.save()

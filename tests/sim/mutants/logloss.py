@@ -31,6 +31,7 @@ from tests.sim.plays.standins import (
     BACK_AND_FLUSHED,
     BACK_WHILE_FLUSHED,
     FLUSHED_OUT_OF_REACH,
+    FLUSHED_WHILE_REDONE,
     LAST_OF_TWO,
     PASSED_AND_FLUSHED,
 )
@@ -173,6 +174,21 @@ def _(assign: Assign) -> None:
     async def redo(facet: LocalFacet, log: Log, volume: int) -> None:
         await original(facet, log, volume)
         facet.state = FacetState.SYNCHRONISED
+
+    assign(facets, "redo", redo)
+
+
+@mutant("M13 a facet is trusted before what it got last is synced", run=FLUSHED_WHILE_REDONE)
+def _(assign: Assign) -> None:
+    original = facets.redo  # type: ignore[attr-defined]
+
+    async def redo(facet: LocalFacet, log: Log, volume: int) -> None:
+        await original(facet, log, volume)
+
+        async def sync() -> None:
+            del facet.sync
+
+        facet.sync = sync  # type: ignore[method-assign]
 
     assign(facets, "redo", redo)
 

@@ -102,6 +102,27 @@ async def _back_and_flushed(s: Script) -> None:
     flushing.cancel()
 
 
+async def _flushed_while_redone(s: Script) -> None:
+    """A volume's only facet comes back from a log in memory. While what it got first is synced,
+    something is written, and flushed: the remote that stands in has it. The facet gets that behind
+    the sync, is trusted, and power fails."""
+    world, a, path = s.world, s.world.a, "/facets/v0.0"
+    await without_log(s)
+    await without_facet(s, path)
+    await s.flush()
+    await asyncio.sleep(1.0)
+    s.mend(path)
+    syncing = slow(a, "sync", path)
+    world.spawn(s.facet("online", path))
+    await syncing.wait()
+    await s.write(0, 0)
+    await s.flush()
+    await s.facets_back()
+    await power_loss(s, a, "/state/log")
+    await s.in_sync()
+    await s.read(0, 0, 1)
+
+
 async def _back_while_flushed(s: Script) -> None:
     """A flush waits for the remote that stands in for a volume's only facet, the log being in
     memory; that is away, but the facet comes back: it has all that the flush is for."""
@@ -171,6 +192,7 @@ STOOD_IN_AHEAD = directed(_stood_in_ahead, last_facet=True)
 FLUSHED_OUT_OF_REACH = directed(_flushed_out_of_reach, last_facet=True)
 LAST_OF_TWO = directed(_last_of_two, facets=2, last_facet=True)
 BACK_AND_FLUSHED = directed(_back_and_flushed, last_facet=True)
+FLUSHED_WHILE_REDONE = directed(_flushed_while_redone, last_facet=True)
 BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
 PASSED_AND_FLUSHED = directed(_passed_and_flushed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
