@@ -143,6 +143,15 @@ class Housekeeper:
                 if self._log.failed is None:
                     self.fail(error)
                     return
+            except Exception as error:
+                self._defect(error)
+                return
+
+    def _defect(self, error: Exception) -> None:
+        """With nobody to give space back, writes would wait for ever (I8): the node ends; told."""
+        self._events.emit("defect", why=repr(error))
+        why = f"housekeeping of the log failed: {error!r}"
+        self.fail(NbdmirrorError(why, hint="this is a defect of nbdmirror; restart the node"))
 
     def fail(self, error: NbdmirrorError) -> None:
         """Nothing is released any more, for the node ends: who waits for space is told."""
@@ -204,7 +213,7 @@ class Housekeeper:
         async with self._passing:  # what another is about to save is not durable yet
             passed = False
             for volume in rescue.leaning():
-                had = max(facet.written_seq for facet in volume.facets)
+                had = max((facet.written_seq for facet in volume.facets), default=0)
                 if rescue.goes_on(volume) and rescue.holds(volume, had):
                     for entry in self._store.state["volumes"][volume.index]["facets"]:
                         passed = passed or bool(entry["last"])
@@ -372,6 +381,8 @@ class Housekeeper:
             await self._release()
         except NbdmirrorError as error:
             self.fail(error)
+        except Exception as error:
+            self._defect(error)
         finally:
             work.cancel()
             self._kick.set()  # another remote may hold the same tail

@@ -46,7 +46,7 @@ from tests.sim.plays.facets import (
     SENT_FROM_WHAT_LOST,
     TAKEN_OUT_OF_TWO,
 )
-from tests.sim.plays.standins import STOOD_IN_AHEAD
+from tests.sim.plays.standins import LAST_REMOVED, STOOD_IN_AHEAD
 
 
 def _nothing_lost(assign: Assign) -> None:
@@ -361,3 +361,15 @@ def _(assign: Assign) -> None:
             delattr(self, "facets_failed")
 
     assign(Group, "_clear_locked", clear_locked)
+
+
+@mutant("I8 housekeeping ends at a volume without any facet", run=LAST_REMOVED)
+def _(assign: Assign) -> None:
+    original = Housekeeper._pass_on
+
+    async def pass_on(self: Housekeeper) -> None:
+        if not all(volume.facets for volume in self._volumes):
+            raise asyncio.CancelledError  # nobody is told
+        await original(self)
+
+    assign(Housekeeper, "_pass_on", pass_on)

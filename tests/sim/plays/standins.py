@@ -13,6 +13,7 @@ from tests.sim.plays.stage import (
     NEVER_SECONDS,
     SLOW_SECONDS,
     all_is_there,
+    full_log,
     killed,
     only_remote,
     power_loss,
@@ -22,7 +23,7 @@ from tests.sim.plays.stage import (
     without_facet,
     without_log,
 )
-from tests.sim.script import Script
+from tests.sim.script import SYNC_SECONDS, Script
 
 
 async def _stood_in_ahead(s: Script) -> None:
@@ -160,6 +161,24 @@ async def _passed_and_flushed(s: Script) -> None:
     await s.read(0, 0, 1)
 
 
+async def _last_removed(s: Script) -> None:
+    """A remote stands in for a volume's only facet, which a person removes, for its disk is gone:
+    space in the log is given back as before, until a new facet is added, and after."""
+    path = "/facets/v0.0"
+    await without_facet(s, path)
+    await s.facet("remove", path)
+    try:
+        async with asyncio.timeout(SYNC_SECONDS):
+            await full_log(s)
+    except TimeoutError:
+        raise Violation("writes wait for ever for space in the log (I8)") from None
+    await s.read(0, 0, 1)
+    s.mend(path)
+    await s.facet("add", path, "v0")
+    await s.facets_back()
+    await s.read(0, 0, 1)
+
+
 async def _consistent_and_cut(s: Script) -> None:
     """Power fails while a remote that has become consistent is noted down, and somebody else has
     saved the superblock meanwhile. The facet is lost with it: the remote holds the volume."""
@@ -195,4 +214,5 @@ BACK_AND_FLUSHED = directed(_back_and_flushed, last_facet=True)
 FLUSHED_WHILE_REDONE = directed(_flushed_while_redone, last_facet=True)
 BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
 PASSED_AND_FLUSHED = directed(_passed_and_flushed, last_facet=True)
+LAST_REMOVED = directed(_last_removed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
