@@ -260,17 +260,18 @@ class Primary:
 
     async def resync(self, name: str, full: bool) -> dict[str, Any]:
         """Begins a resync by a new handshake; of everything, compared by hash, if ``full``."""
-        remote = self.remote(name)
-        if remote.facts["paused"]:
-            raise NbdmirrorError(
-                f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
-            )
-        if full:
-            self.check_needed(remote)
-            remote.drop.set()  # before the log may be released that the session reads
-            await remote.fill("asked for by a person")
-        remote.kick.set()
-        return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
+        async with self.roster:  # else it may be gone, with its maps, by the time they are filled
+            remote = self.remote(name)
+            if remote.facts["paused"]:
+                raise NbdmirrorError(
+                    f"remote {name} is paused", hint=f"nbdmirror resume {name} goes on with it"
+                )
+            if full:
+                self.check_needed(remote)
+                remote.drop.set()  # before the log may be released that the session reads
+                await remote.fill("asked for by a person")
+            remote.kick.set()
+            return remote.status(asyncio.get_running_loop().time(), self._env.clock.time_ns())
 
     def check_needed(self, remote: Remote) -> None:
         """Refused if it is what a volume without a local facet is read from (M11)."""

@@ -17,6 +17,7 @@ from nbdmirror.engine.copier import Copier
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.session import Session
@@ -27,7 +28,7 @@ from tests.sim.mutants.aims import DEATHS, INTERRUPTED, NEW_DISKS, REWRITTEN
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.options import storm
 from tests.sim.plays.log import LET_GO_TOO_SOON
-from tests.sim.plays.remotes import AHEAD, ROTTEN_IN_A_RESYNC
+from tests.sim.plays.remotes import AHEAD, REMOVED_WHILE_FILLED, ROTTEN_IN_A_RESYNC
 from tests.sim.plays.standins import CONSISTENT_AND_CUT
 
 
@@ -240,6 +241,18 @@ def _(assign: Assign) -> None:
             raise
 
     assign(Session, "_ship", ship)
+
+
+@mutant("M17 a remote is removed while its maps are filled", run=REMOVED_WHILE_FILLED)
+def _(assign: Assign) -> None:
+    async def resync(self: Primary, name: str, full: bool) -> dict[str, Any]:
+        remote = self.remote(name)
+        remote.drop.set()
+        await remote.fill("asked for by a person")
+        remote.kick.set()
+        return {}
+
+    assign(Primary, "resync", resync)
 
 
 @mutant("O12 whoever finds a remote out of the log takes it for marked", run=LET_GO_TOO_SOON)

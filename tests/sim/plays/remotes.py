@@ -112,6 +112,25 @@ async def _added_while_moved(s: Script) -> None:
         raise Violation("two sessions take turns at a remote")
 
 
+async def _removed_while_filled(s: Script) -> None:
+    """A remote is removed while its maps are filled, for all of it is to be compared: what is
+    written then is not marked in maps that are closed."""
+    a = s.world.a
+    (b,) = s.world.remotes
+    remote = await only_remote(s)
+    filling = slow(a, "sync", "/state/dcm/b")
+    resync = s.world.spawn(s.full_resync())
+    await filling.wait()
+    a.disk.faults = None
+    await s.remote("remove", b)
+    await resync
+    if remote in remote.group.trackers:
+        raise Violation("changes are marked for a remote that was removed (M17)")
+    await s.write(0, 0)
+    await s.remote("add", b)
+    await s.in_sync()
+
+
 async def _often_without_power(s: Script) -> None:
     """The primary loses power more often than forks can be told of: a remote that was there is
     served all the same. One that missed too many of its runs is compared, for nothing tells any
@@ -140,6 +159,7 @@ FILLED_TWICE = directed(_filled_twice)
 ROTTEN_IN_A_RESYNC = directed(_rotten_in_a_resync, constants=READ_BACK, **LARGE)
 AHEAD = directed(_ahead)
 ADDED_WHILE_MOVED = directed(_added_while_moved, remotes=2)
+REMOVED_WHILE_FILLED = directed(_removed_while_filled)
 OFTEN_WITHOUT_POWER = directed(
     _often_without_power,
     constants={
