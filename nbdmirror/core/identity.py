@@ -53,6 +53,10 @@ class Source:
     """The remote said, after its last resync, that it is consistent."""
     runs: tuple[tuple[int, str], ...] = ()
     """(epoch, random id) of each start, oldest first; an empty id stands for one that was lost."""
+    ends: tuple[tuple[int, int], ...] = ()
+    """(epoch, last record) of each former run that did not end in a fork. A secondary of that
+    epoch, or of one before, that holds more followed what is not in the history: the primary was
+    set back to a copy of its running self, and may have written as much since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,13 @@ class Decision:
     """The first record of the stream; meaningless for a REFUSE."""
 
 
-def _fork_end(source: Source, epoch: int) -> Fork | None:
-    """Where the history first leaves the target's epoch; ``None`` if it is the current one."""
-    ends = [fork for fork in source.forks if fork.epoch >= epoch]
-    return min(ends, key=lambda fork: (fork.end_seq, fork.epoch)) if ends else None
+def _common_end(source: Source, epoch: int) -> tuple[int, Fork | None]:
+    """The last record of the history that a target of that epoch may hold, and the fork that ended
+    it there; ``None`` if that was none."""
+    forks = [(one.end_seq, one.epoch) for one in source.forks if one.epoch >= epoch]
+    ends = [(end, other) for other, end in source.ends if other >= epoch]
+    end_seq, ended = min([*forks, *ends, (source.next_seq - 1, source.epoch)])
+    return end_seq, Fork(ended, end_seq) if (end_seq, ended) in forks else None
 
 
 def _run_doubt(source: Source, target: Target) -> Decision | None:
@@ -147,15 +154,15 @@ def _decide(source: Source, target: Target) -> Decision:
         what = "a facet is new" if target.rejoined else "a snapshot was restored"
         what = "a file of the node's own was damaged" if target.damaged else what
         return _full(f"{what} on the secondary")
-    fork = _fork_end(source, target.epoch)
-    end = source.next_seq - 1 if fork is None else fork.end_seq
+    end, fork = _common_end(source, target.epoch)
     if target.durable_seq > end:
         if fork is None:
             return Decision(
                 Action.REFUSE,
                 "T6",
-                f"the secondary holds record {target.durable_seq}, the primary ends at {end}: "
-                "the primary lost history (a restored backup, or a disk that lied)",
+                f"the secondary holds record {target.durable_seq} of epoch {target.epoch}, which "
+                f"ends at {end} here: the primary lost history (a restored backup, a volume that "
+                "was set back, or a disk that lied)",
             )
         if source.met_epoch > fork.epoch:
             return _full(f"the secondary is back at epoch {target.epoch}: an old copy of it")

@@ -29,7 +29,7 @@ from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.logloss import LogKeeper, open_log
 from nbdmirror.engine.opening import open_volumes
 from nbdmirror.engine.primary import Primary
-from nbdmirror.engine.recovery import Recovered, forget_oldest, note_fork, redo
+from nbdmirror.engine.recovery import Recovered, forget_oldest, note_end, redo
 from nbdmirror.engine.rejoin import rejoin
 from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.restorer import Restorer
@@ -217,7 +217,7 @@ class Node:
             # What was lost with the newer slot may have been of the next epoch.
             state["epoch"] += 1
             runs.append([state["epoch"], ""])
-        note_fork(self.store, recovered)
+        note_end(self.store, recovered)
         state["epoch"] += 1
         runs.append([state["epoch"], f"{self.env.random.getrandbits(64):016x}"])
         forget_oldest(state)

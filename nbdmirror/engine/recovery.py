@@ -327,18 +327,23 @@ def _trust_again(store: Store, healed: list[LocalFacet]) -> None:
             entry.update(state=FacetState.SYNCHRONISED.value, since=None)
 
 
-def note_fork(store: Store, recovered: Recovered) -> None:
-    """Remembers where a power loss, or damage, ended the epoch; the caller saves (O10)."""
+def note_end(store: Store, recovered: Recovered) -> None:
+    """Remembers where the epoch ended (T6), and whether a power loss, or damage, ended it (O10);
+    the caller saves."""
+    state = store.state
+    ends = state.setdefault("ends", [])
     if recovered.in_doubt or recovered.lost or recovered.unfinished or store.damaged:
-        store.state["forks"].append([store.state["epoch"], recovered.end_seq])
+        ends = state["forks"]
+    ends.append([state["epoch"], recovered.end_seq])
 
 
 def forget_oldest(state: dict[str, Any]) -> None:
-    """Drops the oldest runs, and the forks of epochs before those that are left: a secondary that
-    last followed one of them is compared whatever its fork was (T5). The last fork stays: a scan of
-    the log that is told of it takes no record of any epoch that had ended before (O10)."""
+    """Drops the oldest runs, and ends and forks of epochs before those that are left: a secondary
+    that last followed one of them is compared whatever its end was (T5). The last fork stays: a
+    scan of the log that is told of it takes no record of any epoch that had ended before (O10)."""
     runs, forks = state["runs"], state["forks"]
     del runs[:-RUNS_MAX]
+    state["ends"] = [end for end in state["ends"] if end[0] >= runs[0][0]]
     state["forks"] = [fork for fork in forks[:-1] if fork[0] >= runs[0][0]] + forks[-1:]
 
 

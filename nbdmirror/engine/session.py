@@ -196,6 +196,7 @@ class Session:
             history=tuple((g, s) for g, s in state["history"]),
             epoch=state["epoch"],
             runs=tuple((epoch, run) for epoch, run in state["runs"]),
+            ends=tuple((epoch, end) for epoch, end in state["ends"]),
             forks=tuple(Fork(epoch, end) for epoch, end in state["forks"]),
             tail_seq=log.ring.tail_seq,
             next_seq=log.next_seq,
@@ -205,15 +206,12 @@ class Session:
             consistent=facts["consistent"],
         )
         decision = decide(source, target)
+        cause: dict[str, Any] = {"rule": decision.rule, "why": decision.why}
         self.context.events.emit(
-            "handshake",
-            remote=self.remote.name,
-            action=decision.action.value,
-            rule=decision.rule,
-            why=decision.why,
+            "handshake", remote=self.remote.name, action=decision.action.value, **cause
         )
         if decision.action is Action.REFUSE:
-            self.link.send_json(Type.REFUSE, {"rule": decision.rule, "why": decision.why})
+            self.link.send_json(Type.REFUSE, cause)
             self.link.close(flush=True)
             raise Refused(f"{decision.rule}: {decision.why}")
         return decision

@@ -12,6 +12,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     forks          [[epoch, end seq], ...]: where a power loss ended an epoch, oldest first
     runs           on a primary: [[epoch, random id], ...]: one for each start, oldest first; an
                    empty id if what that run saved is lost
+    ends           on a primary: [[epoch, end seq], ...]: where each of these ended that did not end
+                   in a fork
     run            on a secondary: the id of the last run that it followed
     extent_size    bytes that one entry of the active map stands for; fixed at creation
     active_sectors  so many sectors of the active map were written, durably; on a primary

@@ -115,6 +115,29 @@ def test_primary_from_a_backup_that_went_on(make_cluster: MakeCluster, tmp_path:
         check_equal(cluster)
 
 
+def test_primary_that_was_rolled_back_while_it_ran(
+    make_cluster: MakeCluster, tmp_path: Path
+) -> None:
+    """Fault 28, T6: all its files are what they were a while ago, in the same boot, as if only the
+    process had died; and more is written than was lost before the two meet again."""
+    cluster = small_group(make_cluster)
+    write(cluster, Journal(SIZE))
+    check_equal(cluster)
+    kept = {
+        path: path.read_bytes() for path in cluster.primary.directory.rglob("*") if path.is_file()
+    }
+    write(cluster, Journal(SIZE), seed=2)
+    check_equal(cluster)
+    cluster.primary.kill()
+    for path, data in kept.items():
+        path.write_bytes(data)
+    cluster.proxy.refuse()
+    cluster.primary.start()
+    write(cluster, Journal(SIZE), batches=90, seed=3)
+    cluster.proxy.heal()
+    refused(cluster, "T6")
+
+
 def test_secondary_from_a_backup(make_cluster: MakeCluster, tmp_path: Path) -> None:
     """Fault 28, T5: the secondary lost what it had confirmed and the log has let go: compared by
     hash, with the reason; then equal. Runbook: an old copy of a node comes back."""

@@ -25,6 +25,7 @@ def decision(primary: Node, name: str, secondary: Node) -> Decision:
         generation=state["generation"],
         history=(),
         epoch=state["epoch"],
+        ends=tuple((epoch, end) for epoch, end in state["ends"]),
         forks=tuple(Fork(epoch, end) for epoch, end in state["forks"]),
         tail_seq=ring.tail_seq,
         next_seq=ring.next_seq,

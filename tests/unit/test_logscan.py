@@ -97,9 +97,11 @@ def test_the_last_fork_stands_for_those_that_are_forgotten() -> None:
         log = await make(disk)
         append(log, [100, 100, 100], epoch=2)
         starts = [[epoch, "run"] for epoch in range(1, RUNS_MAX + 9)]
-        state: dict[str, Any] = {"runs": starts, "forks": [[1, 1], [2, 2]]}
+        state: dict[str, Any] = {"runs": starts, "ends": [[3, 3], [9, 4]]}
+        state["forks"] = [[1, 1], [2, 2]]
         forget_oldest(state)
-        assert len(state["runs"]) == RUNS_MAX and state["forks"] == [[2, 2]]
+        assert len(state["runs"]) == RUNS_MAX
+        assert (state["forks"], state["ends"]) == ([[2, 2]], [[9, 4]])
         scan_stops_at(disk, 2, forks=[(epoch, end) for epoch, end in state["forks"]])
 
     run(main())

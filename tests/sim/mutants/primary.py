@@ -161,16 +161,16 @@ def _(assign: Assign) -> None:
 
 @mutant("O10 recovery does not begin a new epoch")
 def _(assign: Assign) -> None:
-    def note_fork(store: Store, recovered: Any) -> None:
-        recovery.note_fork(store, recovered)
+    def note_end(store: Store, recovered: Any) -> None:
+        recovery.note_end(store, recovered)
         store.state["epoch"] -= 1
 
-    assign(node, "note_fork", note_fork)
+    assign(node, "note_end", note_end)
 
 
 @mutant("O10 the end of an epoch is not remembered")
 def _(assign: Assign) -> None:
-    assign(node, "note_fork", lambda store, recovered: None)
+    assign(node, "note_end", lambda store, recovered: store.state.setdefault("ends", []))
 
 
 @mutant("I2 forks are remembered for ever, more than a HELLO may tell of", run=OFTEN_WITHOUT_POWER)
