@@ -9,6 +9,7 @@ from nbdmirror.engine.log import Cursor, Log
 from nbdmirror.engine.recovery import Recovered, doubtful_ranges, level, write_anew
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
 
 
 async def mark_doubtful(
@@ -52,6 +53,8 @@ async def mark_doubtful(
         for index in leaders:
             # It may have what the log lost: nothing older is to come over that.
             store.state["volumes"][index]["redo_seq"] = group.log.next_seq - 1
+    if lost is not None:
+        doubtful = [(volume, 0, volume.size) for volume in group.volumes]
     for remote in remotes:
         if not recovered.clean:
             for dcm in remote.dcms:
@@ -60,19 +63,30 @@ async def mark_doubtful(
             # Whether an overflow was finished or not: what the log holds is marked again.
             for record in pending:
                 remote.note(record)
-        differing = [one for one in doubtful if leaders.get(one[0].index) is not remote]
-        for volume, offset, length in differing:
-            remote.mark(volume.index, offset, length)
-        if lost is not None:
+        leads = remote in leaders.values() and recovered.whole
+        if lost is not None and not leads:
             # Saved with the rest: until all is in the maps, another start must have the same doubt.
             await remote.fill(lost, save=False)
-        elif differing:
-            # Records past the end are not in the history: the remote may be set back to there.
-            remote.facts["base_seq"] = min(remote.facts["base_seq"], recovered.end_seq)
-            why = "the primary lost power" if recovered.power_loss else "the primary's process died"
-            remote.doubt(remote.facts["why"] or why)
+        else:
+            # With a whole log a leader has all of what it leads, whatever else is in doubt; and
+            # that marked, nobody would have it any more (M11).
+            differing = [one for one in doubtful if leaders.get(one[0].index) is not remote]
+            _compare(remote, differing, recovered, lost)
         remote.save_defaults()
         await remote.sync_maps()
+
+
+def _compare(
+    remote: Remote, differing: list[tuple[Volume, int, int]], recovered: Recovered, lost: str | None
+) -> None:
+    """Marks what may differ on a remote, and has that compared; the caller saves."""
+    for volume, offset, length in differing:
+        remote.mark(volume.index, offset, length)
+    if differing or lost is not None:
+        # Records past the end are not in the history: the remote may be set back to there.
+        remote.facts["base_seq"] = min(remote.facts["base_seq"], recovered.end_seq)
+        why = "the primary lost power" if recovered.power_loss else "the primary's process died"
+        remote.doubt(lost or remote.facts["why"] or why)
 
 
 async def _pending(log: Log) -> list[Record]:

@@ -63,6 +63,8 @@ class Recovered:
     """Facets that had failed and that are trusted again: the log has brought them back."""
     unfinished: bool = False
     """A record was being appended when the process was killed."""
+    whole: bool = True
+    """The log holds all that followed its tail, of a superblock that may be out of date too."""
 
     @property
     def in_doubt(self) -> bool:
@@ -144,7 +146,17 @@ async def redo(
         timeline=timeline,
         healed=tuple(facet.path for facet in healing if facet.failed is None),
         unfinished=unfinished,
+        whole=not (memory_lost or volatile or known > end_seq) and _is_whole(store, log, forks),
     )
+
+
+def _is_whole(store: Store, log: Log, forks: Forks) -> bool:
+    """Whether nothing was appended that the log does not give back any more, as far as that went to
+    its disk. If the superblock is out of date, so may be the tail: what was written over the log
+    since begins there, so the first record tells."""
+    if store.damaged is None or log.next_seq > log.ring.tail_seq:
+        return True
+    return not log.seq_behind(forks)
 
 
 def _scan(store: Store, log: Log, forks: Forks) -> tuple[Timeline, int]:

@@ -46,7 +46,7 @@ from tests.sim.plays.facets import (
     SENT_FROM_WHAT_LOST,
     TAKEN_OUT_OF_TWO,
 )
-from tests.sim.plays.standins import LAST_REMOVED, STOOD_IN_AHEAD
+from tests.sim.plays.standins import LAST_REMOVED, LEANED_AND_ROTTED, STOOD_IN_AHEAD
 
 
 def _nothing_lost(assign: Assign) -> None:
@@ -204,6 +204,11 @@ def _(assign: Assign) -> None:
 @mutant("M11 redo brings back what a remote that stood in had newer", run=STOOD_IN_AHEAD)
 def _(assign: Assign) -> None:
     assign(Store, "redo_seq", lambda self, volume: int(self.state.get("redo_seq", 0)))
+
+
+@mutant("M11 a superblock that rotted is a doubt in who stands in", run=LEANED_AND_ROTTED)
+def _(assign: Assign) -> None:
+    assign(recovery, "_is_whole", lambda store, log, forks: store.damaged is None)
 
 
 @mutant("M11 all remotes are compared with a facet that there is not", LOST)

@@ -17,13 +17,14 @@ from tests.sim.plays.stage import (
     killed,
     only_remote,
     power_loss,
+    save_rotted,
     slow,
     slow_at,
     slow_save,
     without_facet,
     without_log,
 )
-from tests.sim.script import SYNC_SECONDS, Script
+from tests.sim.script import BLOCK, SYNC_SECONDS, Script
 
 
 async def _stood_in_ahead(s: Script) -> None:
@@ -196,6 +197,24 @@ async def _consistent_and_cut(s: Script) -> None:
     await s.in_sync()
 
 
+async def _leaned_and_rotted(s: Script) -> None:
+    """What a volume's only facet lacks has left the log for its map when the process dies, and what
+    the superblock said last has rotted: all is compared, but with the remote that stands in."""
+    path = "/facets/v0.0"
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await without_facet(s, path)
+    for turn in range(14):
+        await s.write(0, turn % 4 * BLOCK, count=BLOCK, pause=0.05)
+    await s.in_sync()
+    await save_rotted(s, s.world.a)
+    await _reads_back(s)
+    s.mend(path)
+    await s.facets_back()
+    await s.in_sync()
+    s.world.astray_on = None
+
+
 async def _reads_back(s: Script) -> None:
     """A remote that follows answers reads, after some time."""
     await s.until(
@@ -216,3 +235,4 @@ BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
 PASSED_AND_FLUSHED = directed(_passed_and_flushed, last_facet=True)
 LAST_REMOVED = directed(_last_removed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
+LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)
