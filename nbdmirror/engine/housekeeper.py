@@ -87,7 +87,6 @@ class Housekeeper:
         self._kick = asyncio.Event()
         self._released = asyncio.Event()
         self.releasing = asyncio.Lock()
-        self._passing = asyncio.Lock()
         self._waiting = 0
         self._synced_at = 0.0
         self._stalled = False
@@ -200,26 +199,34 @@ class Housekeeper:
             away = not volume.in_service() and self.rescue is not None
             if away and self.rescue is not None and not await self.rescue.durable(volume, upto):
                 return await self.sync_log()  # a facet is back, which has it: to be synced
-        await self._pass_on()
+        if await self._pass_on():
+            return await self.sync_log()  # at the next start what is flushed would be nowhere
+        if self.rescue is not None and self.rescue.leaning():
+            # Whom a start goes by, who no more: what another is about to save is not durable yet.
+            await self._store.save()
         return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
 
-    async def _pass_on(self) -> None:
-        """Once a remote that stands in for a volume's facets has all that the last of them had, the
+    async def _pass_on(self) -> list[Volume]:
+        """Once all who stand in for a volume's facets have all that the last of them had, the
         volume comes back from there; durably. Until then it comes back from that facet: should the
-        log be gone with its memory, nobody else has what was flushed to it (I3, M13)."""
-        rescue = self.rescue
+        log be gone with its memory, nobody else has what was flushed to it (I3, M13). Returns the
+        volumes that still do."""
+        rescue, left = self.rescue, list[Volume]()
         if rescue is None or not rescue.leaning():
-            return
-        async with self._passing:  # what another is about to save is not durable yet
-            passed = False
-            for volume in rescue.leaning():
-                had = max((facet.written_seq for facet in volume.facets), default=0)
-                if rescue.goes_on(volume) and rescue.holds(volume, had):
-                    for entry in self._store.state["volumes"][volume.index]["facets"]:
-                        passed = passed or bool(entry["last"])
-                        entry["last"] = False
-            if passed:
-                await self._store.save()
+            return left
+        passed = False
+        for volume in rescue.leaning():
+            entries = self._store.state["volumes"][volume.index]["facets"]
+            had = max((facet.written_seq for facet in volume.facets), default=0)
+            if rescue.holds(volume, had):
+                for entry in entries:
+                    passed = passed or bool(entry["last"])
+                    entry["last"] = False
+            elif any(entry["last"] for entry in entries):
+                left.append(volume)
+        if passed:
+            await self._store.save()
+        return left
 
     async def sync_facets(self, *, everything: bool = False) -> None:
         """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did."""

@@ -159,22 +159,35 @@ class Rescue:
         return [remote for remote in self._remotes if remote.follows(volume)]
 
     def holds(self, volume: Volume, seq: int) -> bool:
-        """Whether one of these has everything up to record ``seq``, durably."""
-        return any(remote.durable_seq >= seq for remote in self.following(volume))
+        """Whether whoever the volume may come back from has everything up to record ``seq``,
+        durably: a remote that is only about to follow among them."""
+        return self.goes_on(volume) and not self._lacking(seq)
+
+    def _lacking(self, seq: int) -> list[Remote]:
+        """The remotes that read the log, and do not have that yet."""
+        return [one for one in self._remotes if not one.tracking and one.durable_seq < seq]
 
     async def durable(self, volume: Volume, seq: int) -> bool:
-        """Returns when a remote that holds the volume has everything up to record ``seq``, durably:
-        that is what a flush promises where the log is in memory and no facet is left (I3, M13).
-        False if a facet is back meanwhile. DiskFailed if neither is within ``REACH_SECONDS``."""
+        """Returns when the volume is on remotes up to record ``seq``, durably: that is what a flush
+        promises where the log is in memory and no facet is left (I3, M13). The next start goes by
+        any remote that follows, so none may lack it. Once one has it, the others are waited for
+        while they are in reach; who is not leaves the log first, durably. False if a facet is back
+        meanwhile. DiskFailed if neither is within ``REACH_SECONDS``."""
         loop = asyncio.get_running_loop()
         end = loop.time() + REACH_SECONDS
-        while self.goes_on(volume) and loop.time() < end:
+        while self.goes_on(volume):
             if volume.in_service():
                 return False
-            if self.holds(volume, seq):
-                return True
-            following = self.following(volume)
-            await self._change(following, min(RETRY_SECONDS, max(0.0, end - loop.time())))
+            late = loop.time() >= end
+            if any(remote.durable_seq >= seq for remote in self.following(volume)):
+                for remote in self._lacking(seq):
+                    if late or remote.reads is None:
+                        await remote.overflow("what was flushed is on another remote only")
+                if self.holds(volume, seq):
+                    return True
+            elif late:
+                break
+            await self._change([*self._remotes], min(RETRY_SECONDS, max(0.0, end - loop.time())))
         raise DiskFailed(volume.no_facet().message)
 
     def in_reach(self, volume: Volume) -> bool:

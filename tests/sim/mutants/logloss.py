@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from typing import Any
 
 from nbdmirror.engine import facets, recovery
@@ -18,7 +19,7 @@ from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
-from tests.sim.mutation import Assign, aimed, mutant
+from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.plays.log import (
     KILLED_APPENDING,
     LAST_ONE_ROTS,
@@ -30,7 +31,9 @@ from tests.sim.plays.remotes import ADDED_WHILE_MOVED
 from tests.sim.plays.standins import (
     BACK_AND_FLUSHED,
     BACK_WHILE_FLUSHED,
+    FLUSHED_BY_ONE_OF_TWO,
     FLUSHED_OUT_OF_REACH,
+    FLUSHED_WHILE_FORCED_OUT,
     FLUSHED_WHILE_REDONE,
     LAST_OF_TWO,
     PASSED_AND_FLUSHED,
@@ -149,7 +152,42 @@ def _(assign: Assign) -> None:
     async def durable(self: Rescue, volume: Any, seq: int) -> bool:
         return True
 
+    async def pass_on(self: Housekeeper) -> list[Volume]:
+        await original(self)
+        return []  # else it is tried again
+
+    original = Housekeeper._pass_on
     assign(Rescue, "durable", durable)
+    assign(Housekeeper, "_pass_on", pass_on)
+
+
+@mutant("M13 a flush is at one remote, and another is gone by", run=FLUSHED_BY_ONE_OF_TWO)
+def _(assign: Assign) -> None:
+    def holds(self: Rescue, volume: Volume, seq: int) -> bool:
+        return any(remote.durable_seq >= seq for remote in self.following(volume))
+
+    assign(Rescue, "holds", holds)
+
+
+def _about_to_be_saved(assign: Assign) -> None:
+    async def sync_log(self: Housekeeper) -> int:
+        store, self._store = self._store, copy.copy(self._store)
+        setattr(self._store, "save", nothing)  # noqa: B010
+        try:
+            return await original(self)
+        finally:
+            self._store = store
+
+    original = Housekeeper.sync_log
+    assign(Housekeeper, "sync_log", sync_log)
+
+
+mutant("M13 who leaves the log is gone by at the next start", run=FLUSHED_WHILE_FORCED_OUT)(
+    _about_to_be_saved
+)
+mutant("M13 who has a volume is not durable yet for the second flush", run=PASSED_AND_FLUSHED)(
+    _about_to_be_saved
+)
 
 
 @mutant("M13 a log that a person has moved goes on in memory", run=MOVED_AND_LOST)
@@ -205,17 +243,6 @@ def _(assign: Assign) -> None:
             volume.in_service = in_service  # type: ignore[method-assign]
 
     assign(Rescue, "durable", durable)
-
-
-@mutant("M13 who has a volume is not durable yet for the second flush", run=PASSED_AND_FLUSHED)
-def _(assign: Assign) -> None:
-    original = Housekeeper._pass_on
-
-    async def pass_on(self: Housekeeper) -> None:
-        self._passing = asyncio.Lock()
-        await original(self)
-
-    assign(Housekeeper, "_pass_on", pass_on)
 
 
 @mutant("M17 a remote is added while the log is moved", run=ADDED_WHILE_MOVED)

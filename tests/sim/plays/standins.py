@@ -4,6 +4,7 @@ M11, M13)."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from nbdmirror.engine.rescue import REACH_SECONDS
 from tests.sim.directed import directed
@@ -25,6 +26,7 @@ from tests.sim.plays.stage import (
     without_log,
 )
 from tests.sim.script import BLOCK, SYNC_SECONDS, Script
+from tests.sim.world import Gone
 
 
 async def _stood_in_ahead(s: Script) -> None:
@@ -162,6 +164,57 @@ async def _passed_and_flushed(s: Script) -> None:
     await s.read(0, 0, 1)
 
 
+async def _flushed_by_one_of_two(s: Script) -> None:
+    """The log is in memory, and two remotes stand in for a volume's only facet, of which the first
+    is out of reach: what is flushed is at the second only, and the process dies."""
+    await without_log(s)
+    await s.in_sync()
+    s.link(up=False)
+    await without_facet(s)
+    await s.write(0, 0)
+    before = s.succeeded
+    await s.flush()
+    if s.succeeded == before:
+        raise Violation("one remote out of reach is one too many for a flush (I8)")
+    s.mend("/state/log")
+    await killed(s, s.world.a)
+    s.link(up=True)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+    s.mend("/facets/v0.0")
+
+
+async def _flushed_while_forced_out(s: Script) -> None:
+    """The same, when both had all; but the first remote is about to leave the log, which is not
+    durable yet, as something is flushed."""
+    world, a = s.world, s.world.a
+    await without_log(s)
+    await s.in_sync()
+    await without_facet(s)
+    await s.flush()
+    s.link(up=False)
+    await s.write(0, 0)
+    node = await s.primary()
+    assert node.primary is not None
+    first = node.primary.remotes[0]
+    leaving = slow_save(a, lambda node: first.tracking)
+
+    async def leave() -> None:
+        with contextlib.suppress(Gone):
+            await world.in_life(a, first.overflow("the log was full"))
+
+    world.spawn(leave())
+    await leaving.wait()
+    world.spawn(s.flush())
+    await asyncio.sleep(SLOW_SECONDS / 3)
+    s.mend("/state/log")
+    await killed(s, a)
+    s.link(up=True)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+    s.mend("/facets/v0.0")
+
+
 async def _last_removed(s: Script) -> None:
     """A remote stands in for a volume's only facet, which a person removes, for its disk is gone:
     space in the log is given back as before, until a new facet is added, and after."""
@@ -233,6 +286,8 @@ BACK_AND_FLUSHED = directed(_back_and_flushed, last_facet=True)
 FLUSHED_WHILE_REDONE = directed(_flushed_while_redone, last_facet=True)
 BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
 PASSED_AND_FLUSHED = directed(_passed_and_flushed, last_facet=True)
+FLUSHED_BY_ONE_OF_TWO = directed(_flushed_by_one_of_two, last_facet=True, remotes=2)
+FLUSHED_WHILE_FORCED_OUT = directed(_flushed_while_forced_out, last_facet=True, remotes=2)
 LAST_REMOVED = directed(_last_removed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
 LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)
