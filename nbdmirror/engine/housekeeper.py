@@ -48,7 +48,7 @@ class Holder(Protocol):
 
     @property
     def durable_seq(self) -> int:
-        """The log is kept for it after this seq."""
+        """It has everything up to this seq, durably."""
 
     async def overflow(self, why: str) -> None:
         """Marks what is pending in its map, piece by piece, and then needs the log no more."""
@@ -256,10 +256,16 @@ class Housekeeper:
         redone = self._log.redone
         floors = [facet.floor(applied) for facet in facets if redone or not facet.writable]
         floors += [remote.floor(applied) for remote in self.remotes]
-        if self.rescue is not None and self.rescue.leaning():
-            # What their facets lack is laid over what is read from them.
-            floors += [r.applied_seq for r in self.remotes if not r.tracking]
+        floors += [self._place(remote) for remote in self.remotes if not remote.tracking]
         return min([applied, *floors])
+
+    def _place(self, one: Holder) -> int:
+        """The log is kept for it after this seq."""
+        leaning = self.rescue is not None and bool(self.rescue.leaning())
+        if leaning and isinstance(one, Remote) and not one.tracking:
+            # What its facets lack is laid over what is read from it.
+            return min(one.durable_seq, one.applied_seq)
+        return one.durable_seq
 
     async def settle(self, seq: int, relieve: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Returns when records up to ``seq`` are in the facets, durably, and released: no redo
@@ -328,7 +334,7 @@ class Housekeeper:
         if not full or (self._forcing is not None and not self._forcing.done()):
             return
         behind = self._furthest_behind()
-        if behind is None or behind.durable_seq + 1 > ring.tail_seq:
+        if behind is None or self._place(behind) + 1 > ring.tail_seq:
             self._wait_for_reach()
             return  # it is not a remote that holds the tail
         if not isinstance(behind, Remote):
@@ -375,7 +381,7 @@ class Housekeeper:
         holding: list[Holder] = [r for r in self.remotes if not r.tracking or r.starting]
         if self.facets is not None:
             holding += self.facets.holding()
-        return min(holding, key=lambda one: one.durable_seq, default=None)
+        return min(holding, key=self._place, default=None)
 
     async def _force(self, one: Holder) -> None:
         work = asyncio.ensure_future(one.overflow("the log was full"))

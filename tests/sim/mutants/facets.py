@@ -46,7 +46,13 @@ from tests.sim.plays.facets import (
     SENT_FROM_WHAT_LOST,
     TAKEN_OUT_OF_TWO,
 )
-from tests.sim.plays.standins import LAST_REMOVED, LEANED_AND_ROTTED, STOOD_IN_AHEAD
+from tests.sim.plays.standins import (
+    FROZEN_AND_ALONE,
+    FROZEN_AND_FULL,
+    LAST_REMOVED,
+    LEANED_AND_ROTTED,
+    STOOD_IN_AHEAD,
+)
 
 
 def _nothing_lost(assign: Assign) -> None:
@@ -378,3 +384,21 @@ def _(assign: Assign) -> None:
         await original(self)
 
     assign(Housekeeper, "_pass_on", pass_on)
+
+
+def _held_unseen(assign: Assign) -> None:
+    original = Housekeeper._police
+
+    def police(self: Housekeeper) -> None:
+        place, seen = Housekeeper._place, lambda self, one: one.durable_seq
+        setattr(Housekeeper, "_place", seen)  # noqa: B010
+        try:
+            original(self)
+        finally:
+            setattr(Housekeeper, "_place", place)  # noqa: B010
+
+    assign(Housekeeper, "_police", police)
+
+
+mutant("M7 who holds the log for its facets is not forced out", run=FROZEN_AND_FULL)(_held_unseen)
+mutant("M7 nobody is told of who holds the log for its facets", run=FROZEN_AND_ALONE)(_held_unseen)

@@ -16,12 +16,14 @@ from tests.sim.plays.stage import (
     all_is_there,
     full_log,
     killed,
+    moment,
     only_remote,
     power_loss,
     save_rotted,
     slow,
     slow_at,
     slow_save,
+    within,
     without_facet,
     without_log,
 )
@@ -215,6 +217,44 @@ async def _flushed_while_forced_out(s: Script) -> None:
     s.mend("/facets/v0.0")
 
 
+async def _frozen_and_full(s: Script) -> None:
+    """Two remotes stand in for a volume's only facet, and the first is frozen: it has everything
+    durably, but the log is kept for what its facets lack, until it is full. It is forced out."""
+    await s.write(0, 0)
+    await s.in_sync()
+    await s.freeze(on=True)
+    await without_facet(s)
+    try:
+        async with asyncio.timeout(SYNC_SECONDS):
+            await full_log(s)
+    except TimeoutError:
+        raise Violation("writes wait for ever for a remote that is frozen (M7)") from None
+    await s.read(0, 0, 1)
+    await s.freeze(on=False)
+    s.mend("/facets/v0.0")
+    await s.facets_back()
+    await s.in_sync()
+
+
+async def _frozen_and_alone(s: Script) -> None:
+    """The same with the only remote: writes wait for it, as nobody else has the volume, until it
+    follows again; that is told."""
+    await s.write(0, 0)
+    await s.in_sync()
+    await s.freeze(on=True)
+    await without_facet(s)
+    told = moment(s, s.world.a, "log-full")
+    filling = s.world.spawn(full_log(s))
+    await within(told, SYNC_SECONDS)
+    if not told.is_set():
+        raise Violation("nobody is told what writes wait for (M7)")
+    await s.freeze(on=False)
+    await filling
+    await s.read(0, 0, 1)
+    s.mend("/facets/v0.0")
+    await s.facets_back()
+
+
 async def _last_removed(s: Script) -> None:
     """A remote stands in for a volume's only facet, which a person removes, for its disk is gone:
     space in the log is given back as before, until a new facet is added, and after."""
@@ -288,6 +328,8 @@ BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
 PASSED_AND_FLUSHED = directed(_passed_and_flushed, last_facet=True)
 FLUSHED_BY_ONE_OF_TWO = directed(_flushed_by_one_of_two, last_facet=True, remotes=2)
 FLUSHED_WHILE_FORCED_OUT = directed(_flushed_while_forced_out, last_facet=True, remotes=2)
+FROZEN_AND_FULL = directed(_frozen_and_full, last_facet=True, remotes=2)
+FROZEN_AND_ALONE = directed(_frozen_and_alone, last_facet=True)
 LAST_REMOVED = directed(_last_removed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
 LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)
