@@ -57,6 +57,8 @@ class Source:
     """(epoch, last record) of each former run that did not end in a fork. A secondary of that
     epoch, or of one before, that holds more followed what is not in the history: the primary was
     set back to a copy of its running self, and may have written as much since."""
+    needed: bool = False
+    """A volume has no facet here, and no other remote (M11): there is nothing to compare with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,9 @@ class Target:
     knows of them may be out of date."""
     rejoined: bool = False
     damaged: bool = False
+    patient: bool = False
+    """``rejoined``, and nothing else: other facets have all of each volume, and it goes on to say
+    so until it was compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,8 @@ class Decision:
     why: str
     seq: int = 0
     """The first record of the stream; meaningless for a REFUSE."""
+    put_off: bool = False
+    """What is new there is compared another time."""
 
 
 def _common_end(source: Source, epoch: int) -> tuple[int, Fork | None]:
@@ -122,9 +129,18 @@ def _run_doubt(source: Source, target: Target) -> Decision | None:
 def decide(source: Source, target: Target) -> Decision:
     """First match wins; every doubt ends in a comparison by hash, never in trust (I5)."""
     decision = _decide(source, target)
+    if _puts_off(source, target) and decision.action in (Action.CONTINUE, Action.RESET):
+        why = f"{decision.why}; a facet there is new, and compared when there is one here again"
+        decision = replace(decision, why=why, put_off=True)
     if decision.action is Action.CONTINUE:
         return replace(decision, seq=target.durable_seq + 1)
     return decision if decision.seq else replace(decision, seq=source.next_seq)
+
+
+def _puts_off(source: Source, target: Target) -> bool:
+    """Whether what is new on the secondary waits: marked, it would not be the one any more that a
+    volume is read from, and that a local facet can come back from (I2, M11)."""
+    return source.needed and target.patient
 
 
 def _decide(source: Source, target: Target) -> Decision:
@@ -150,7 +166,7 @@ def _decide(source: Source, target: Target) -> Decision:
             )
     elif (doubt := _run_doubt(source, target)) is not None:
         return doubt
-    if target.altered:
+    if target.altered and not _puts_off(source, target):
         what = "a facet is new" if target.rejoined else "a snapshot was restored"
         what = "a file of the node's own was damaged" if target.damaged else what
         return _full(f"{what} on the secondary")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nbdmirror.engine.batch import Batch, Records
     from nbdmirror.engine.gate import SyncGate
     from nbdmirror.engine.log import Log
+    from nbdmirror.engine.remote import Remote
     from nbdmirror.ports import Clock
 
 
@@ -76,6 +77,8 @@ class Group:
         """Whether a volume with no local facet in service is of use: a remote follows (M11)."""
         self.in_reach: Callable[[Volume], bool] = lambda volume: False
         """Whether such a remote is connected now."""
+        self.needed: Callable[[Remote], bool] = lambda remote: False
+        """Whether it is the only such remote of a volume."""
         self.on_mark: Callable[[int, Mark], None] = lambda seq, mark: None
         """Called in the step in which a mark is logged, with its seq."""
         self.on_failed: Callable[[NbdmirrorError], None] = lambda error: None

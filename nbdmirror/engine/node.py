@@ -181,6 +181,7 @@ class Node:
         # From here on a facet that fails goes out of service; who stands in for it goes on.
         self.rescue = Rescue(self.volumes, self.primary.remotes, self.events, self.facets.lost)
         group.goes_on, group.in_reach = self.rescue.goes_on, self.rescue.in_reach
+        group.needed = self.rescue.needed
         group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
         self.housekeeper.facets, self.housekeeper.rescue = self.facets, self.rescue
         state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)

@@ -220,7 +220,8 @@ class Receiver:
             await self.secondary.applier.change(delay=float(delay))
         self.secondary.eager = start.get("eager") is True
         reset_seq = seq if action == "reset" else None
-        await self.secondary.adopt(self._hello, reset_seq, bool(resync), marks)
+        put_off = start.get("put_off") is True
+        await self.secondary.adopt(self._hello, reset_seq, bool(resync), marks, put_off=put_off)
         self._started = True
         self._eager = start.get("eager") is True
         self.link.begin(started=True)

@@ -56,8 +56,17 @@ def _goes_on(facet: LocalFacet, entry: dict[str, Any]) -> bool:
     return bool(found) and entry.get("identity") == found
 
 
+def altered(state: dict[str, Any]) -> dict[str, bool]:
+    """What a node says of its state in WELCOME: whether it is what the primary made it."""
+    found = {key: bool(state.get(key)) for key in ("altered", "rejoined", "damaged")}
+    only_new = found == {"altered": False, "rejoined": True, "damaged": False}
+    return {**found, "altered": any(found.values()), "patient": only_new}
+
+
 def trust(store: Store, volumes: list[Volume]) -> None:
-    """All were compared: whoever saves next makes that durable."""
+    """All were compared: whoever saves next makes that durable. Nothing, while that is put off."""
+    if store.state.get("rejoined"):
+        return
     for volume, saved in zip(volumes, store.state["volumes"], strict=True):
         for facet, entry in zip(volume.facets, saved["facets"], strict=True):
             facet.state = FacetState.SYNCHRONISED

@@ -106,6 +106,8 @@ class Remote:
         self._marking = asyncio.Lock()
         self.gone = False
         """Removed by a person."""
+        self.put_off = False
+        """A comparison is due: see ``core.identity``."""
         self.starting = False
         """A stream is being agreed upon: the log is kept for it already."""
         self.held = False
@@ -430,7 +432,7 @@ class Remote:
         pending = 0 if self.tracking else log.next_seq - 1 - self.durable_seq
         oldest = self.behind_ns
         why = self.refused or self.failed or (self.stall and self.stall.why)
-        if why is None and state != "synchronised":
+        if why is None and (state != "synchronised" or self.put_off):
             why = self.facts["why"]
         if why is None and facts.differing:
             why = f"the last verify found {facts.differing} regions that differ"

@@ -27,7 +27,7 @@ from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.leftout import LeftOut
 from nbdmirror.engine.log import Log
-from nbdmirror.engine.rejoin import trust
+from nbdmirror.engine.rejoin import altered, trust
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError, Refused
@@ -262,9 +262,7 @@ class Secondary:
             "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
             "consistent": bool(upstream and upstream["consistent"]),
-            "altered": any(state.get(key) for key in ("altered", "rejoined", "damaged")),
-            "rejoined": bool(state.get("rejoined")),
-            "damaged": bool(state.get("damaged")),
+            **altered(state),
         }
 
     def distrust(self) -> None:
@@ -281,6 +279,8 @@ class Secondary:
         reset_seq: int | None,
         resync: bool,
         left_out: Sequence[LeftOut] = (),
+        *,
+        put_off: bool = False,
     ) -> None:
         """Takes over the primary's identity and history, and the terms of START, durably.
 
@@ -310,7 +310,8 @@ class Secondary:
             "consistent": bool(former.get("consistent")) and not resync,
             "since": former.get("since"),
         }
-        state["altered"] = state["rejoined"] = state["damaged"] = False
+        if not put_off:
+            state["altered"] = state["rejoined"] = state["damaged"] = False
         self.follower.left_out(left_out, epoch)
         if reset_seq is not None:
             self._reset(reset_seq, left_out)

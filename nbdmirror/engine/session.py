@@ -6,10 +6,10 @@ the terms (an overflow, a command, a lost link) ends the session; the next hands
 
 HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, volumes, session}
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
-          consistent, altered, rejoined, damaged}
+          consistent, altered, rejoined, damaged, patient}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
-          eager: clients wait for its acknowledgements, marks: see ``engine.leftout``}
+          eager: clients wait for its acknowledgements, put_off, marks: see ``engine.leftout``}
 READY     {}
 
 While a resync goes over the map of a remote in DCM logging no records are sent. When it goes on in
@@ -43,7 +43,7 @@ from nbdmirror.engine.remote import Remote, volume_map
 from nbdmirror.engine.remoteread import RemoteReads
 from nbdmirror.engine.resync import LOG_SHARE, Resync, Terms
 from nbdmirror.engine.store import Store
-from nbdmirror.engine.verify import Verify, request
+from nbdmirror.engine.verify import Verify, is_due
 from nbdmirror.errors import FormatError, PeerError, Refused
 from nbdmirror.ports import Buffer, Env
 
@@ -54,6 +54,8 @@ FRAME_BYTES_MIN = 64 << 10
 LINGER_SECONDS = 0.005
 """An asynchronous remote's records wait so long for company: it spares the client's CPU."""
 
+BACK_SECONDS = 1.0
+"""Whether a comparison that was put off may begin is looked at so often."""
 DUE_SECONDS = 30.0
 """Whether a verify is due is looked at so often."""
 
@@ -119,7 +121,7 @@ class Session:
                 raise
         finally:
             self.link.close()
-            remote.engaged = remote.starting = False
+            remote.engaged = remote.starting = remote.put_off = False
             remote.notify()
             if remote.progress is not None:
                 remote.progress = remote.stall = None
@@ -186,6 +188,7 @@ class Session:
             altered=welcome.get("altered") is True,
             rejoined=welcome.get("rejoined") is True,
             damaged=welcome.get("damaged") is True,
+            patient=welcome.get("patient") is True,
             history=fields.history(welcome),
         )
 
@@ -204,9 +207,12 @@ class Session:
             tracking=self.remote.tracking,
             met_epoch=facts["met_epoch"],
             consistent=facts["consistent"],
+            needed=self.remote.group.needed(self.remote),
         )
         decision = decide(source, target)
         cause: dict[str, Any] = {"rule": decision.rule, "why": decision.why}
+        self.remote.put_off = decision.put_off
+        facts["why"] = decision.why if decision.put_off else facts["why"]
         self.context.events.emit(
             "handshake", remote=self.remote.name, action=decision.action.value, **cause
         )
@@ -285,6 +291,7 @@ class Session:
                 "seq": seq,
                 "resync": resync or not facts["consistent"],
                 "why": why,
+                "put_off": self.remote.put_off,
                 "apply_delay": facts.get("apply_delay", 0.0),
                 "eager": facts["mode"] == "sync",
                 "marks": left_out,
@@ -347,6 +354,8 @@ class Session:
         if not self.remote.facts["consistent"]:
             self.resync = Resync(self.remote, self.link, self._terms())
             ends.append(asyncio.ensure_future(self._resync(self.resync)))
+        if self.remote.put_off:
+            ends.append(asyncio.ensure_future(self._put_off()))
         ends.append(asyncio.ensure_future(self._verify()))
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -383,11 +392,17 @@ class Session:
         self.remote.verify_wanted.set()
         await self.link.closed.wait()
 
+    async def _put_off(self) -> None:
+        """Begins anew when there is something to compare the remote with: a facet is back."""
+        while self.remote.group.needed(self.remote):
+            await asyncio.sleep(BACK_SECONDS)
+        self.remote.drop.set()
+
     async def _verify(self) -> None:
         """Verifies the remote when that is asked for or due, once it is consistent."""
         remote, context = self.remote, self.context
         while True:
-            while not self._may_verify() or not self._verify_due():
+            while not is_due(remote, context.env.clock.time_ns()):
                 remote.verify_wanted.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(DUE_SECONDS):
@@ -401,21 +416,6 @@ class Session:
                 context.store.save,
             )
             await self.verify.run()
-
-    def _may_verify(self) -> bool:
-        """Whether the facets hold, here and there, what clients read."""
-        volumes = self.remote.group.volumes
-        return bool(self.remote.facts["consistent"]) and not any(v.overlay for v in volumes)
-
-    def _verify_due(self) -> bool:
-        """Whether a verify was asked for, or the interval is over."""
-        facts, now_ns = self.remote.facts, self.context.env.clock.time_ns()
-        interval = facts.get("verify_interval") or 0.0
-        if facts.get("verify") is None and interval:
-            last = (facts.get("verified") or {}).get("finished_ns", 0)
-            if now_ns - last >= interval * 1e9:
-                facts["verify"] = request(bool(facts.get("verify_repair")), now_ns)
-        return facts.get("verify") is not None
 
     async def _ship(self) -> None:
         """Sends the log from where the stream begins, as it grows."""

@@ -406,6 +406,22 @@ class Verify:
         return not lost
 
 
+def is_due(remote: Remote, now_ns: int) -> bool:
+    """Whether a verify was asked for, or the interval is over; and the facets hold, here and there,
+    what clients read."""
+    facts = remote.facts
+    if not facts["consistent"] or remote.put_off:
+        return False
+    if any(volume.overlay for volume in remote.group.volumes):
+        return False
+    interval = facts.get("verify_interval") or 0.0
+    if facts.get("verify") is None and interval:
+        last = (facts.get("verified") or {}).get("finished_ns", 0)
+        if now_ns - last >= interval * 1e9:
+            facts["verify"] = request(bool(facts.get("verify_repair")), now_ns)
+    return facts.get("verify") is not None
+
+
 def request(repair: bool, now_ns: int) -> dict[str, Any]:
     """The facts of a verify that is to begin."""
     return {

@@ -57,6 +57,7 @@ def _holds(remote: Remote, until: str, seq: int) -> bool:
         return bool(remote.facts["consistent"])
     return (
         remote.state == "synchronised"
+        and not remote.put_off
         and remote.dirty_regions == 0
         and bool(remote.facts["consistent"])
         and remote.applied_seq >= seq

@@ -50,6 +50,34 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Action, str, int]] = {
         "T5",
         101,
     ),
+    "T5 a facet there is new": (
+        {},
+        {"altered": True, "rejoined": True, "patient": True},
+        FULL,
+        "T5",
+        101,
+    ),
+    "T3 ... and a volume has nothing else": (
+        {"needed": True},
+        {"altered": True, "rejoined": True, "patient": True},
+        CONTINUE,
+        "T3",
+        81,
+    ),
+    "T5 ... but something else is altered too": (
+        {"needed": True},
+        {"altered": True, "rejoined": True},
+        FULL,
+        "T5",
+        101,
+    ),
+    "T5 ... but it lost what it had confirmed": (
+        {"needed": True},
+        {"altered": True, "rejoined": True, "patient": True, "consistent": False},
+        FULL,
+        "T5",
+        101,
+    ),
     "T4 tracked by the map": ({"tracking": True}, {}, RESET, "T4", 101),
     "T4 the log is gone, the map has it": (
         {"tracking": True, "tail_seq": 101},
@@ -160,6 +188,7 @@ def test_rules(
     decision = decide(replace(SOURCE, **source), replace(TARGET, **target))
     assert (decision.action, decision.rule) == (action, rule), decision.why
     assert decision.why
+    assert decision.put_off == (action is CONTINUE and "altered" in target)
     if action is not REFUSE:
         assert decision.seq == seq
 

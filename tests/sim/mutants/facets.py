@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from nbdmirror.config import Config
-from nbdmirror.engine import doubt, node, opening, recovery, remoteread, spill
+from nbdmirror.core import identity
+from nbdmirror.engine import doubt, node, opening, recovery, remoteread, secondary, spill
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facetcopy import FacetCopy
@@ -20,8 +21,11 @@ from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.rejoin import trust
 from nbdmirror.engine.remote import Remote, may_follow
 from nbdmirror.engine.resync import Resync
+from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.session import Session
 from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Change, Volume
@@ -51,6 +55,7 @@ from tests.sim.plays.standins import (
     FROZEN_AND_FULL,
     LAST_REMOVED,
     LEANED_AND_ROTTED,
+    LEANED_ON_AND_REJOINED,
     STOOD_IN_AHEAD,
 )
 
@@ -215,6 +220,39 @@ def _(assign: Assign) -> None:
 @mutant("M11 a superblock that rotted is a doubt in who stands in", run=LEANED_AND_ROTTED)
 def _(assign: Assign) -> None:
     assign(recovery, "_is_whole", lambda store, log, forks: store.damaged is None)
+
+
+@mutant("M11 who stands in is compared for a new facet there", run=LEANED_ON_AND_REJOINED)
+def _(assign: Assign) -> None:
+    assign(identity, "_puts_off", lambda source, target: False)
+
+
+@mutant("I5 a comparison that is put off is forgotten", run=LEANED_ON_AND_REJOINED)
+def _(assign: Assign) -> None:
+    original = Secondary.adopt
+
+    async def adopt(self: Secondary, *args: Any, put_off: bool = False) -> None:
+        await original(self, *args)
+
+    assign(Secondary, "adopt", adopt)
+
+
+@mutant("I5 a new facet is trusted before all was compared", run=LEANED_ON_AND_REJOINED)
+def _(assign: Assign) -> None:
+    def trusting(store: Store, volumes: list[Volume]) -> None:
+        known = store.state.pop("rejoined")
+        trust(store, volumes)
+        store.state["rejoined"] = known
+
+    assign(secondary, "trust", trusting)
+
+
+@mutant("I2 a comparison that was put off does not begin", run=LEANED_ON_AND_REJOINED)
+def _(assign: Assign) -> None:
+    async def put_off(self: Session) -> None:
+        await self.link.closed.wait()
+
+    assign(Session, "_put_off", put_off)
 
 
 @mutant("M11 all remotes are compared with a facet that there is not", LOST)

@@ -133,10 +133,10 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Secondary.adopt
 
-    async def adopt(self: Secondary, *args: Any) -> None:
+    async def adopt(self: Secondary, *args: Any, **how: Any) -> None:
         former = self.store.state["upstream"] or {}
         consistent = bool(former.get("consistent"))
-        await original(self, *args)
+        await original(self, *args, **how)
         self.store.state["upstream"]["consistent"] = consistent
         await self.store.save()
 

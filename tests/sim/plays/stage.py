@@ -148,9 +148,9 @@ def claimed(disk: SimDisk) -> None:
     setattr(disk, "open", open_)  # noqa: B010
 
 
-async def another_disk(s: Script, path: str) -> None:
-    """A person puts a new disk in the place of a facet's."""
-    disk, size = s.world.a.disk, s.world.options.sizes[0]
+async def another_disk(s: Script, path: str, host: Host | None = None) -> None:
+    """A person puts a new disk in the place of a facet's, of the primary or of ``host``."""
+    disk, size = (host or s.world.a).disk, s.world.options.sizes[0]
     disk.unlink(path)
     file = disk.open(path, create=True)
     file.truncate(size)

@@ -6,14 +6,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from nbdmirror.engine.node import Node
+from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.rescue import REACH_SECONDS
 from tests.sim.directed import directed
-from tests.sim.oracle import Violation
+from tests.sim.oracle import Violation, compare
 from tests.sim.plays.stage import (
     FAR,
     NEVER_SECONDS,
     SLOW_SECONDS,
     all_is_there,
+    another_disk,
     full_log,
     killed,
     moment,
@@ -308,6 +311,48 @@ async def _leaned_and_rotted(s: Script) -> None:
     s.world.astray_on = None
 
 
+async def _leaned_on_and_rejoined(s: Script) -> None:
+    """A volume has no facet but those of its remote, of which one is new after a restart: the other
+    one is read, and a facet comes back from it; then the new one gets all."""
+    (b,) = s.world.remotes
+    paths = ("/facets/v0.0", "/facets/v0.1")
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    for path in paths:
+        s.spoil(path)
+    await s.write(0, 0)
+    await s.until(lambda node: not node.volumes[0].in_service())
+    for turn in range(14):
+        await s.write(0, turn % 4 * BLOCK, count=BLOCK, pause=0.05)
+    await s.in_sync()
+    await s.stop(b)
+    b.swapped = True
+    await another_disk(s, paths[0], b)
+    await s.world.start(b)
+    await _reads_back(s)
+    await s.write(0, 0)
+    if (await only_remote(s)).status(0.0, 0)["why"] is None:
+        raise Violation("nobody is told that a facet there lacks what is compared later (X4)")
+    await killed(s, b)
+    await _reads_back(s)
+    await s.write(1, 0)
+    await power_loss(s, s.world.a)  # what may differ of the other volume is compared
+    await _reads_back(s)
+    await s.until(lambda node: bool(_remote_of(node).facts["consistent"]))
+    await s.read(0, 0, 4 * BLOCK)
+    for path in paths:
+        s.mend(path)
+        await s.facet("online", path)
+    await s.facets_back()
+    await s.in_sync()
+    compare([b.disk.content(paths[1])], [b.disk.content(paths[0])], "a facet that is new (I2)")
+
+
+def _remote_of(node: Node) -> Remote:
+    assert node.primary is not None
+    return node.primary.remotes[0]
+
+
 async def _reads_back(s: Script) -> None:
     """A remote that follows answers reads, after some time."""
     await s.until(
@@ -333,3 +378,4 @@ FROZEN_AND_ALONE = directed(_frozen_and_alone, last_facet=True)
 LAST_REMOVED = directed(_last_removed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
 LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)
+LEANED_ON_AND_REJOINED = directed(_leaned_on_and_rejoined, facets=2, last_facet=True)
