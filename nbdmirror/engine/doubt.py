@@ -43,9 +43,8 @@ async def mark_doubtful(
         # goes on.
         for remote in remotes:
             remote.leave_log()
-    # Where no local facet is left, one remote is the truth that the others are compared with.
     leaders = {
-        volume.index: next((remote for remote in remotes if remote.follows(volume)), None)
+        volume.index: _leader(remotes, volume)
         for volume in group.volumes
         if not volume.in_service()
     }
@@ -74,6 +73,15 @@ async def mark_doubtful(
             _compare(remote, differing, recovered, lost)
         remote.save_defaults()
         await remote.sync_maps()
+
+
+def _leader(remotes: list[Remote], volume: Volume) -> Remote | None:
+    """Where no local facet is left, one remote is the truth that the others are compared with: each
+    that follows has what was promised, and one that may be gone for good would take the others
+    along (I2, M11)."""
+    following = [remote for remote in remotes if remote.follows(volume)]
+    there = [one for one in following if not (one.facts.get("away") or one.facts["paused"])]
+    return next(iter([*there, *following]), None)
 
 
 def _compare(

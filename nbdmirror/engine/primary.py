@@ -7,6 +7,7 @@ carries out what people ask of remotes. The data path is ``group``, a connection
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from nbdmirror.codec.mark import Mark
@@ -211,6 +212,8 @@ class Primary:
                 self._events.emit("defect", remote=remote.name, why=repr(error))
             was_connected = remote.link == "connected"
             self._disconnected(remote, cause)
+            if was_connected and not remote.drop.is_set():
+                await self._note_away(remote)
             if was_connected and asyncio.get_running_loop().time() - began > SETTLED_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             await self._pause(remote, REFUSED_PAUSE_SECONDS if remote.refused else pause)
@@ -238,6 +241,14 @@ class Primary:
         elif isinstance(cause, Refused):
             self._events.emit("refused", remote=remote.name, why=str(cause))
         remote.notify()
+
+    async def _note_away(self, remote: Remote) -> None:
+        """Durably, while a volume has no local facet: should power fail, who is there is the truth
+        about it, not who may be gone for good (``engine.doubt``)."""
+        remote.facts["away"] = True
+        if not all(volume.in_service() for volume in self.group.volumes):
+            with contextlib.suppress(DiskFailed):  # the node is told
+                await self._store.save()
 
     async def _pause(self, remote: Remote, seconds: float) -> None:
         """Waits before the next attempt, with jitter; a command ends it early."""

@@ -3,8 +3,8 @@
 Decides nothing about the wire (``engine.session``) and nothing about when space is needed
 (``engine.housekeeper``); it is what both act upon. The facts are part of the superblock:
 
-    address, mode, compression, on_link_loss, added
-                  what the configuration, or ``remote add``, says
+    address, mode, compression, on_link_loss, added, max_rate, verify_interval, verify_rate,
+    verify_repair what the configuration, or ``remote add``, says
     node          what the node there calls itself: see ``engine.acquaintance``
     initialised   a stream was agreed upon once
     tracking      in DCM logging: the log keeps nothing for it
@@ -20,7 +20,7 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     behind_ns     wall clock: since when the remote lacks something that the log does not hold
     verify        a verify that is wanted or runs: see ``engine.verify.request``; null if none
     verified      what the last one found: {finished_ns, differing, ...}; null if there was none
-    max_rate, verify_interval, verify_rate, verify_repair    as configured
+    away          its link was lost, and it has not come back
     missed        [uuid, seq] of deletions of snapshots that it may not have durably, and that a new
                   stream would leave out (see ``engine.leftout``)
     defaults      {volume name: default bit of its DCM}

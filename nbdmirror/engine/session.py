@@ -251,7 +251,7 @@ class Session:
         await self._send_start("reset" if reset else "continue", seq, resync, decision.why)
         await self._receive(Type.READY)
         self._told()
-        facts.update(initialised=True, met_epoch=self.context.store.state["epoch"])
+        facts.update(initialised=True, away=False, met_epoch=self.context.store.state["epoch"])
         if reset:
             facts["base_seq"] = seq - 1
         if ordered:

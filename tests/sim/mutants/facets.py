@@ -51,6 +51,7 @@ from tests.sim.plays.facets import (
     TAKEN_OUT_OF_TWO,
 )
 from tests.sim.plays.standins import (
+    FIRST_AWAY,
     FROZEN_AND_ALONE,
     FROZEN_AND_FULL,
     LAST_REMOVED,
@@ -220,6 +221,14 @@ def _(assign: Assign) -> None:
 @mutant("M11 a superblock that rotted is a doubt in who stands in", run=LEANED_AND_ROTTED)
 def _(assign: Assign) -> None:
     assign(recovery, "_is_whole", lambda store, log, forks: store.damaged is None)
+
+
+@mutant("M11 the first remote that follows is the truth, though it is away", run=FIRST_AWAY)
+def _(assign: Assign) -> None:
+    def leader(remotes: list[Remote], volume: Volume) -> Remote | None:
+        return next((remote for remote in remotes if remote.follows(volume)), None)
+
+    assign(doubt, "_leader", leader)
 
 
 @mutant("M11 who stands in is compared for a new facet there", run=LEANED_ON_AND_REJOINED)

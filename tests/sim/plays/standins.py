@@ -348,6 +348,34 @@ async def _leaned_on_and_rejoined(s: Script) -> None:
     compare([b.disk.content(paths[1])], [b.disk.content(paths[0])], "a facet that is new (I2)")
 
 
+async def _first_away(s: Script) -> None:
+    """Of two remotes that stand in the first is away when power fails, and stays so: the other one
+    has all, and answers."""
+    path = "/facets/v0.0"
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await without_facet(s, path)
+    node = await s.primary()
+    assert node.primary is not None
+    b, c = node.primary.remotes
+    s.link(up=False)
+    await s.write(0, 0, fua=True)
+    await s.until(lambda node: bool(b.facts["away"]))
+    await asyncio.sleep(1.0)  # and it is noted
+    await s.until(lambda node: c.durable_seq == node.log.next_seq - 1)
+    await power_loss(s, s.world.a)
+    await asyncio.sleep(REACH_SECONDS)
+    before = s.succeeded
+    await s.read(0, 0, 1)
+    if s.succeeded == before:
+        raise Violation("nobody answers for a volume that a remote has all of (M11)")
+    s.link(up=True)
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.in_sync()
+
+
 def _remote_of(node: Node) -> Remote:
     assert node.primary is not None
     return node.primary.remotes[0]
@@ -377,5 +405,6 @@ FROZEN_AND_FULL = directed(_frozen_and_full, last_facet=True, remotes=2)
 FROZEN_AND_ALONE = directed(_frozen_and_alone, last_facet=True)
 LAST_REMOVED = directed(_last_removed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
+FIRST_AWAY = directed(_first_away, remotes=2, last_facet=True)
 LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)
 LEANED_ON_AND_REJOINED = directed(_leaned_on_and_rejoined, facets=2, last_facet=True)
