@@ -27,6 +27,10 @@ async def mark_doubtful(
     if recovered.ahead or recovered.volatile or recovered.lost:
         await write_anew(group.volumes, doubtful)
     await level(group.volumes, doubtful, recovered.healed)
+    copied = store.copied and not recovered.clean
+    if copied:
+        # From when it ran, it may be: what it did since is in none of these maps (fault 28).
+        doubtful = [(volume, 0, volume.size) for volume in group.volumes]
     lost = None
     if recovered.lost:
         lost = f"the log lost {recovered.lost} records: it was damaged"
@@ -54,6 +58,8 @@ async def mark_doubtful(
             store.state["volumes"][index]["redo_seq"] = group.log.next_seq - 1
     if lost is not None:
         doubtful = [(volume, 0, volume.size) for volume in group.volumes]
+    cause = "the primary lost power" if recovered.power_loss else "the primary's process died"
+    cause = "the primary was copied while it ran, or since it died" if copied else cause
     for remote in remotes:
         if not recovered.clean:
             for dcm in remote.dcms:
@@ -70,7 +76,7 @@ async def mark_doubtful(
             # With a whole log a leader has all of what it leads, whatever else is in doubt; and
             # that marked, nobody would have it any more (M11).
             differing = [one for one in doubtful if leaders.get(one[0].index) is not remote]
-            _compare(remote, differing, recovered, lost)
+            _compare(remote, differing, recovered.end_seq, lost, cause)
         remote.save_defaults()
         await remote.sync_maps()
 
@@ -85,16 +91,19 @@ def _leader(remotes: list[Remote], volume: Volume) -> Remote | None:
 
 
 def _compare(
-    remote: Remote, differing: list[tuple[Volume, int, int]], recovered: Recovered, lost: str | None
+    remote: Remote,
+    differing: list[tuple[Volume, int, int]],
+    end_seq: int,
+    lost: str | None,
+    cause: str,
 ) -> None:
     """Marks what may differ on a remote, and has that compared; the caller saves."""
     for volume, offset, length in differing:
         remote.mark(volume.index, offset, length)
     if differing or lost is not None:
         # Records past the end are not in the history: the remote may be set back to there.
-        remote.facts["base_seq"] = min(remote.facts["base_seq"], recovered.end_seq)
-        why = "the primary lost power" if recovered.power_loss else "the primary's process died"
-        remote.doubt(lost or remote.facts["why"] or why)
+        remote.facts["base_seq"] = min(remote.facts["base_seq"], end_seq)
+        remote.doubt(lost or remote.facts["why"] or cause)
 
 
 async def _pending(log: Log) -> list[Record]:

@@ -184,7 +184,7 @@ class Node:
         group.needed = self.rescue.needed
         group.facet_lost = self.housekeeper.facet_lost = self.facets.lost
         self.housekeeper.facets, self.housekeeper.rescue = self.facets, self.rescue
-        state.update(clean=False, boot_id=self.env.clock.boot_id(), log_failed=False)
+        self.store.begin(self.env.clock.boot_id())
         state["durable_seq"], state["active_sectors"] = self.log.durable_seq, active.map.sectors
         state["log_spill"] = await may_spill(config, self.housekeeper, self.volumes, state)
         # The new epoch is durable before the first append (O10).
@@ -243,9 +243,8 @@ class Node:
         if not recovered.clean:
             same_boot = self.store.state["boot_id"] == self.env.clock.boot_id()
             self.store.state["cache_doubt"] = same_boot
-        self.store.state.update(
-            clean=False, boot_id=self.env.clock.boot_id(), log_failed=False, log_spill=False
-        )
+        self.store.begin(self.env.clock.boot_id())
+        self.store.state["log_spill"] = False
         if recovered.lost or self.store.damaged is not None:
             self.secondary.distrust()
         await self.store.save()

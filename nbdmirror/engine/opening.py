@@ -60,7 +60,6 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
         for facet, entry in zip(volume.facets, saved["facets"], strict=True):
             if facet.in_service:
                 entry["identity"] = facet.file.identity()
-    store.state["identity"] = store.identity()
     return volumes
 
 

@@ -154,9 +154,12 @@ class Store:
         for _ in range(slots.SLOT_COUNT):
             await self.save()
 
-    def identity(self) -> str:
-        """Of the file (``ports.File.identity``)."""
-        return self._file.identity()
+    def begin(self, boot_id: str) -> None:
+        """The node runs from here on; whoever has concluded from the state what became of it before
+        saves this with that."""
+        self.state.update(
+            clean=False, boot_id=boot_id, log_failed=False, identity=self._file.identity()
+        )
 
     def redo_seq(self, volume: int) -> int:
         """The last record that no redo brings into the volume of that index."""
