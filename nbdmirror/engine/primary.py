@@ -289,8 +289,9 @@ class Primary:
         rescue = self._housekeeper.rescue
         if rescue is not None and rescue.needed(remote):
             raise Refused(
-                f"remote {remote.name} holds the only copy of a volume that may be trusted",
-                hint="bring a local facet back first: see nbdmirror facet list",
+                f"remote {remote.name} holds the only copy in use of a volume that may be trusted",
+                hint="bring a local facet back first, see nbdmirror facet list; or resume another "
+                "remote that holds it",
             )
 
     async def verify(self, name: str, repair: bool) -> dict[str, Any]:

@@ -199,8 +199,13 @@ class Rescue:
         return [volume for volume in self._volumes if not volume.in_service()]
 
     def needed(self, remote: Remote) -> bool:
-        """Whether this remote is the only one that a volume without local facets has."""
-        return any(self.following(volume) == [remote] for volume in self.leaning())
+        """Whether a volume without local facets has no other remote that can be asked: one that is
+        paused follows, and answers nobody."""
+        for volume in self.leaning():
+            following = self.following(volume)
+            if [one for one in following if one is remote or not one.facts["paused"]] == [remote]:
+                return True
+        return False
 
     async def _from_remote(self, volume: Volume, offset: int, length: int) -> Buffer | None:
         """The range from a remote that follows; ``None`` if there is none, or if none can be

@@ -23,6 +23,7 @@ from nbdmirror.engine.log import Log
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.rejoin import trust
 from nbdmirror.engine.remote import Remote, may_follow
+from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
@@ -50,6 +51,7 @@ from tests.sim.plays.facets import (
     SENT_FROM_WHAT_LOST,
     TAKEN_OUT_OF_TWO,
 )
+from tests.sim.plays.remotes import PAUSED_BOTH
 from tests.sim.plays.standins import (
     FIRST_AWAY,
     FROZEN_AND_ALONE,
@@ -294,6 +296,14 @@ def _(assign: Assign) -> None:
         await original(self, seq, False)
 
     assign(SyncGate, "wait", wait)
+
+
+@mutant("M11 a paused remote counts as one that a volume has", run=PAUSED_BOTH)
+def _(assign: Assign) -> None:
+    def needed(self: Rescue, remote: Remote) -> bool:
+        return any(self.following(volume) == [remote] for volume in self.leaning())
+
+    assign(Rescue, "needed", needed)
 
 
 @mutant("M17 a new disk is known before its map is filled, durably", run=DISTRUSTED)

@@ -21,6 +21,7 @@ from tests.sim.plays.stage import (
     slow,
     slow_at,
     strikes,
+    without_facet,
 )
 from tests.sim.script import BLOCK, OPTIONS, Script
 
@@ -131,6 +132,23 @@ async def _removed_while_filled(s: Script) -> None:
     await s.in_sync()
 
 
+async def _paused_both(s: Script) -> None:
+    """A volume has no facet, and two remotes follow it. One is paused, and somebody asks for the
+    other too: then nobody would answer."""
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await without_facet(s)
+    node = await s.primary()
+    assert node.primary is not None
+    for remote in node.primary.remotes:
+        await s._command(node.pause(remote.name))
+    before = s.succeeded
+    await s.read(0, 0, 1)
+    if s.succeeded == before:
+        raise Violation("a volume is read from remotes, and all of them are paused (M11)")
+    await s.pause(on=False)
+
+
 async def _often_without_power(s: Script) -> None:
     """The primary loses power more often than forks can be told of: a remote that was there is
     served all the same. One that missed too many of its runs is compared, for nothing tells any
@@ -159,6 +177,7 @@ FILLED_TWICE = directed(_filled_twice)
 ROTTEN_IN_A_RESYNC = directed(_rotten_in_a_resync, constants=READ_BACK, **LARGE)
 AHEAD = directed(_ahead)
 ADDED_WHILE_MOVED = directed(_added_while_moved, remotes=2)
+PAUSED_BOTH = directed(_paused_both, facets=1, last_facet=True, remotes=2)
 REMOVED_WHILE_FILLED = directed(_removed_while_filled)
 OFTEN_WITHOUT_POWER = directed(
     _often_without_power,
