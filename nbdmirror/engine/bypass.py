@@ -84,8 +84,8 @@ async def changing_beside(
 async def bypass(
     primary: Primary, facets: Facets, volumes: list[int], why: str, *, force: bool
 ) -> AsyncIterator[Bypass]:
-    """Takes the remotes out of the log and locks the volumes; Refused names a remote that may not
-    be (V14, M11), before anything is done."""
+    """Takes the remotes out of the log and locks the volumes; Refused says why they may not be
+    (V14, M11), before anything is done."""
     async with primary.roster:
         steps = check_remotes(primary, force=force)
         held = list(primary.remotes)
@@ -94,7 +94,7 @@ async def bypass(
                 remote.hold()
             for remote in held:
                 await remote.released()
-                primary.check_needed(remote)  # a facet may have been lost meanwhile
+                primary.check_leaning()  # a facet may have been lost meanwhile
                 if not remote.tracking and steps.get(remote.name) is Step.FULL:
                     await remote.fill(why)
                 else:
@@ -111,9 +111,9 @@ async def bypass(
 
 
 def check_remotes(primary: Primary, *, force: bool) -> dict[str, Step]:
-    """What is to become of each remote; Refused names one that may not be taken out of the log."""
-    for remote in primary.remotes:
-        primary.check_needed(remote)
+    """What is to become of each remote; Refused names one that may not be taken out of the log, or
+    the volume for which they may not be all."""
+    primary.check_leaning()
     steps = {remote.name: _decide(primary, remote, force=force) for remote in primary.remotes}
     for name, step in steps.items():
         if step is Step.REFUSE:

@@ -294,6 +294,17 @@ class Primary:
                 "remote that holds it",
             )
 
+    def check_leaning(self) -> None:
+        """Refused if a volume without a local facet is read from any remote: then not all of them
+        may be taken out of the log (M11)."""
+        rescue = self._housekeeper.rescue
+        for volume in rescue.leaning() if rescue is not None else ():
+            if self.group.goes_on(volume):
+                raise Refused(
+                    f"volume {volume.name} has no local facet, and is read from a remote",
+                    hint="bring a local facet back first: see nbdmirror facet list",
+                )
+
     async def verify(self, name: str, repair: bool) -> dict[str, Any]:
         """Begins a verify as soon as the remote is consistent, or has one that runs repair."""
         remote = self.remote(name)

@@ -23,6 +23,7 @@ from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, R
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.restores import (
     NOT_RESTORED,
+    NOT_RESTORED_LEANING,
     RESTORED,
     RESTORED_AND_BACK,
     RESTORED_AND_REMOVED,
@@ -73,6 +74,15 @@ def _(assign: Assign) -> None:
         await self.store.save()
 
     assign(Secondary, "diverge", diverge)
+
+
+@mutant("V14 each remote by itself may leave the log for a restore", run=NOT_RESTORED_LEANING)
+def _(assign: Assign) -> None:
+    def check_leaning(self: Primary) -> None:
+        for remote in self.remotes:
+            self.check_needed(remote)
+
+    assign(Primary, "check_leaning", check_leaning)
 
 
 @mutant("X2 a restore that cannot begin costs a secondary its consistency", run=NOT_RESTORED)

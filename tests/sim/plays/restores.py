@@ -15,6 +15,7 @@ from tests.sim.plays.stage import (
     slow_at,
     strikes,
     within,
+    without_facet,
     without_log,
 )
 from tests.sim.script import BLOCK, Script
@@ -117,8 +118,28 @@ async def _not_restored(s: Script) -> None:
     await s.in_sync()
 
 
+async def _not_restored_leaning(s: Script) -> None:
+    """A volume has no facet, and two remotes follow it; another one is to be restored, for which
+    both would have to leave the log. That is refused, and both go on, without a new snapshot."""
+    await s.write(0, 0, count=BLOCK)
+    await s.write(1, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(1, 0)
+    await without_facet(s)
+    await s.in_sync()
+    node = await s.primary()
+    assert node.primary is not None
+    there = len(node.store.state["snapshots"])
+    await s._command(node.people.restore(uuid, "v1", True, True, False))
+    if any(remote.tracking for remote in node.primary.remotes):
+        raise Violation("a restore that was refused took a remote out of the log (V14, M11)")
+    if len(node.store.state["snapshots"]) != there:
+        raise Violation("a restore that was refused left a snapshot behind (V14)")
+
+
 RESTORED = directed(_restored)
 NOT_RESTORED = directed(_not_restored)
+NOT_RESTORED_LEANING = directed(_not_restored_leaning, facets=1, last_facet=True, remotes=2)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 RESTORED_AND_WRITTEN = directed(_restored_and_written)
 RESTORED_AND_REMOVED = directed(_restored_and_removed, remotes=2)
