@@ -30,6 +30,7 @@ from nbdmirror.engine.session import Session
 from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Change, Volume
+from nbdmirror.errors import DiskFailed
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
 from tests.sim.mutation import Assign, aimed, mutant, nothing
@@ -332,7 +333,10 @@ def _(assign: Assign) -> None:
 @mutant("M17 a facet that was removed is looked for", run=REMOVED_WHILE_SYNCED)
 def _(assign: Assign) -> None:
     def of(self: Facets, facet: LocalFacet) -> Member:
-        return next(member for member in self.members if member.facet is facet)
+        for member in self.members:
+            if member.facet is facet:
+                return member
+        raise DiskFailed(f"there is no facet {facet.path}")
 
     assign(Facets, "_of", of)
 

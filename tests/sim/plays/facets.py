@@ -137,14 +137,16 @@ async def _distrusted(s: Script) -> None:
 
 
 async def _removed_while_synced(s: Script) -> None:
-    """A facet is removed while a sync of it is under way, and that fails."""
-    path = "/facets/v0.1"
+    """A facet is removed while a sync of it is under way, and that fails: nothing rests on it."""
+    path, node = "/facets/v0.1", s.world.a.node
     syncing, fails = asyncio.Event(), Fault(Kind.ERROR, seconds=SLOW_SECONDS)
     s.world.a.disk.faults = strikes("sync", path, fails, syncing)
     await s.write(0, 0)
     await syncing.wait()
     await s.facet("remove", path)
     await asyncio.sleep(SLOW_SECONDS)
+    if s.world.a.node is not node:
+        raise Violation("a node has ended by a facet that it had no more (M17)")
     for turn in range(40):
         await s.write(0, turn % 20 * BLOCK, count=BLOCK)
     await s.facet("add", path, "v0")
