@@ -494,7 +494,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._task_bytes -= size
             if self._transport is not None:  # else all that it held was given back
                 self._held.change(-size)
-        if not task.cancelled():
-            task.result()
         self._send()
         self._work_off()
+        if not task.cancelled():
+            task.result()
