@@ -88,6 +88,17 @@ class FacetCommands:
                 f"{member.facet.path} is the last facet of volume {volume.name}",
                 hint="bring another into service first: nbdmirror facet online, or facet add",
             )
+        self._check_passed(member)
+
+    def _check_passed(self, member: Member) -> None:
+        """Refused for a facet that failed, and alone has what was flushed while the log, which is
+        in memory, has not passed that on to those who stand in for it (I3, M13)."""
+        volatile = self._facets.store.state.get("log_volatile")
+        if volatile and member.saved["last"] and not member.volume.in_service():
+            raise Refused(
+                f"{member.facet.path} may still be the only one to have what was flushed",
+                hint="a remote has it soon after it is in reach: see nbdmirror status, try again",
+            )
 
     async def _online(self, path: str) -> None:
         """Brings a facet back: only what it lacks is copied (M8)."""
@@ -159,6 +170,7 @@ class FacetCommands:
             return
         if not await self._settle(member):
             raise in_service
+        self._check_passed(member)
         with _in_hand(member):
             member.facet.close()  # an attempt to return may have opened what is there
             await self._make_file(path, member.volume.size)

@@ -295,11 +295,13 @@ class Primary:
             )
 
     def check_leaning(self) -> None:
-        """Refused if a volume without a local facet is read from any remote: then not all of them
-        may be taken out of the log (M11)."""
+        """Refused if a volume without a local facet is read from any remote, or would be from one
+        that is paused: then not all of them may be taken out of the log (M11)."""
         rescue = self._housekeeper.rescue
-        for volume in rescue.leaning() if rescue is not None else ():
-            if self.group.goes_on(volume):
+        if rescue is None:
+            return
+        for volume in rescue.leaning():
+            if rescue.following(volume):
                 raise Refused(
                     f"volume {volume.name} has no local facet, and is read from a remote",
                     hint="bring a local facet back first: see nbdmirror facet list",

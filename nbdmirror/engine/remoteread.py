@@ -73,7 +73,8 @@ def _fail(future: asyncio.Future[tuple[int, memoryview]], error: OSError) -> Non
 
 
 class Behind(Exception):
-    """The remote's facets are older than what the log holds: a little later they are not."""
+    """The remote's facets are older than what the log holds: a little later they are not, unless
+    its applying is held back."""
 
 
 async def read_through(remote: Remote, volume: Volume, offset: int, length: int) -> Buffer:
@@ -97,7 +98,7 @@ async def overlay(log: Log, volume: int, offset: int, data: Buffer, seq: int) ->
     end = offset + len(data)
     while cursor.seq < log.next_seq:
         if cursor.seq < log.ring.tail_seq:
-            raise Behind
+            raise Behind("it has yet to apply what the log does not hold any more")
         for record in (await log.read(cursor)).parsed():
             start, stop = max(record.offset, offset), min(record.offset + record.length, end)
             if record.volume != volume or start >= stop or record.kind == MARK:

@@ -5,7 +5,9 @@ one that failed, in the background and under the range lock; one that fails too 
 service. Called by ``Volume.read``; what the usual read costs, this does not touch.
 
 With no local facet in service a volume goes on as long as a remote follows the log: what is
-written is in the log, and what is read comes from the remote, with the log laid over it.
+written is in the log, and what is read comes from the remote, with the log laid over it. A remote
+that a person has paused does not count: nobody knows what happens there until it is resumed, and
+what would be written meanwhile might come to nothing (V14).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.remoteread import Behind, read_through
-from nbdmirror.engine.volume import Volume, read_failed
-from nbdmirror.errors import DiskFailed, FormatError
+from nbdmirror.engine.volume import Volume, nobody, read_failed
+from nbdmirror.errors import DiskFailed, FormatError, VolumeFailed
 from nbdmirror.ports import Buffer
 
 READ_ERRORS_MAX = 32
@@ -30,6 +32,9 @@ MEND_BYTES_MAX = 4 << 20
 MENDING_MAX = 16
 REACH_SECONDS = 30.0
 """A read waits so long for a remote that follows but cannot be reached; then it fails."""
+TELL_SECONDS = 2.0
+"""Who waits longer may wonder: it is told what for. A remote that applies a moment later is usual.
+"""
 RETRY_SECONDS = 1.0
 """... and asks again at least so often."""
 
@@ -47,8 +52,25 @@ class Rescue:
         self._events = events
         self._lost = lost
         self._mending: dict[asyncio.Task[None], None] = {}
+        self._unanswered: dict[Volume, str] = {}
+        """Why nobody could be asked for a volume that is read from remotes, since when that is so.
+        """
         for volume in volumes:
-            volume.rescue = self.read
+            volume.rescue, volume.nobody = self.read, self.nobody
+
+    def nobody(self, volume: Volume) -> VolumeFailed:
+        """The error of a request that no facet can serve: what is with the remotes that hold the
+        volume, if any do."""
+        following = self.following(volume)
+        if not following:
+            return nobody(volume)
+        what = f"no facet of volume {volume.name} is in service, and remote {following[0].name}"
+        if not self.goes_on(volume) and following[0].facts["paused"]:
+            hint = f"nbdmirror resume {following[0].name} goes on with it, if it holds that still"
+            return VolumeFailed(f"{what} is paused", hint=hint)
+        why = self._unanswered.get(volume, "could not be asked")
+        hint = "bring the remote back, or a facet: see nbdmirror status"
+        return VolumeFailed(f"{what} did not answer: {why}", hint=hint)
 
     async def read(
         self,
@@ -151,8 +173,11 @@ class Rescue:
     # -- remotes -------------------------------------------------------------------------------
 
     def goes_on(self, volume: Volume) -> bool:
-        """Whether the volume is of use without a local facet: a remote follows the log."""
-        return not volume.ended and bool(self.following(volume))
+        """Whether the volume is of use without a local facet: a remote follows the log, and is not
+        paused."""
+        return not volume.ended and any(
+            not remote.facts["paused"] for remote in self.following(volume)
+        )
 
     def following(self, volume: Volume) -> list[Remote]:
         """The remotes that hold all of it, with the log."""
@@ -213,19 +238,31 @@ class Rescue:
         if volume.overlay is not None and volume.overlay.hides(offset, length):
             return None  # a remote has what clients read, not what is below
         loop = asyncio.get_running_loop()
-        end = loop.time() + REACH_SECONDS
+        began = loop.time()
+        end = began + REACH_SECONDS
         while self.goes_on(volume) and loop.time() < end:
             following = self.following(volume)
             following.sort(key=lambda remote: -remote.applied_seq)
+            why = []
             for remote in following:
                 try:
-                    return await read_through(remote, volume, offset, length)
-                except (Behind, OSError, FormatError):
-                    continue  # a lost link is an OSError too
+                    data = await read_through(remote, volume, offset, length)
+                except (Behind, OSError, FormatError) as error:  # a lost link is an OSError too
+                    why.append(f"{remote.name}: {error}")
+                else:
+                    self._unanswered.pop(volume, None)
+                    return data
             if any(other.in_service for other in volume.facets):
                 return None  # who asked was not served by it either
+            if loop.time() >= began + TELL_SECONDS:
+                self._tell(volume, "; ".join(why))
             await self._change(following, min(RETRY_SECONDS, max(0.0, end - loop.time())))
         return None
+
+    def _tell(self, volume: Volume, why: str) -> None:
+        if volume not in self._unanswered:
+            self._events.emit("remote-awaited", volume=volume.name, why=why)
+        self._unanswered[volume] = why
 
     @staticmethod
     async def _change(remotes: list[Remote], seconds: float) -> None:

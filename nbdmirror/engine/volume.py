@@ -102,6 +102,7 @@ class Volume:
         self.overlay: Overlay | None = None
         self._landing: dict[RangeLock[asyncio.Future[None]], None] = {}
         self.rescue: Rescue = _no_rescue
+        self.nobody: Callable[[Volume], VolumeFailed] = nobody
 
     @property
     def regions(self) -> int:
@@ -134,10 +135,7 @@ class Volume:
 
     def no_facet(self) -> VolumeFailed:
         """The error of a request that no facet can serve."""
-        return VolumeFailed(
-            f"no facet of volume {self.name} is in service",
-            hint="see the facets in status; replace the disk and restart the node",
-        )
+        return self.nobody(self)
 
     def choose(self, offset: int) -> LocalFacet | None:
         """The facet to read from: the one where a sequential stream just was, else the one with
@@ -299,6 +297,14 @@ async def _no_rescue(
         raise volume.no_facet()
     facet.errors += 1
     raise read_failed(facet, offset, length, error) from error
+
+
+def nobody(volume: Volume) -> VolumeFailed:
+    """The error of a request that no facet can serve, nor anybody else."""
+    return VolumeFailed(
+        f"no facet of volume {volume.name} is in service",
+        hint="see the facets in status; replace the disk and restart the node",
+    )
 
 
 def read_failed(facet: LocalFacet, offset: int, length: int, error: OSError) -> VolumeFailed:

@@ -151,6 +151,7 @@ def test_a_remote_that_hangs_is_not_waited_for_for_ever(
     if what == "reads":
         with pytest.raises(nbd_error()):
             reader.pread(4096, 0)
+        assert any(event["kind"] == "remote-awaited" for event in node.events())
     else:
         load = Load(node.nbd_socket, journal, sectors_max=1024)
         with load, Background(load, may_break=True):

@@ -128,10 +128,11 @@ def test_an_answer_older_than_the_log_is_not_taken() -> None:
 class Following:
     """A remote that follows, and is out of reach."""
 
-    reads, applied_seq = None, 0
+    name, reads, applied_seq = "site2", None, 0
 
-    def __init__(self) -> None:
+    def __init__(self, *, paused: bool = False) -> None:
         self.changed = asyncio.Event()
+        self.facts = {"paused": paused}
 
     def follows(self, volume: Volume) -> bool:
         return True
@@ -173,3 +174,32 @@ def test_a_volume_that_has_ended_does_not_go_on() -> None:
     assert rescue.goes_on(volume)
     volume.ended = True
     assert not rescue.goes_on(volume)
+
+
+def test_what_a_volume_without_a_facet_lacks_is_told() -> None:
+    """X4, M11: the error of a request, and an event before a read has waited for long, name the
+    remote and what is with it."""
+
+    async def lost(volume: Volume, facet: LocalFacet) -> None:
+        raise AssertionError("no facet failed")
+
+    async def main() -> None:
+        volume, events = make(1), EventLog(LinuxClock(), 100)
+        volume.facets[0].state = FacetState.NOT_SYNCHRONISED
+        Rescue([volume], [Following(paused=True)], events, lost)  # type: ignore[list-item]
+        with pytest.raises(VolumeFailed, match="remote site2 is paused") as refused:
+            await volume.read(0, 512)
+        assert (
+            refused.value.hint == "nbdmirror resume site2 goes on with it, if it holds that still"
+        )
+        remote = Following()
+        Rescue([volume], [remote], events, lost)  # type: ignore[list-item]
+        reading = asyncio.ensure_future(volume.read(0, 512))
+        while not (told := [e for e in events.since(0).events if e["kind"] == "remote-awaited"]):
+            await asyncio.sleep(0.1)
+        assert "site2: the link to the remote is lost" in told[0]["why"]
+        volume.ended = True
+        with pytest.raises(VolumeFailed, match="site2 did not answer: site2: the link"):
+            await reading
+
+    run(main())

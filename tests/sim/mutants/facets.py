@@ -52,7 +52,7 @@ from tests.sim.plays.facets import (
     SENT_FROM_WHAT_LOST,
     TAKEN_OUT_OF_TWO,
 )
-from tests.sim.plays.remotes import PAUSED_BOTH
+from tests.sim.plays.remotes import PAUSED_AND_LOST, PAUSED_BOTH
 from tests.sim.plays.standins import (
     FIRST_AWAY,
     FROZEN_AND_ALONE,
@@ -60,6 +60,7 @@ from tests.sim.plays.standins import (
     LAST_REMOVED,
     LEANED_AND_ROTTED,
     LEANED_ON_AND_REJOINED,
+    REMOVED_UNPASSED,
     STOOD_IN_AHEAD,
 )
 
@@ -305,6 +306,19 @@ def _(assign: Assign) -> None:
         return any(self.following(volume) == [remote] for volume in self.leaning())
 
     assign(Rescue, "needed", needed)
+
+
+@mutant("M11 a paused remote stands in for a volume's facets", run=PAUSED_AND_LOST)
+def _(assign: Assign) -> None:
+    def goes_on(self: Rescue, volume: Volume) -> bool:
+        return not volume.ended and bool(self.following(volume))
+
+    assign(Rescue, "goes_on", goes_on)
+
+
+@mutant("M13 a facet is removed that alone has what was flushed", run=REMOVED_UNPASSED)
+def _(assign: Assign) -> None:
+    assign(FacetCommands, "_check_passed", lambda self, member: None)
 
 
 @mutant("M17 a new disk is known before its map is filled, durably", run=DISTRUSTED)

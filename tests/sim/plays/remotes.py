@@ -16,6 +16,7 @@ from tests.sim.plays.stage import (
     SLOW_SECONDS,
     all_is_there,
     either,
+    killed,
     only_remote,
     power_loss,
     slow,
@@ -149,6 +150,33 @@ async def _paused_both(s: Script) -> None:
     await s.pause(on=False)
 
 
+async def _paused_and_lost(s: Script) -> None:
+    """A remote is paused as a volume's only facet is lost: it does not stand in, over a restart
+    either, until it is resumed. Somebody may restore what he likes there meanwhile (V14)."""
+    path = "/facets/v0.0"
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await s.pause(on=True)
+    before = s.succeeded
+    s.spoil(path)
+    await s.write(0, 0)
+    await killed(s, s.world.a)
+    await s.write(0, 0)
+    await s.read(0, 0, 1)
+    if s.succeeded != before:
+        raise Violation("a paused remote was gone on with (M11)")
+    await s.pause(on=False)
+    await s.until(lambda node: node.primary is not None and bool(node.primary.remotes[0].reads))
+    await s.write(0, 0)
+    await s.read(0, 0, 1)
+    if s.succeeded != before + 2:
+        raise Violation("a volume is not gone on with, though its remote was resumed (M11)")
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.in_sync()
+
+
 async def _often_without_power(s: Script) -> None:
     """The primary loses power more often than forks can be told of: a remote that was there is
     served all the same. One that missed too many of its runs is compared, for nothing tells any
@@ -177,6 +205,7 @@ FILLED_TWICE = directed(_filled_twice)
 ROTTEN_IN_A_RESYNC = directed(_rotten_in_a_resync, constants=READ_BACK, **LARGE)
 AHEAD = directed(_ahead)
 ADDED_WHILE_MOVED = directed(_added_while_moved, remotes=2)
+PAUSED_AND_LOST = directed(_paused_and_lost, facets=1, last_facet=True)
 PAUSED_BOTH = directed(_paused_both, facets=1, last_facet=True, remotes=2)
 REMOVED_WHILE_FILLED = directed(_removed_while_filled)
 OFTEN_WITHOUT_POWER = directed(

@@ -276,6 +276,26 @@ async def _last_removed(s: Script) -> None:
     await s.read(0, 0, 1)
 
 
+async def _removed_unpassed(s: Script) -> None:
+    """The log is in memory, and the remote that stands in for a volume's only facet is out of
+    reach: a person removes the facet, which alone has what was flushed; and the process dies."""
+    path = "/facets/v0.0"
+    await without_log(s)
+    await s.in_sync()
+    s.link(up=False)
+    await s.write(0, 0)
+    await s.flush()
+    await without_facet(s, path)
+    await s.facet("remove", path)
+    await s.facet("offline", path)
+    await s.facet("replace", path)
+    s.mend(path)
+    await killed(s, s.world.a)
+    s.link(up=True)
+    await s.in_sync()
+    await s.read(0, 0, 1)
+
+
 async def _consistent_and_cut(s: Script) -> None:
     """Power fails while a remote that has become consistent is noted down, and somebody else has
     saved the superblock meanwhile. The facet is lost with it: the remote holds the volume."""
@@ -404,6 +424,7 @@ FLUSHED_WHILE_FORCED_OUT = directed(_flushed_while_forced_out, last_facet=True, 
 FROZEN_AND_FULL = directed(_frozen_and_full, last_facet=True, remotes=2)
 FROZEN_AND_ALONE = directed(_frozen_and_alone, last_facet=True)
 LAST_REMOVED = directed(_last_removed, last_facet=True)
+REMOVED_UNPASSED = directed(_removed_unpassed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
 FIRST_AWAY = directed(_first_away, remotes=2, last_facet=True)
 LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)
