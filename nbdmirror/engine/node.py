@@ -10,8 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from nbdmirror import __version__
-from nbdmirror.config import Config, uris
+from nbdmirror.config import Config
 from nbdmirror.engine.activemap import ActiveMapFile
 from nbdmirror.engine.agreement import agree
 from nbdmirror.engine.control import PeerUid
@@ -20,7 +19,7 @@ from nbdmirror.engine.doors import Doors
 from nbdmirror.engine.doubt import mark_doubtful
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
-from nbdmirror.engine.facet import FacetState, LocalFacet
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.follower import Follower
@@ -37,7 +36,8 @@ from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshotcommands import SnapshotCommands
 from nbdmirror.engine.snapshotexport import SnapshotExports
 from nbdmirror.engine.snapshots import Snapshots
-from nbdmirror.engine.spill import NO_SPILL, may_spill
+from nbdmirror.engine.spill import may_spill
+from nbdmirror.engine.status import status_of
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.engine.waiting import wait_until
@@ -71,8 +71,7 @@ class Node:
         self.facets: Facets | None = None
         self._facet_commands: FacetCommands | None = None
         self.exports: ExportServer | None = None
-        self._started_at = 0.0
-        self._access = {volume.name: volume.access for volume in config.volumes}
+        self.started_at = 0.0
 
     # -- start -------------------------------------------------------------------------------
 
@@ -81,7 +80,7 @@ class Node:
 
         StateError or DiskFailed say what keeps it from serving."""
         loop = asyncio.get_running_loop()
-        self._started_at = loop.time()
+        self.started_at = loop.time()
         self.failed = loop.create_future()
         disk, directory = self.env.disk, self.config.state_dir
         if disk.exists(f"{directory}/{MARK}"):
@@ -363,62 +362,8 @@ class Node:
     # -- for people (NodeApi) ----------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """The status document, schema 1 (X4, I7: nothing here depends on a volume's size)."""
-        state, config = self.store.state, self.config
-        result: dict[str, Any] = {
-            "schema": 1,
-            "group": config.group,
-            "node": config.node,
-            "role": self.role,
-            "version": __version__,
-            "uptime_s": round(asyncio.get_running_loop().time() - self._started_at, 1),
-            "generation": state["generation"],
-            "epoch": state["epoch"],
-            "volumes": [self._volume_status(volume) for volume in self.volumes],
-            "log": {
-                "in_memory": bool(state.get("log_volatile")),
-                **(self.logkeeper.status() if self.primary is not None else NO_SPILL),
-                "on_full": config.log.on_full,
-                **self.housekeeper.status(),
-            },
-            "remotes": self.primary.status() if self.primary else [],
-            "snapshots": self.people.brief(),
-            "restore": self.restorer.status() if self.restorer else None,
-            **self.doors.status(),
-        }
-        if self.secondary is not None:
-            result["upstream"] = self.secondary.status()
-        return result
-
-    def _volume_status(self, volume: Volume) -> dict[str, Any]:
-        primary = self.primary is not None
-        return {
-            "name": volume.name,
-            "uuid": volume.uuid,
-            "size": volume.size,
-            "region_size": volume.region_size,
-            "read_only": self._access[volume.name].read_only,
-            "clients": volume.clients,
-            "clients_max": self._access[volume.name].connections_max,
-            "uris": uris(self.config, volume.name) if primary else [],
-            "facets": self.facets.status(volume)
-            if self.facets is not None
-            else [
-                {"path": f.path, "state": self._facet_word(f), "errors": f.errors}
-                for f in volume.facets
-            ],
-        }
-
-    def _facet_word(self, facet: LocalFacet) -> str:
-        if facet.failed is not None:
-            return FacetState.NOT_SYNCHRONISED.value
-        if self.secondary is not None:
-            upstream = self.store.state["upstream"]
-            if upstream is None:
-                return FacetState.NOT_SYNCHRONISED.value
-            if not upstream["consistent"]:
-                return FacetState.BEING_SYNCHRONISED.value
-        return facet.state.value
+        """The status document (``engine.status``)."""
+        return status_of(self)
 
     def _need_primary(self) -> Primary:
         if self.primary is None:
