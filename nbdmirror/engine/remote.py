@@ -40,13 +40,14 @@ from nbdmirror.codec.record import Record
 from nbdmirror.core.bucket import Bucket
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.core.progress import Progress
-from nbdmirror.core.remotestate import Facts, Stall, next_action, state_of
+from nbdmirror.core.remotestate import Stall
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.leftout import DELETIONS_MAX, deletion
 from nbdmirror.engine.log import Cursor
 from nbdmirror.engine.maps import DcmFile, dirty_runs
+from nbdmirror.engine.remotestatus import remote_state, remote_status
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, FormatError
@@ -403,93 +404,20 @@ class Remote:
 
     # -- status ------------------------------------------------------------------------------
 
-    def _facts(self) -> Facts:
-        facts = self.facts
-        return Facts(
-            initialised=facts["initialised"],
-            paused=facts["paused"],
-            tracking=self.tracking,
-            full=facts["full"],
-            dirty_regions=self.dirty_regions,
-            connected=self.link == "connected",
-            resyncing=self.progress is not None and self.progress.kind != "verify",
-            refused=self.refused,
-            failed=self.failed,
-            stall=self.stall,
-            differing=unrepaired(facts.get("verified")),
-        )
-
     @property
     def state(self) -> str:
         """The state in one word."""
-        return state_of(self._facts())
+        return remote_state(self)
 
     def status(self, now: float, wall_ns: int) -> dict[str, Any]:
-        """The remote's object in the status (schema 1)."""
-        facts = self._facts()
-        state = state_of(facts)
-        log = self.group.log
-        pending = 0 if self.tracking else log.next_seq - 1 - self.durable_seq
-        oldest = self.behind_ns
-        why = self.refused or self.failed or (self.stall and self.stall.why)
-        if why is None and (state != "synchronised" or self.put_off):
-            why = self.facts["why"]
-        if why is None and facts.differing:
-            why = f"the last verify found {facts.differing} regions that differ"
-        return {
-            "name": self.name,
-            "address": self.facts["address"],
-            "mode": self.facts["mode"],
-            "in_step": None if self.gate is None else self.gate.engaged,
-            "link": self.link,
-            "state": state,
-            "received_seq": self.received_seq,
-            "durable_seq": self.durable_seq,
-            "applied_seq": self.applied_seq,
-            "queue": {
-                "head": None if self.tracking else self.durable_seq + 1,
-                "tail": None if self.tracking else log.next_seq - 1,
-                "count": pending,
-            },
-            "lag": {
-                "records": pending,
-                "bytes": log.bytes_between(self.durable_seq + 1) if pending else 0,
-                "seconds": max(0.0, (wall_ns - oldest) / 1e9) if oldest else 0.0,
-            },
-            "dirty": {"regions": facts.dirty_regions, "bytes": self.dirty_bytes},
-            "bytes_sent": self.bytes_sent,
-            "resync": None if self.progress is None else self.progress.status(now),
-            "verify": verify_status(self.facts, wall_ns),
-            "why": why,
-            "next_action": next_action(facts, self.name),
-        }
+        """The remote's object in the status (``engine.remotestatus``)."""
+        return remote_status(self, now, wall_ns)
 
 
 def may_follow(facts: Mapping[str, Any], volume: str) -> bool:
     """Whether a remote follows the volume of that name, unless its map says otherwise."""
     known = facts["consistent"] or volume in facts.get("holds", ())
     return bool(facts["initialised"] and known and not facts["tracking"])
-
-
-def unrepaired(verified: Mapping[str, Any] | None) -> int:
-    """How many regions a verify found to differ, and did not repair."""
-    return max(0, verified["differing"] - verified["repaired"]) if verified else 0
-
-
-def verify_status(facts: dict[str, Any], wall_ns: int) -> dict[str, Any] | None:
-    """The ``verify`` object of a remote's status; ``None`` if none was ever asked for."""
-    last = facts.get("verified")
-    if last is None and facts.get("verify") is None:
-        return None
-    last = last or {}
-    finished = last.get("finished_ns")
-    return {
-        "running": facts.get("verify") is not None,
-        "age_s": None if finished is None else max(0.0, round((wall_ns - finished) / 1e9, 1)),
-        "differing": last.get("differing"),
-        "unsettled": last.get("unsettled"),
-        "repaired": last.get("repaired"),
-    }
 
 
 def volume_map(volumes: Sequence[Volume]) -> list[dict[str, Any]]:
