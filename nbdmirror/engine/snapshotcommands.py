@@ -74,7 +74,7 @@ class SnapshotCommands:
             except OSError as error:
                 raise NbdmirrorError(
                     f"the snapshot could not be taken: {error.strerror or error}",
-                    hint=f"free space in {snapshots.directory}",
+                    hint=f"free space in {snapshots.files.directory}",
                 ) from error
         return entry
 

@@ -159,7 +159,7 @@ class SnapshotVolume(Volume):
     async def _own(self) -> LayerFile:
         member = self._chain.members[self._chain.index(self.uuid)]
         if member.own is None:
-            member.own = await self._snapshots.create_own(self.uuid, self.index)
+            member.own = await self._snapshots.files.create_own(self.uuid, self.index)
         return member.own
 
     def _failed(self, error: OSError) -> VolumeFailed:

@@ -23,8 +23,7 @@ in the list as lost. An error of that disk costs the snapshots of the volume, ne
 
 A snapshot is planned durably before its marker is logged, and is empty then; so no write ever waits
 for it to be taken (O21), and a crash in between leaves either a marker that finishes it or a plan
-that is dropped. Layers are in ``<directory>/<uuid>.<volume>``, with ``@own`` for what was written
-into a snapshot.
+that is dropped. Where the layers are: ``engine.layerfiles``.
 """
 
 from __future__ import annotations
@@ -40,8 +39,10 @@ from nbdmirror.codec.mark import Mark
 from nbdmirror.config import SnapshotConfig
 from nbdmirror.engine.chain import Chain, Member
 from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.facet import to_the_end
 from nbdmirror.engine.group import Group
-from nbdmirror.engine.layer import FULL, LayerFile, is_layer
+from nbdmirror.engine.layer import FULL, LayerFile
+from nbdmirror.engine.layerfiles import LayerFiles
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, StateError
@@ -52,10 +53,6 @@ Entry = dict[str, Any]
 STOP_SECONDS = 10.0
 LOST_MAX = 32
 """Snapshots that are gone are kept in the list up to so many."""
-OWN = "@own"
-"""Ends the name of the layer that is a snapshot's own; no volume's name has it."""
-UNFINISHED = "~"
-"""Ends the name of a file that is being made; no volume's name has it."""
 
 
 class Snapshots:
@@ -79,8 +76,7 @@ class Snapshots:
         """Why snapshots cannot be taken or deleted now: a restore is being copied."""
         self.kept_for_restore: tuple[str, ...] = ()
         """Files of these stay, lost or deleted: a restore of the first of them reads them."""
-        self._disk = disk
-        self.directory = directory
+        self.files = LayerFiles(disk, directory, volumes)
         self.store = store
         self.events = events
         self._random = random
@@ -92,65 +88,12 @@ class Snapshots:
         """In the list, and not durable yet: nobody reads or deletes them."""
         self._started = False
 
-    # -- files -------------------------------------------------------------------------------
-
-    def path(self, uuid: str, volume: int, *, own: bool = False) -> str:
-        """The layer of a snapshot of a volume, or what was written into the snapshot itself."""
-        return f"{self.directory}/{uuid}.{self.volumes[volume].name}{OWN if own else ''}"
-
-    def open_file(self, uuid: str, volume: int, *, own: bool = False) -> LayerFile:
-        """Opens a layer; StateError, FormatError or OSError if it cannot be used."""
-        place = self.volumes[volume]
-        path = self.path(uuid, volume, own=own)
-        return LayerFile.open(self._disk, path, uuid, place.size, place.region_size)
-
-    async def create_file(self, uuid: str, volume: int) -> LayerFile:
-        """Makes an empty layer; its name is durable after ``sync_directory``."""
-        place = self.volumes[volume]
-        path = self.path(uuid, volume)
-        return await LayerFile.create(self._disk, path, uuid, place.size, place.region_size)
-
-    async def create_own(self, uuid: str, volume: int) -> LayerFile:
-        """Makes the layer of what is written into a snapshot; durable, with its name. Nothing else
-        says that there is one: under its name it is whole (O18)."""
-        place = self.volumes[volume]
-        path = self.path(uuid, volume, own=True)
-        self._remove(path + UNFINISHED)  # of who was cancelled before
-        size, region_size = place.size, place.region_size
-        made = await LayerFile.create(self._disk, path + UNFINISHED, uuid, size, region_size)
-        made.close()
-        self._disk.rename(path + UNFINISHED, path)
-        await self.sync_directory()
-        return self.open_file(uuid, volume, own=True)
-
-    def has_file(self, uuid: str, volume: int, *, own: bool = False) -> bool:
-        """Whether a layer is on disk."""
-        return self._disk.exists(self.path(uuid, volume, own=own))
-
-    def release_restore(self) -> None:
-        """A restore is through: what only it needed goes."""
-        kept, self.kept_for_restore, self.busy = self.kept_for_restore, (), None
-        there = {entry["uuid"] for entry in self.usable()}
-        for uuid in kept:
-            for index in range(len(self.volumes)):
-                for own in (False, True):
-                    if uuid not in there and self.has_file(uuid, index, own=own):
-                        self._remove(self.path(uuid, index, own=own))
-
-    def _remove(self, path: str) -> None:
-        with contextlib.suppress(OSError):  # a stray: the next start removes it
-            self._disk.unlink(path)
-
-    async def sync_directory(self) -> None:
-        """Makes the names of layers durable."""
-        await self._disk.sync_directory(self.directory)
-
     # -- start and end -----------------------------------------------------------------------
 
     async def open(self) -> None:
         """Opens the layers, and proves what a crash left in doubt, before redo or a write."""
-        self._disk.make_directory(self.directory)
-        self._remove_strays()
+        known = {entry["uuid"] for entry in self.usable()} | {*self.kept_for_restore}
+        self.files.tidy(known)
         for index, chain in enumerate(self.chains):
             for entry in [e for e in self.usable() if index in e["volumes"]]:
                 try:
@@ -160,11 +103,11 @@ class Snapshots:
 
     async def open_member(self, uuid: str, volume: int) -> Member:
         """Opens and proves a snapshot's layers of a volume. StateError, FormatError or OSError."""
-        member = Member(uuid, self.open_file(uuid, volume))
+        member = Member(uuid, self.files.open(uuid, volume))
         try:
             await member.layer.prove()
-            if self.has_file(uuid, volume, own=True):
-                member.own = self.open_file(uuid, volume, own=True)
+            if self.files.there(uuid, volume, own=True):
+                member.own = self.files.open(uuid, volume, own=True)
         except BaseException:
             member.close()
             raise
@@ -184,13 +127,6 @@ class Snapshots:
                 if member is not None:
                     member.close()
             self.events.emit("snapshot-lost", **name_of(one), why=why)
-
-    def _remove_strays(self) -> None:
-        known = {entry["uuid"] for entry in self.usable()} | {*self.kept_for_restore}
-        for name in self._disk.list(self.directory):
-            stray = name.partition(".")[0] not in known or name.endswith(UNFINISHED)
-            if stray and is_layer(name):
-                self._remove(f"{self.directory}/{name}")
 
     def recovered(self, end_seq: int, *, redone: bool) -> None:
         """After redo: plans without a marker, and snapshots of records that were lost, go. What was
@@ -302,10 +238,10 @@ class Snapshots:
         made: list[tuple[Chain, Member]] = []
         try:
             for index in entry["volumes"]:
-                self._remove(self.path(entry["uuid"], index))  # of who was cancelled before
-                layer = await self.create_file(entry["uuid"], index)
+                self.files.remove(entry["uuid"], index)  # of who was cancelled before
+                layer = await self.files.create(entry["uuid"], index)
                 made.append((self.chains[index], Member(entry["uuid"], layer)))
-            await self.sync_directory()
+            await self.files.sync_names()
         except BaseException:
             for _, member in made:
                 member.close()
@@ -423,10 +359,16 @@ class Snapshots:
         if entry["uuid"] in self.kept_for_restore:
             return  # stays until the restore is through; the next start removes it
         for index in entry["volumes"]:
-            for path in (self.path(entry["uuid"], index, own=own) for own in (False, True)):
-                if self._disk.exists(path):
-                    with contextlib.suppress(OSError):  # a stray: the next start removes it
-                        await self._disk.remove(path)
+            await self.files.discard(entry["uuid"], index)
+
+    def release_restore(self) -> None:
+        """A restore is through: what only it needed goes."""
+        kept, self.kept_for_restore, self.busy = self.kept_for_restore, (), None
+        there = {entry["uuid"] for entry in self.usable()}
+        for uuid in kept:
+            for index in range(len(self.volumes)):
+                if uuid not in there:
+                    self.files.remove(uuid, index)
 
     # -- when space ends ---------------------------------------------------------------------
 
@@ -458,7 +400,11 @@ class Snapshots:
 
     async def lose(self, uuids: list[str], why: str) -> None:
         """Ends snapshots, durably, before the write that costs them goes on. What older ones need
-        of them moves there, or, where it cannot, those end too."""
+        of them moves there, or, where it cannot, those end too. To the end, though the write's
+        client is gone: nobody would take up what was begun."""
+        await to_the_end(asyncio.ensure_future(self._lose(uuids, why)))
+
+    async def _lose(self, uuids: list[str], why: str) -> None:
         entries = [entry for uuid in uuids if (entry := self.entry(uuid)) is not None]
         for entry in entries:
             entry.update(deleting=True, giving_up=why)
@@ -469,7 +415,7 @@ class Snapshots:
                 try:
                     member = await self._left(chain, uuid)
                 except OSError:
-                    await self.lose([m.uuid for m in chain.members[: chain.index(uuid)]], why)
+                    await self._lose([m.uuid for m in chain.members[: chain.index(uuid)]], why)
                     member = await self._left(chain, uuid)
                 self._discard(member)
             entry["lost"] = why

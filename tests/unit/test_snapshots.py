@@ -9,7 +9,7 @@ import pytest
 
 from nbdmirror.codec import record as codec
 from nbdmirror.config import SnapshotConfig
-from nbdmirror.engine.snapshots import OWN
+from nbdmirror.engine.layerfiles import OWN
 from nbdmirror.engine.volume import Change
 from nbdmirror.errors import Refused, UsageError, VolumeFailed
 from tests.sim.faults import Fault, Kind
