@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from nbdmirror.codec import mappage
 from nbdmirror.config import LogConfig
 from nbdmirror.core.active import ActiveMap
+from nbdmirror.engine.facet import to_the_end
 from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk, File
 
@@ -23,7 +25,7 @@ class ActiveMapFile:
         self._file = file
         self.safe_seq: Callable[[], int] = lambda: 0
         """Writes up to here are safe: in the durable log and in every durable DCM."""
-        self.make_safe: Callable[[], Awaitable[None]] | None = None
+        self.make_safe: Callable[[], Coroutine[Any, Any, None]] | None = None
         """Makes every write so far safe; both are set by the group."""
         self.map = ActiveMap(slots_max)
         self.extent_size = extent_size
@@ -92,7 +94,8 @@ class ActiveMapFile:
                 sectors = self.map.admit(batch, self.safe_seq(), keys)
                 if sectors is None:
                     assert self.make_safe is not None
-                    await self.make_safe()
+                    # To its end: a remote half forced out holds the log, and nobody goes on.
+                    await to_the_end(asyncio.ensure_future(self.make_safe()))
                     continue
                 try:
                     await self._write(sectors)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec.record import MARK
 from nbdmirror.engine.events import EventLog
-from nbdmirror.engine.facet import FacetState, LocalFacet, open_facet
+from nbdmirror.engine.facet import FacetState, LocalFacet, open_facet, to_the_end
 from nbdmirror.engine.facetcopy import FacetCopy
 from nbdmirror.engine.facetmember import NEW, Member
 from nbdmirror.engine.facetredo import redo
@@ -184,7 +184,11 @@ class Facets:
     # -- out of service ------------------------------------------------------------------------
 
     async def lost(self, volume: Volume, facet: LocalFacet) -> None:
-        """A facet failed: durably not-synchronised when this returns (M12)."""
+        """A facet failed: durably not-synchronised when this returns (M12); to its end, whoever
+        saw it is gone: nobody else begins to bring it back."""
+        await to_the_end(asyncio.ensure_future(self._lost(volume, facet)))
+
+    async def _lost(self, volume: Volume, facet: LocalFacet) -> None:
         member = self._of(facet)
         if member is None:
             return  # a person has removed it meanwhile: nothing rests on it

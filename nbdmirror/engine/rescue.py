@@ -206,7 +206,10 @@ class Rescue:
             late = loop.time() >= end
             if any(remote.durable_seq >= seq for remote in self.following(volume)):
                 for remote in self._lacking(seq):
-                    if late or remote.reads is None:
+                    if self.needed(remote):  # another volume has nobody else (M11)
+                        if late:
+                            raise DiskFailed(volume.no_facet().message)
+                    elif late or remote.reads is None:
                         await remote.overflow("what was flushed is on another remote only")
                 if self.holds(volume, seq):
                     return True
@@ -267,9 +270,11 @@ class Rescue:
     @staticmethod
     async def _change(remotes: list[Remote], seconds: float) -> None:
         waits = [asyncio.ensure_future(remote.changed.wait()) for remote in remotes]
-        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
+        try:
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def stop(self) -> None:
         """Ends what is being mended: it is, at the next error."""

@@ -203,3 +203,25 @@ def test_what_a_volume_without_a_facet_lacks_is_told() -> None:
             await reading
 
     run(main())
+
+
+def test_a_read_that_is_given_up_leaves_nobody_waiting() -> None:
+    """I6: of a client that left while its read waited for a remote, nothing is kept."""
+
+    async def lost(volume: Volume, facet: LocalFacet) -> None:
+        raise AssertionError("no facet failed")
+
+    async def main() -> None:
+        volume, remote = make(1), Following()
+        volume.facets[0].state = FacetState.NOT_SYNCHRONISED
+        Rescue([volume], [remote], EventLog(LinuxClock(), 100), lost)  # type: ignore[list-item]
+        before = len(asyncio.all_tasks())
+        reading = asyncio.ensure_future(volume.read(0, 512))
+        await asyncio.sleep(0.1)
+        assert len(asyncio.all_tasks()) == before + 2
+        reading.cancel()
+        await asyncio.wait([reading])
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == before
+
+    run(main())

@@ -17,6 +17,7 @@ Not among them, because another rule makes them unobservable:
 
 from tests.sim.mutants import (  # noqa: F401
     astray,
+    clients,
     facets,
     logloss,
     primary,

@@ -1,0 +1,41 @@
+"""Mutants of what goes on though the client that caused it has left (I2, I8), and of what a client
+of one volume may cost another (M11)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdmirror.engine import activemap, facets, snapshots
+from nbdmirror.engine.rescue import Rescue
+from tests.sim.mutation import Assign, mutant
+from tests.sim.plays.clients import (
+    LEFT_WHILE_FACET_FAILS,
+    LEFT_WHILE_FORCED,
+    LEFT_WHILE_GIVEN_UP,
+)
+from tests.sim.plays.standins import FLUSHED_BESIDE_ANOTHER
+
+
+async def _cut(task: asyncio.Task[None]) -> None:
+    """Who is cancelled takes the work along."""
+    await task
+
+
+@mutant("I8 a client that leaves ends a remote's overflow", run=LEFT_WHILE_FORCED)
+def _(assign: Assign) -> None:
+    assign(activemap, "to_the_end", _cut)
+
+
+@mutant("I2 a client that leaves ends what follows a facet's failure", run=LEFT_WHILE_FACET_FAILS)
+def _(assign: Assign) -> None:
+    assign(facets, "to_the_end", _cut)
+
+
+@mutant("V9 a client that leaves ends the giving up of a snapshot", run=LEFT_WHILE_GIVEN_UP)
+def _(assign: Assign) -> None:
+    assign(snapshots, "to_the_end", _cut)
+
+
+@mutant("M11 a flush has the only remote of another volume out", run=FLUSHED_BESIDE_ANOTHER)
+def _(assign: Assign) -> None:
+    assign(Rescue, "needed", lambda self, remote: False)
