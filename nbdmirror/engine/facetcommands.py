@@ -43,14 +43,6 @@ class FacetCommands:
                 case _:
                     raise AssertionError(action)
 
-    def entries(self) -> list[dict[str, Any]]:
-        """All facets, as in the status, each with its volume."""
-        return [
-            {"volume": volume.name, **entry}
-            for volume in self._facets.group.volumes
-            for entry in self._facets.status(volume)
-        ]
-
     async def _offline(self, path: str) -> None:
         """Takes a facet out of service until ``online`` (M8); Refused if it is the last."""
         facets, member = self._facets, self._facets.member(path)

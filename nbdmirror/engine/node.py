@@ -397,8 +397,8 @@ class Node:
         await self._need_primary().resume(remote)
 
     def remote_list(self) -> list[dict[str, Any]]:
-        """The remotes, as in the status."""
-        return self._need_primary().status()
+        """The remotes, as in the status; a secondary has none."""
+        return self.primary.status() if self.primary is not None else []
 
     async def remote_add(self, name: str, address: str, mode: str, on_link_loss: str) -> None:
         """Adds a remote while the volumes are in use."""
@@ -422,8 +422,9 @@ class Node:
         return self.facet_list()
 
     def facet_list(self) -> list[dict[str, Any]]:
-        """The local facets, as in the status, each with its volume."""
-        return self._need_facets().entries()
+        """The local facets, as in the status, each with its volume; on a secondary too."""
+        volumes = map(self._volume_status, self.volumes)
+        return [{"volume": v["name"], **facet} for v in volumes for facet in v["facets"]]
 
     async def log_replace(self, path: str) -> dict[str, Any]:
         """Moves the log to a new file, or brings it back to a disk."""

@@ -240,5 +240,20 @@ def test_commands_name_what_is_wrong(make_cluster: MakeCluster, tmp_path: Path) 
     assert len(node.rpc("facet.list")) == 2
     text = node.ok("facet", "list").out
     assert f"data: {first}: synchronised" in text
-    result = cluster.secondary.cli("facet", "list")
+    secondary = cluster.secondary
+    result = secondary.cli("facet", "offline", str(secondary.facets("data")[0]))
     assert result.code == 4 and "secondary" in result.err
+
+
+def test_a_secondary_lists_what_its_status_has(make_cluster: MakeCluster) -> None:
+    """M6: to look is not refused anywhere; a secondary has facets, and no remotes."""
+    cluster = group(make_cluster)
+    cluster.check_in_sync()
+    node = cluster.secondary
+    (volume,) = node.status()["volumes"]
+    listed = node.ok("facet", "list", "--json").json
+    assert listed == [{"volume": "data", **facet} for facet in volume["facets"]]
+    lines = node.ok("facet", "list").out.splitlines()
+    assert lines == [f"data: {path}: synchronised" for path in node.facets("data")]
+    assert node.ok("remote", "list", "--json").json == []
+    assert node.ok("remote", "list").out == "no remotes\n"
