@@ -53,7 +53,8 @@ def wait(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     else:
-        print(f"{args.remote or 'all remotes'}: {args.until}")
+        whole = "all remotes" if result.get("role") == "primary" else result.get("node")
+        print(f"{args.remote or whole}: {args.until}")
     return 0
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nbdmirror.engine.secondary import Secondary
 
 SECONDARY_POLL_SECONDS = 0.2
+ELSEWHERE = "run this on the primary, or without --remote: then it is about this node"
 
 
 async def wait_until(
@@ -33,6 +34,9 @@ async def wait_until(
     try:
         async with asyncio.timeout(timeout):
             if node.secondary is not None:
+                if remote is not None:
+                    name = node.config.node
+                    raise Refused(f"{name} is a secondary: it has no remotes", hint=ELSEWHERE)
                 await _secondary(node.secondary, until)
                 return
             primary = node.primary

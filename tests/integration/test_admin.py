@@ -182,6 +182,16 @@ def test_unknown_remote(cluster: Cluster) -> None:
         assert "nobody" in result.err and "beta" in result.err, result
 
 
+def test_wait_on_a_secondary_is_about_itself(cluster: Cluster) -> None:
+    """X2, X4: it says of whom that is true, and takes no remote for its own."""
+    cluster.check_in_sync()
+    node = cluster.secondary
+    assert node.ok("wait", "--until", "consistent").out == f"{node.status()['node']}: consistent\n"
+    refused = node.cli("wait", "--until", "connected", "--remote", "nobody", "--timeout", "5")
+    assert refused.code == 4 and "without --remote" in refused.err, refused
+    assert cluster.primary.ok("wait", "--until", "consistent").out == "all remotes: consistent\n"
+
+
 # -- create and check ----------------------------------------------------------------------------
 
 
