@@ -33,6 +33,8 @@ ANSWER_SECONDS = 30.0
 REPLY_BYTES_MAX = 64 * 1024 * 1024
 RECEIVE_BYTES = 64 * 1024
 
+_WHO_MAY = "be root, the daemon's user, or in the group of the socket"
+
 
 def find_socket(config_path: str | None, socket_path: str | None) -> str:
     """The admin socket: as given, as the configuration says, or the only one that there is."""
@@ -59,11 +61,17 @@ def find_socket(config_path: str | None, socket_path: str | None) -> str:
 def _sockets_under(directory: str) -> list[str]:
     paths = [
         os.path.join(parent, name)
-        for parent, _, names in os.walk(directory)
+        for parent, _, names in os.walk(directory, onerror=_not_looked_into)
         for name in names
         if name.endswith(".sock")
     ]
     return sorted(path for path in paths if stat.S_ISSOCK(os.lstat(path).st_mode))
+
+
+def _not_looked_into(error: OSError) -> None:
+    """Who may not look must not be told that no daemon runs there."""
+    if isinstance(error, PermissionError):
+        raise NbdmirrorError(f"you may not look into {error.filename}", hint=_WHO_MAY) from None
 
 
 class AdminClient:
@@ -118,8 +126,7 @@ class AdminClient:
             connection.connect(self.path)
         except PermissionError:
             connection.close()
-            hint = "be root, the daemon's user, or in the group of the socket"
-            raise NbdmirrorError(f"you may not use {self.path}", hint=hint) from None
+            raise NbdmirrorError(f"you may not use {self.path}", hint=_WHO_MAY) from None
         except OSError as error:
             connection.close()
             raise NoDaemon(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import threading
 from pathlib import Path
@@ -58,6 +60,23 @@ def test_no_daemon_is_exit_5(
     dead.close()
     assert main(["status"]) == 5
     assert "Connection refused\n  start it with: nbdmirror serve" in capsys.readouterr().err
+
+
+def test_a_directory_that_may_not_be_looked_into_is_exit_1(
+    capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime directory is closed to others: that is not "no daemon there"."""
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if path == "/closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setenv("NBDMIRROR_RUNTIME_DIR", "/closed")
+    assert main(["status"]) == 1
+    assert "you may not look into /closed\n  be root" in capsys.readouterr().err
 
 
 def test_several_daemons_are_a_usage_error(path: str, node: FakeNode, capsys: Output) -> None:
