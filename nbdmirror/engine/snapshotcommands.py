@@ -201,6 +201,8 @@ class SnapshotCommands:
         written into the snapshots themselves are among them."""
         first = self._find(spec)
         last = self._find(until) if until else None
+        if volume is not None and self.volume(volume).index not in first["volumes"]:
+            raise UsageError(f"volume {volume} is not in snapshot {label(first)}")
         result: dict[str, Any] = {"region_sizes": {}, "ranges": [], "bytes": 0, "more": False}
         for place in self._served(first):
             base = self._snapshots.volumes[place.index]

@@ -48,6 +48,18 @@ def test_a_name_of_no_snapshot_is_just_that(spec: str) -> None:
     primary(test)
 
 
+def test_diff_of_a_volume_that_is_not_there_is_not_empty() -> None:
+    """V9: who takes a backup of what changed must not be told "nothing" about another name."""
+
+    async def test(world: Primary) -> None:
+        await world.node.people.create("v", False)
+        for name, words in (("x", "no volume 'x'"), ("w", "volume w is not in snapshot 1")):
+            with pytest.raises(UsageError, match=words):
+                world.node.people.diff("1", None, name)
+
+    primary(test)
+
+
 @pytest.mark.parametrize("what", ["deleted", "taken anew"])
 def test_nobody_attaches_one_that_is_about_to_go(what: str) -> None:
     """V10: it would read errors from then on."""
