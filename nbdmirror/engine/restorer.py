@@ -382,7 +382,7 @@ class Restorer:
         regions = Dcm(volume.regions)
         for offset, length in ranges:
             if not 0 < length <= volume.size - offset or offset < 0:
-                raise Refused(f"{length} bytes at {offset} are not within volume {volume.name}")
+                raise UsageError(f"{length} bytes at {offset} are not within volume {volume.name}")
             last = (offset + length - 1) // volume.region_size
             regions.mark(offset // volume.region_size, last)
         # No snapshot is taken until no redo can bring back what the log had before.

@@ -13,7 +13,7 @@ from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.engine.access import Client
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.volume import Change
-from nbdmirror.errors import DiskFailed, Refused, VolumeFailed
+from nbdmirror.errors import DiskFailed, Refused, UsageError, VolumeFailed
 from tests.sim.faults import AllLost
 from tests.unit.primary import REGION, REGIONS, Primary, cut_at_each, primary
 from tests.unit.world import fail, run
@@ -272,7 +272,7 @@ def test_what_was_changed_behind_the_log_stays_and_snapshots_are_not_spoilt_sile
             await world.node.people.changed("v", [(3 * REGION, 1)], None, False)
         await world.node.people.changed("v", [(3 * REGION, 1)], None, True)
         assert world.states() == ["lost"]
-        with pytest.raises(Refused, match="not within"):
+        with pytest.raises(UsageError, match="not within"):
             await world.node.people.changed("v", [(REGIONS * REGION, 1)], None, False)
 
     primary(test)
