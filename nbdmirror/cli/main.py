@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _report(str(error), None, NbdmirrorError.exit_code)
+        return _report(_os_error_text(error), None, NbdmirrorError.exit_code)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -58,6 +58,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     if not args.talks and (args.daemon_config or args.socket):
         raise UsageError(f"{args.command} does not talk to a daemon: no -c and no -s")
     return run(args)
+
+
+def _os_error_text(error: OSError) -> str:
+    """What happened, to what, without the number."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def _report(message: str, hint: str | None, exit_code: int) -> int:

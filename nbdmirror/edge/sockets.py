@@ -273,8 +273,11 @@ def _bind_unix(path: str) -> socket.socket:
         os.fchmod(sock.fileno(), UNIX_MODE)  # holds from bind on: no moment with a wider mode
         sock.bind(path)
         os.chmod(path, UNIX_MODE)  # and without the umask
-    except OSError:
+    except OSError as error:
         sock.close()
+        if isinstance(error, FileNotFoundError):
+            problem = f"there is no directory {os.path.dirname(path)}: make it first"
+            raise OSError(errno.ENOENT, problem) from None
         raise
     return sock
 

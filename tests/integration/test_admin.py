@@ -192,6 +192,18 @@ def test_wait_on_a_secondary_is_about_itself(cluster: Cluster) -> None:
     assert cluster.primary.ok("wait", "--until", "consistent").out == "all remotes: consistent\n"
 
 
+def test_a_daemon_that_cannot_listen_says_what_is_missing(make_cluster: MakeCluster) -> None:
+    """I9: exit 1, and what to do about it; not the number of an error."""
+    cluster = make_cluster()
+    node = cluster.primary
+    cluster.create()
+    text = node.config.read_text()
+    node.config.write_text(text.replace(str(node.admin_socket), "/nowhere/a.sock"))
+    result = nbdmirror("serve", str(node.config))
+    assert result.code == 1, result
+    assert "there is no directory /nowhere" in result.err and "Errno" not in result.err
+
+
 # -- create and check ----------------------------------------------------------------------------
 
 

@@ -88,6 +88,13 @@ def test_an_address_takes_its_socket_once(made: list[socket.socket], tmp_path: P
     close(sockets)
 
 
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """I9: a runtime directory is gone after a boot; the message says what to make."""
+    path = tmp_path / "gone" / "nbd"
+    with pytest.raises(FileNotFoundError, match=f"no directory {path.parent}: make it"):
+        asyncio.run(Sockets([]).open(f"unix:{path}"))
+
+
 def test_names_extend_the_configuration(made: list[socket.socket], tmp_path: Path) -> None:
     config = parse(CONFIG.format(path=tmp_path), f"{tmp_path}/db.toml")
     unix, tcp = made
