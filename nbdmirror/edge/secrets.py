@@ -38,7 +38,8 @@ def check_secret(path: str) -> str:
     try:
         found = os.stat(name)
     except OSError as error:
-        raise ConfigError(f"{name}: {_missing(error)}") from None
+        hint = "make it, or name the file that is meant"
+        raise ConfigError(f"{name}: {_missing(error)}", hint=hint) from None
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{name}: not a regular file")
     if os.geteuid() != 0 and found.st_uid not in (0, os.geteuid()):

@@ -11,7 +11,7 @@ import contextlib
 import grp
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from nbdmirror.config import AdminConfig, Config
@@ -34,13 +34,17 @@ class Security:
         self._peers: SecurePeers | None = None
         self._nbd: NbdTls | None = None
         if config.replication.tls is not None or config.replication.secret_file is not None:
-            self._peers = SecurePeers(config, network)
+            with _about(config, _link_key(config)):
+                self._peers = SecurePeers(config, network)
         if config.nbd.tls is not None:
-            self._nbd = NbdTls(config.nbd.tls, config.limits.handshake_seconds)
+            with _about(config, "nbd.tls"):
+                self._nbd = NbdTls(config.nbd.tls, config.limits.handshake_seconds)
         if config.nbd.psk_file is not None:
-            check_secret(config.nbd.psk_file)
+            with _about(config, "nbd.tls.psk"):
+                check_secret(config.nbd.psk_file)
         if config.admin.group is not None:
-            _group_id(config.admin.group)
+            with _about(config, "admin.group"):
+                _group_id(config.admin.group)
 
     def env(self, env: Env) -> Env:
         """The world with the doors locked as configured."""
@@ -61,11 +65,26 @@ class Security:
         apply: list[Callable[[], None]] = []
         replication, nbd = config.replication, config.nbd
         if self._peers is not None and (replication.tls or replication.secret_file):
-            apply.append(self._peers.prepare(replication))
+            with _about(config, _link_key(config)):
+                apply.append(self._peers.prepare(replication))
         if self._nbd is not None and nbd.tls is not None:
-            apply.append(self._nbd.prepare(nbd.tls))
+            with _about(config, "nbd.tls"):
+                apply.append(self._nbd.prepare(nbd.tls))
         for put_to_use in apply:
             put_to_use()
+
+
+@contextlib.contextmanager
+def _about(config: Config, key: str) -> Iterator[None]:
+    """A refusal names the configuration and the key, as those of ``configfile`` do."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: {key}: {error.message}", hint=error.hint) from None
+
+
+def _link_key(config: Config) -> str:
+    return "replication.tls" if config.replication.tls is not None else "replication.secret_file"
 
 
 def check_security(config: Config) -> None:

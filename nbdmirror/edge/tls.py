@@ -86,7 +86,8 @@ def certificate_context(config: TlsConfig, *, server: bool) -> ssl.SSLContext:
     key, cert, ca = check_secret(config.key), resolve(config.cert), resolve(config.client_ca)
     for path in (cert, ca):
         if not os.path.isfile(path):
-            raise ConfigError(f"{path}: missing: there is no such file")
+            hint = "make it, or name the file that is meant"
+            raise ConfigError(f"{path}: missing: there is no such file", hint=hint)
     try:
         context.load_cert_chain(cert, key, password=_no_password)
     except (OSError, ValueError) as error:

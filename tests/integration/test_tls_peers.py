@@ -225,6 +225,7 @@ def test_a_secret_that_is_not_one_keeps_the_node_from_starting(
     break_it(secret)
     done = nbdmirror("serve", str(cluster.primary.config), timeout=60)
     assert done.code == 2 and word in done.err, done
+    assert f"{cluster.primary.config}: replication.secret_file: {secret}" in done.err, done
 
 
 def test_a_systemd_credential(
