@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from nbdmirror.cli.client import AdminClient, find_socket
 from nbdmirror.cli.output import print_json
 from nbdmirror.cli.render import Json, count_text, size_text
-from nbdmirror.errors import UsageError
+from nbdmirror.errors import NbdmirrorError, UsageError
 
 KIND_TEXTS = {"resync": "before the resync", "restore": "before a restore"}
 
@@ -52,7 +52,14 @@ def refresh(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """``snapshot export``: how to attach one, read-only unless made writable."""
     params = {"snapshot": args.snapshot, "writable": args.writable}
-    return _call(args, "snapshot.export", params, lambda made: "\n".join(made["uris"]))
+    return _call(args, "snapshot.export", params, _uris_text)
+
+
+def _uris_text(made: Json) -> str:
+    if not made["uris"]:  # an empty line would be taken for a URI
+        hint = "name one in [nbd] listen, and restart the daemon"
+        raise NbdmirrorError("the daemon has no address at which clients attach", hint=hint)
+    return "\n".join(made["uris"])
 
 
 def restore(args: argparse.Namespace) -> int:

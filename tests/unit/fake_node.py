@@ -53,7 +53,8 @@ class FakePeople:
 
     async def export(self, spec: str, writable: bool) -> Json:
         self._calls.append(("snapshot export", spec, writable))
-        return {"writable": writable, "uris": ["nbd+unix:///data@3?socket=/run/nbdmirror/db.nbd"]}
+        uris = ["nbd+unix:///data@3?socket=/run/nbdmirror/db.nbd"] if spec == "3" else []
+        return {"writable": writable, "uris": uris}
 
     async def restore(
         self, spec: str, volume: str | None, while_attached: bool, keep: bool, force: bool

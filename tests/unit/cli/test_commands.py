@@ -107,6 +107,15 @@ def test_snapshot_commands_reach_the_daemon(
     assert shows in capsys.readouterr().out
 
 
+def test_export_where_no_client_can_attach_is_exit_1(path: str, capsys: Output) -> None:
+    """V9: a script would take an empty line for a URI; a list may be empty."""
+    assert main(["-s", path, "snapshot", "export", "4"]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and "[nbd] listen" in error
+    assert main(["-s", path, "snapshot", "export", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["uris"] == []
+
+
 def test_snapshot_list_shows_number_uuid_record_and_both_counts(path: str, capsys: Output) -> None:
     """V9."""
     assert main(["-s", path, "snapshot", "list"]) == 0
