@@ -29,6 +29,7 @@ LOG_SIZE = "128MiB"
 READY_SECONDS = 20.0
 SYNC_SECONDS = 120.0
 REFRESH_SECONDS = 1.0
+EXIT_INTERRUPTED = 130
 
 _PRIMARY = """\
 group = "demo"
@@ -150,11 +151,13 @@ class Pair:
 
     def stop(self, node: str | None = None) -> None:
         """Stops one daemon, or both, cleanly."""
-        for name in [node] if node else list(self._daemons):
-            daemon = self._daemons.pop(name, None)
-            if daemon is not None:
-                daemon.send_signal(signal.SIGTERM)
-                daemon.wait()
+        names = [node] if node else list(self._daemons)
+        daemons = [self._daemons.pop(name) for name in names if name in self._daemons]
+        # All are told before one is waited for: a second Ctrl-C must leave none behind.
+        for daemon in daemons:
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in daemons:
+            daemon.wait()
 
 
 def serve(root: Path, nbd_port: int, replication_port: int) -> int:
@@ -285,6 +288,8 @@ def main() -> int:
         if error.hint:
             print(f"  {error.hint}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # a second one, while the nodes stop
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

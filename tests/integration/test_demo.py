@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from nbdmirror.cli.demo import _free_port
 from tests.integration.cluster import MIB, nbdmirror
+from tests.integration.process import wait_until
 
 
 def test_the_tour_ends_well_and_tells_each_step() -> None:
@@ -16,3 +24,26 @@ def test_the_tour_ends_well_and_tells_each_step() -> None:
     assert [one["state"] for one in told if "state" in one] == ["tracking"]
     (dirty,) = [one["dirty_regions"] for one in told if "dirty_regions" in one]
     assert 128 * MIB <= dirty * (64 << 10) <= 256 * MIB
+
+
+def test_a_second_interrupt_leaves_no_daemon(tmp_path: Path) -> None:
+    """``make run`` (A6): whoever presses Ctrl-C twice has both nodes stopped all the same."""
+    ports = ["--nbd-port", str(_free_port()), "--replication-port", str(_free_port())]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "nbdmirror.cli.demo", "--state", str(tmp_path), *ports],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "Ctrl-C" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    while "stopping both nodes" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+    for node in ("alpha", "beta"):
+        gone = lambda path=tmp_path / f"{node}.sock": not os.path.lexists(path)  # noqa: E731
+        wait_until(f"{node} has ended", gone)
