@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
         code = _run(arguments)
-        sys.stdout.flush()
+        _flush()
         return code
     except NbdmirrorError as error:
         return _report(error.message, error.hint, error.exit_code)
@@ -66,8 +66,13 @@ def _os_error_text(error: OSError) -> str:
     return f"{error.filename}: {what}" if error.filename else what
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # None where a caller closed it: >&-
+        sys.stdout.flush()
+
+
 def _report(message: str, hint: str | None, exit_code: int) -> int:
-    sys.stdout.flush()
+    _flush()
     print(f"nbdmirror: {message}", file=sys.stderr)
     if hint:
         print(f"  {hint}", file=sys.stderr)

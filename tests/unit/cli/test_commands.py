@@ -67,6 +67,14 @@ def test_events_are_one_json_object_a_line(path: str, node: FakeNode, capsys: Ou
     assert json.loads(line)["remote"] == "beta"
 
 
+def test_a_closed_output_is_no_failure(path: str, node: FakeNode) -> None:
+    """What was done is done, with nobody to read it: ``nbdmirror pause beta >&-``."""
+    words = f'exec "{sys.executable}" -m nbdmirror -s "{path}" pause beta >&-'
+    done = subprocess.run(["/bin/sh", "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert node.calls == [("pause", "beta")]
+
+
 def test_events_follow_until_the_reader_has_enough(path: str, node: FakeNode) -> None:
     node.events.emit("one")
     words = [sys.executable, "-m", "nbdmirror", "-s", path, "events"]
