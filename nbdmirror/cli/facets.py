@@ -77,8 +77,8 @@ def _change(
     with _client(args) as client:
         result: Any = client.call(f"facet.{action}", {"path": path, **params})
         if awaited is not None and args.wait:
-            result = _await(client, os.path.abspath(awaited), args.timeout)
-            done = "synchronised"
+            path, done = os.path.abspath(awaited), "synchronised"
+            result = _await(client, path, args.timeout)
     if args.json:
         print_json(result)
     else:

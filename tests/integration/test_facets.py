@@ -176,7 +176,8 @@ def test_a_replaced_disk_is_compared_whole(make_cluster: MakeCluster) -> None:
     cluster.check_in_sync()
     new = path.with_name("new.img")
     node.ok("facet", "offline", str(path))
-    node.ok("facet", "replace", str(path), str(new), *WAIT)
+    done = node.ok("facet", "replace", str(path), str(new), *WAIT)
+    assert done.out == f"{new}: synchronised\n"
     paths = [one["path"] for one in node.rpc("facet.list")]
     assert paths == [str(node.facets("data")[0]), str(new)]
     cluster.wait_in_sync()
