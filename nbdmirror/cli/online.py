@@ -93,8 +93,9 @@ def verify(args: argparse.Namespace) -> int:
         return 0
     found = result.get("verify") or {}
     if found.get("differing", 0) > found.get("repaired", 0):
+        verb = "differs" if found["differing"] == 1 else "differ"
         raise NbdmirrorError(
-            f"{args.remote}: {count_text(found['differing'], 'region')} differ",
+            f"{args.remote}: {count_text(found['differing'], 'region')} {verb}",
             hint=f"nbdmirror events has them; nbdmirror verify {args.remote} --repair sends them",
         )
     if not args.json:
