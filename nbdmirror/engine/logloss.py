@@ -214,8 +214,11 @@ class LogKeeper:
     async def _make(self, path: str) -> tuple[File, int]:
         """The file of a new log, empty and durable; NbdmirrorError if there can be none."""
         directory = path.rpartition("/")[0] or "/"
+        # As for a facet: one that is missing may be a file system that is not mounted.
+        if not self._disk.exists(directory):
+            problem = f"cannot make the log {path}: there is no directory {directory}"
+            raise NbdmirrorError(problem, hint="make it, or mount its disk")
         try:
-            self._disk.make_directory(directory)
             await Log.create(self._disk, path, self._size)
             await self._disk.sync_directory(directory)
             return Log.open_file(self._disk, path)

@@ -169,5 +169,9 @@ def test_the_log_is_moved_in_use(make_cluster: MakeCluster) -> None:
     assert actions == ["continue"]
     refused = node.cli("log", "replace", str(node.directory / "moved.log"))
     assert refused.code == 4 and "exists" in refused.err
+    missing = node.directory / "not-mounted"
+    refused = node.cli("log", "replace", str(missing / "moved.log"))
+    assert refused.code == 1 and f"no directory {missing}" in refused.err
+    assert not missing.exists()
     node.restart()
     check_serves(cluster, journal)

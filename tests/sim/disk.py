@@ -141,6 +141,10 @@ class SimDisk:
         self._stalled_until = max(self._stalled_until, _loop().time() + seconds)
         self.fired["disk stall"] += 1
 
+    def add_directory(self, path: str) -> None:
+        """Where a disk is mounted; its name is durable."""
+        self._directories[path] = None
+
     def add_block_device(self, path: str, size: int) -> None:
         """A device of fixed size; its name is durable and it is full of zeros."""
         self._directories[_parent(path)] = None

@@ -64,6 +64,7 @@ class Host:
             self.name, f"{self.world.seed}:{self.replaced}", timing=self.world.options.timing
         )
         self.disk.exclusive = True
+        self.disk.add_directory("/logs")  # for what a person puts there
         for volume in self.config.volumes if self.world.options.devices else ():
             for path in volume.facets:
                 self.disk.add_block_device(path, volume.size)
