@@ -458,6 +458,14 @@ def test_every_event_is_explained() -> None:
     assert {kind for cell in first for kind in re.findall("`(.*?)`", cell)} == emitted
 
 
+def test_the_fields_of_events_that_the_table_names_are_there() -> None:
+    """A script looks for them by that name."""
+    source = "".join(path.read_text() for path in (TREE / "nbdmirror").rglob("*.py"))
+    table = (DEPLOY / "README.md").read_text().split("## Events")[1]
+    for field in re.findall(r"`([a-z]+(?:_[a-z]+)+)`", table):
+        assert re.search(rf"\b{field}\b", source), field
+
+
 def test_the_text_names_files_that_are_there() -> None:
     """Every file of ``deploy/`` is in its README, and every example that it names exists."""
     text = (DEPLOY / "README.md").read_text()
