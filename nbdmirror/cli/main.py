@@ -138,7 +138,9 @@ def _add_online(commands: argparse._SubParsersAction[Parser]) -> None:
     status = _command(commands, "status", online.status, talks=True)
     status.add_argument("--watch", action="store_true", help="again every second")
     wait = _command(commands, "wait", online.wait, talks=True)
-    wait.add_argument("--until", required=True, choices=CONDITIONS)
+    wait.add_argument(
+        "--until", required=True, choices=CONDITIONS, help="verified: no verify wanted or running"
+    )
     wait.add_argument("--remote", metavar="R", help="only this remote; default: all")
     _timeout_option(wait)
     resync = _command(commands, "resync", online.resync, talks=True)
