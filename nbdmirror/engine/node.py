@@ -37,7 +37,7 @@ from nbdmirror.engine.snapshotcommands import SnapshotCommands
 from nbdmirror.engine.snapshotexport import SnapshotExports
 from nbdmirror.engine.snapshots import Snapshots
 from nbdmirror.engine.spill import may_spill
-from nbdmirror.engine.status import status_of
+from nbdmirror.engine.status import facets_of, status_of
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.engine.waiting import wait_until
@@ -423,8 +423,7 @@ class Node:
 
     def facet_list(self) -> list[dict[str, Any]]:
         """The local facets, as in the status, each with its volume; on a secondary too."""
-        volumes = map(self._volume_status, self.volumes)
-        return [{"volume": v["name"], **facet} for v in volumes for facet in v["facets"]]
+        return facets_of(self)
 
     async def log_replace(self, path: str) -> dict[str, Any]:
         """Moves the log to a new file, or brings it back to a disk."""

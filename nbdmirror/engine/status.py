@@ -47,6 +47,12 @@ def status_of(node: Node) -> dict[str, Any]:
     return result
 
 
+def facets_of(node: Node) -> list[dict[str, Any]]:
+    """The facets of all volumes, as in the status, each with its volume."""
+    volumes = [_volume(node, volume) for volume in node.volumes]
+    return [{"volume": one["name"], **facet} for one in volumes for facet in one["facets"]]
+
+
 def _volume(node: Node, volume: Volume) -> dict[str, Any]:
     access = next(one.access for one in node.config.volumes if one.name == volume.name)
     return {
