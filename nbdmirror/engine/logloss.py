@@ -249,6 +249,10 @@ class LogKeeper:
         except DiskFailed as error:
             self.on_failed(error)  # of the state directory, or of the last facet
             raise
+        except NbdmirrorError:
+            if self.spill is not None and not self.volatile:
+                self.spill.stay()
+            raise
         finally:
             self._resume()
 

@@ -183,6 +183,11 @@ class Spill:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def stay(self) -> None:
+        """The log was not replaced: it goes where it belongs again, as facets come and go."""
+        self._ended = False
+        self.look()
+
     # -- durability ------------------------------------------------------------------------------
 
     async def _durable(self) -> int:

@@ -27,6 +27,7 @@ from tests.sim.plays.spill import (
     IN_MEMORY_AGAIN,
     LEFT,
     LEFT_MEANWHILE,
+    NOT_MOVED,
     ON_DISK,
     PAST_TWICE,
     RELEASED_WHILE_MADE_SAFE,
@@ -248,6 +249,11 @@ def _(assign: Assign) -> None:
         self._store.state["log_spill"] = False
 
     assign(Spill, "_to_memory", to_memory)
+
+
+@mutant("M4 a log whose move was refused does not change over any more", run=NOT_MOVED)
+def _(assign: Assign) -> None:
+    assign(Spill, "stay", lambda self: None)
 
 
 @mutant("O6 an extent of a spilling log is let go by a boolean")

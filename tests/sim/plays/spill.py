@@ -26,6 +26,7 @@ from tests.sim.plays.stage import (
     released,
     slow,
     slow_save,
+    strikes,
     within,
     without_facet,
 )
@@ -200,6 +201,23 @@ async def _released_while_made_safe(s: Script) -> None:
     await s.in_sync()
 
 
+async def _not_moved(s: Script) -> None:
+    """A volume loses its only facet while a person moves the log, which is refused by that: once
+    the facet is back, the log is in memory again."""
+    a, path, failed = s.world.a, "/facets/v0.0", asyncio.Event()
+    node = await s.primary()
+    a.disk.faults = strikes("sync", path, Fault(Kind.LOSE), failed, lambda: node.log.frozen)
+    await s.replace_log("/state/moved")
+    a.disk.faults = None
+    if not failed.is_set() or a.disk.exists("/state/moved"):
+        raise Violation("the move of a log that a volume comes back from was not refused (M11)")
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.until(lambda node: not on_disk(node))
+    if on_disk(node):
+        raise Violation("a log whose move was refused is not in memory any more (M4)")
+
+
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 CLEARED_AND_KILLED = directed(_cleared_and_killed, spill=8 * KIB, facets=2)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
@@ -208,4 +226,5 @@ LEFT_MEANWHILE = directed(_left_meanwhile, spill=8 * KIB, facets=2, **LARGE)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
 RELEASED_WHILE_MADE_SAFE = directed(_released_while_made_safe, spill=8 * KIB)
+NOT_MOVED = directed(_not_moved, spill=8 * KIB, last_facet=True)
 UNSPILLED_TOO_SOON = directed(_unspilled_too_soon, spill=8 * KIB, facets=2, last_facet=True)
