@@ -87,7 +87,8 @@ class Spill:
         self._housekeeper = housekeeper
         self._both = False
         """A flush needs the file and the facets: the superblock may say either."""
-        self._ended = False
+        self._ended = True
+        """No change over: the log is volatile, is about to be replaced, or the node to stop."""
         self._task: asyncio.Task[None] | None = None
 
     # -- in which mode ---------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from tests.sim.plays.spill import (
     ON_DISK,
     PAST_TWICE,
     RELEASED_WHILE_MADE_SAFE,
+    STARTED_WITHOUT_LOG,
     UNSPILLED_TOO_SOON,
 )
 
@@ -254,6 +255,17 @@ def _(assign: Assign) -> None:
 @mutant("M4 a log whose move was refused does not change over any more", run=NOT_MOVED)
 def _(assign: Assign) -> None:
     assign(Spill, "stay", lambda self: None)
+
+
+@mutant("M13 a log without a disk spills after a start", run=STARTED_WITHOUT_LOG)
+def _(assign: Assign) -> None:
+    original = Spill.look
+
+    def look(self: Spill, *, on_disk: bool = False) -> None:
+        self._ended = False
+        original(self, on_disk=on_disk)
+
+    assign(Spill, "look", look)
 
 
 @mutant("O6 an extent of a spilling log is let go by a boolean")

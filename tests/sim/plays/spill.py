@@ -218,6 +218,24 @@ async def _not_moved(s: Script) -> None:
         raise Violation("a log whose move was refused is not in memory any more (M4)")
 
 
+async def _started_without_log(s: Script) -> None:
+    """A node starts whose log is in memory, for its disk is lost, and a person takes out a facet
+    and has it back: the log does not spill over what is in memory itself."""
+    a, path = s.world.a, "/facets/v0.1"
+    s.spoil("/state/log")
+    await s.snapshot()  # whose mark must be in the file
+    await s.until(lambda node: bool(node.status()["log"]["in_memory"]))
+    await killed(s, a)
+    await s.facet("offline", path)
+    await s.write(0, 0)
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.in_sync()
+    node = await s.primary()
+    if node.log.spilled is not None or not node.status()["log"]["in_memory"]:
+        raise Violation("a log without a disk is said to be one that spills to it (M13)")
+
+
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 CLEARED_AND_KILLED = directed(_cleared_and_killed, spill=8 * KIB, facets=2)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
@@ -227,4 +245,5 @@ IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
 ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
 RELEASED_WHILE_MADE_SAFE = directed(_released_while_made_safe, spill=8 * KIB)
 NOT_MOVED = directed(_not_moved, spill=8 * KIB, last_facet=True)
+STARTED_WITHOUT_LOG = directed(_started_without_log, spill=8 * KIB, facets=2)
 UNSPILLED_TOO_SOON = directed(_unspilled_too_soon, spill=8 * KIB, facets=2, last_facet=True)
