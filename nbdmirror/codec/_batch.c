@@ -219,13 +219,13 @@ static size_t check(const uint8_t *p, size_t here, uint32_t epoch_max, const uin
     return HEADER_SIZE + padded(length);
 }
 
-/* check_writes(view, next_seq, epoch_max, sizes) */
+/* check_writes(view, next_seq, epoch_min, epoch_max, sizes) */
 static PyObject *check_writes(PyObject *self, PyObject *args)
 {
     Py_buffer view, sizes;
     unsigned long long next_seq;
-    unsigned int epoch_max;
-    if (!PyArg_ParseTuple(args, "y*KIy*", &view, &next_seq, &epoch_max, &sizes))
+    unsigned int epoch, epoch_max;
+    if (!PyArg_ParseTuple(args, "y*KIIy*", &view, &next_seq, &epoch, &epoch_max, &sizes))
         return NULL;
     const uint8_t *data = view.buf;
     size_t end = view.len, at = 0, start = 0, size, largest = 0;
@@ -241,8 +241,9 @@ static PyObject *check_writes(PyObject *self, PyObject *args)
             start = at + size; /* here already: skipped (O8) */
             continue;
         }
-        if (found != seq)
+        if (found != seq || le32(data + at + 8) < epoch)
             break;
+        epoch = le32(data + at + 8);
         seq++;
         count++;
         if (size > largest)
@@ -262,7 +263,9 @@ static PyObject *check_writes(PyObject *self, PyObject *args)
     PyBuffer_Release(&sizes);
     if (at != end)
         Py_RETURN_NONE;
-    return places ? Py_BuildValue("nNn", (Py_ssize_t)start, places, (Py_ssize_t)largest) : NULL;
+    if (places == NULL)
+        return NULL;
+    return Py_BuildValue("nNnI", (Py_ssize_t)start, places, (Py_ssize_t)largest, epoch);
 }
 
 static PyMethodDef methods[] = {

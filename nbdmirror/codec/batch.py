@@ -31,11 +31,12 @@ encode_writes(view, places, epoch, volume, seq, time_ns) -> (block, places)
     Their records (``codec.record``) with ascending seqs, and the places of their payloads in there.
 stretches(places, size) -> [number, ...]
     Which stretches of ``size`` bytes the places touch, in their order; none twice in a row.
-check_writes(view, next_seq, epoch_max, sizes) -> (start, places, largest) or None
+check_writes(view, next_seq, epoch_min, epoch_max, sizes) -> (start, places, largest, epoch) or None
     Of records that are all plain writes, whole, verified and within volumes of these ``sizes``
-    (8 bytes each), of epochs up to ``epoch_max``, with seqs that go on at ``next_seq``: where the
-    first new one begins (O8), the places in ``view[start:]``, and the largest one's stored size.
-    None if there is anything else.
+    (8 bytes each), of epochs up to ``epoch_max``, with seqs that go on at ``next_seq``, and epochs
+    that go on from ``epoch_min`` and never back (O10): where the first new one begins (O8), the
+    places in ``view[start:]``, the largest one's stored size, and the last one's epoch. None if
+    there is anything else.
 """
 
 from __future__ import annotations

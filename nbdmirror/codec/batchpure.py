@@ -65,13 +65,14 @@ def stretches(places: bytes, size: int) -> list[int]:
 
 
 def check_writes(
-    view: Buffer, next_seq: int, epoch_max: int, sizes: bytes
-) -> tuple[int, bytes, int] | None:
+    view: Buffer, next_seq: int, epoch_min: int, epoch_max: int, sizes: bytes
+) -> tuple[int, bytes, int, int] | None:
     """See ``codec.batch``."""
     data = memoryview(view)
     volumes = [size for (size,) in struct.iter_unpack("<Q", sizes)]
     places: list[bytes] = []
     start = at = largest = 0
+    epoch = epoch_min
     while at < len(data):
         try:
             found = record.parse(data, at)
@@ -85,11 +86,12 @@ def check_writes(
             return None
         if found.seq < next_seq and not places:
             start = at + size  # here already: skipped (O8)
-        elif found.seq != next_seq + len(places):
+        elif found.seq != next_seq + len(places) or found.epoch < epoch:
             return None
         else:
+            epoch = found.epoch
             where = at - start + record.HEADER_SIZE
             places.append(PLACE.pack(found.offset, where, found.length, found.volume))
             largest = max(largest, size)
         at += size
-    return start, b"".join(places), largest
+    return start, b"".join(places), largest, epoch

@@ -23,6 +23,8 @@ class Ring:
         self.capacity = capacity
         self.head = position
         self.next_seq = seq
+        self.epoch = 0
+        """Of the last record that was found, or came: none of an earlier one may follow (O10)."""
         self.tail = position
         self.tail_seq = seq
         self.durable_tail = position

@@ -62,7 +62,6 @@ def scan(file: Readable, base: int, ring: Ring, forks: Forks, epoch_max: int) ->
 def follow(file: Readable, base: int, ring: Ring, forks: Forks, epoch_max: int) -> Iterator[Record]:
     """Every valid record from the tail on, fills too."""
     view, begin = memoryview(b""), 0
-    epoch = 0
     while ring.head - ring.tail <= ring.capacity:
         at = ring.head % ring.capacity
         if not begin <= at < begin + len(view):
@@ -74,11 +73,11 @@ def follow(file: Readable, base: int, ring: Ring, forks: Forks, epoch_max: int) 
                 return
             view, begin = window(file, base, ring, at), at
             continue
-        if record.seq != ring.next_seq or not epoch <= record.epoch <= epoch_max:
+        if record.seq != ring.next_seq or not ring.epoch <= record.epoch <= epoch_max:
             return
         if _ended(record, forks):
             return
-        epoch = record.epoch
+        ring.epoch = record.epoch
         size = codec.stored_size(record.kind, record.length)
         if ring.head + size - ring.tail > ring.capacity:
             return

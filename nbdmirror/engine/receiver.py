@@ -44,6 +44,8 @@ class Portion(NamedTuple):
     part: memoryview
     number: int
     largest: int
+    epoch: int
+    """Of the last of them."""
     records: list[Record] | None
     places: bytes | None
 
@@ -233,23 +235,26 @@ class Receiver:
 
     async def _on_records(self, frame: Frame) -> None:
         log = self.secondary.log
-        for part, count, largest, records, places in self._checked(frame.payload, log.next_seq):
+        portions = self._checked(frame.payload, log.next_seq)
+        for part, count, largest, epoch, records, places in portions:
             if largest > log.capacity // 4:
                 raise PeerError(f"a record of {largest} bytes, the log here has {log.capacity}")
             while not log.fits(len(part), largest):
                 await self.secondary.need_space()
             first_seq = log.next_seq
             log.append([part], len(part), count, records=records, places=places)
+            log.ring.epoch = epoch
             self.secondary.applier.arrived(first_seq)
             self.acknowledge()
 
     def _checked(self, view: memoryview, next_seq: int) -> list[Portion]:
         """The records that are new here, all verified (X6)."""
-        plain = batch.check_writes(view, next_seq, int(self._hello["epoch"]), self._sizes)
+        epochs = self.secondary.log.ring.epoch, int(self._hello["epoch"])
+        plain = batch.check_writes(view, next_seq, *epochs, self._sizes)
         if plain is not None and len(view) <= self.secondary.log.capacity // 4:
-            start, places, largest = plain
+            start, places, largest, epoch = plain
             count = len(places) // batch.PLACE_SIZE
-            return [Portion(view[start:], count, largest, None, places)] if count else []
+            return [Portion(view[start:], count, largest, epoch, None, places)] if count else []
         records, payload = self._checked_singly(view, next_seq)
         return list(self._portions(payload, records)) if records else []
 
@@ -257,18 +262,18 @@ class Receiver:
         """A frame's records as a whole, or one by one where the log here is small."""
         sizes = [codec.stored_size(record.kind, record.length) for record in records]
         if len(payload) <= self.secondary.log.capacity // 4:
-            yield Portion(payload, len(records), max(sizes), records, None)
+            yield Portion(payload, len(records), max(sizes), records[-1].epoch, records, None)
             return
         at = 0
         for record, size in zip(records, sizes, strict=True):
-            yield Portion(payload[at : at + size], 1, size, [record], None)
+            yield Portion(payload[at : at + size], 1, size, record.epoch, [record], None)
             at += size
 
     def _checked_singly(self, view: memoryview, next_seq: int) -> tuple[list[Record], memoryview]:
         """The same for records of any kind, and with what is wrong with them; and their bytes."""
         records: list[Record] = []
         start = at = 0
-        epoch_max = int(self._hello["epoch"])
+        epoch, epoch_max = self.secondary.log.ring.epoch, int(self._hello["epoch"])
         while at < len(view):
             record = codec.parse(view, at)
             at += codec.stored_size(record.kind, record.length)
@@ -279,6 +284,12 @@ class Receiver:
                 raise PeerError(f"record {record.seq} came, {next_seq} was next")
             if record.epoch > epoch_max:
                 raise PeerError(f"record {record.seq} of epoch {record.epoch}, not {epoch_max}")
+            if record.epoch < epoch:
+                # A scan would stop there, and take what is behind for damage (O10).
+                raise PeerError(
+                    f"record {record.seq} of epoch {record.epoch} behind one of {epoch}"
+                )
+            epoch = record.epoch
             if record.kind == codec.MARK:
                 self.secondary.check_mark(record)
             else:

@@ -158,6 +158,14 @@ LIES: dict[str, Callable[[Liar], None]] = {
     "gap": lambda one: one.talk.send(Type.RECORDS, one.record(seq=one.seq + 1)),
     "seq far": lambda one: one.talk.send(Type.RECORDS, one.record(seq=2**63)),
     "epoch": lambda one: one.talk.send(Type.RECORDS, one.record(epoch=one.epoch + 1)),
+    "epoch back": lambda one: one.talk.send(Type.RECORDS, one.record(epoch=one.epoch - 1)),
+    "epoch back in a frame": lambda one: one.talk.send(
+        Type.RECORDS, one.record(), one.record(seq=one.seq + 1, epoch=one.epoch - 1)
+    ),
+    "epoch back, not plain": lambda one: one.talk.send(
+        Type.RECORDS,
+        one.record(kind=record.TRIM, epoch=one.epoch - 1, payload=None),  # type: ignore[arg-type]
+    ),
     "volume": lambda one: one.talk.send(Type.RECORDS, one.record(volume=99)),
     "beyond the end": lambda one: one.talk.send(Type.RECORDS, one.record(offset=2**62)),
     "length": lambda one: one.talk.send(

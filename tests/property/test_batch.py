@@ -89,7 +89,7 @@ def block_of(draw: random.Random) -> bytes:
         volume = draw.choice([0, 0, 0, 1, 1, 2]) if draw.random() < 0.5 else 0
         payload = draw.randbytes(draw.choice([1, 63, 64, 65, 300, 0 if seq % 7 == 0 else 9]))
         offset = draw.choice([0, 512, 4096, 8000, SIZE - 10])
-        epoch = draw.choice([EPOCH] * 9 + [EPOCH + 1])
+        epoch = draw.choice([EPOCH] * 18 + [EPOCH - 1, EPOCH + 1])
         whole = record.Record(
             kind, 0, epoch, volume, seq, offset, len(payload), 5,
             payload if kind == record.WRITE else None,
@@ -100,7 +100,8 @@ def block_of(draw: random.Random) -> bytes:
 
 
 def test_records_are_checked_alike_and_in_full() -> None:
-    """The same verdict on good, odd and damaged records; none that is damaged passes (X6, O8)."""
+    """The same verdict on good, odd and damaged records; none that is damaged passes, nor an epoch
+    that goes back (X6, O8, O10)."""
     draw = random.Random(5)
     passed = 0
     for _ in range(3000):
@@ -111,17 +112,20 @@ def test_records_are_checked_alike_and_in_full() -> None:
                 data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         if draw.random() < 0.1:
             del data[len(data) - draw.randrange(len(data) + 1) :]
-        plain, fast = (form.check_writes(bytes(data), 10, EPOCH, SIZES) for form in FORMS)
+        least = draw.choice([0, EPOCH - 1, EPOCH - 1, EPOCH])
+        plain, fast = (form.check_writes(bytes(data), 10, least, EPOCH, SIZES) for form in FORMS)
         assert plain == fast
         if plain is None:
             continue
         passed += 1
-        start, places, largest = plain
+        start, places, largest, epoch = plain
         found = list(record.parse_all(memoryview(bytes(data))))
         new = [one for one in found if one.seq >= 10]
         assert [(one.offset, one.length, one.volume) for one in new] == [
             (offset, length, volume) for offset, _, length, volume in PLACE.iter_unpack(places)
         ]
+        epochs = [least, *(one.epoch for one in new)]
+        assert epochs == sorted(epochs) and epochs[-1] == epoch <= EPOCH
         sizes = [record.stored_size(one.kind, one.length) for one in new]
         assert largest == max(sizes, default=0) and start == len(data) - sum(sizes)
         assert bytes(data) == whole[: len(data)] or not _payload_differs(found, whole)
