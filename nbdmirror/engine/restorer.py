@@ -167,27 +167,50 @@ class Restorer:
             check_remotes(self._node.primary, force=force)  # no snapshot is left by what is refused
         if keep and self._node.primary is not None:
             undo = await self._node.people.take(indices, "restore", protected=False)
-        await self._snapshots.lock.acquire()
-        try:
-            self._check_idle()
-            self._snapshots.busy = f"snapshot {entry['number']} is being restored"
-            try:
-                if self._node.secondary is not None:
-                    undo = await self._begin_alone(entry, indices, keep=keep)
-                else:
-                    await self._begin(entry, indices, undo, force=force)
-            except OSError as error:
-                self._release()
-                raise NbdmirrorError(
-                    f"the restore cannot begin: {error.strerror or error}",
-                    hint="the volumes are as they were; mend the disk of state_dir",
-                ) from error
-            except BaseException:
-                self._release()
-                raise
-        finally:
-            self._snapshots.lock.release()
+        with self._undoing(undo):
+            async with self._snapshots.lock:
+                self._check_idle()
+                self._snapshots.busy = f"snapshot {entry['number']} is being restored"
+                try:
+                    if self._node.secondary is not None:
+                        undo = await self._begin_alone(entry, indices, keep=keep)
+                    else:
+                        await self._begin(entry, indices, undo, force=force)
+                except OSError as error:
+                    self._release()
+                    raise NbdmirrorError(
+                        f"the restore cannot begin: {error.strerror or error}",
+                        hint="the volumes are as they were; mend the disk of state_dir",
+                    ) from error
+                except BaseException:
+                    self._release()
+                    raise
         return self.status() or {"undo": undo["uuid"] if undo else None}
+
+    @contextmanager
+    def _undoing(self, undo: Entry | None) -> Iterator[None]:
+        """Where the restore within does not begin, nobody asked for the snapshot of the state
+        before, and it goes; where it may have begun, durably, that stays."""
+        try:
+            yield
+        except BaseException:
+            begun = self._store.state.get("restore") or {}
+            if undo is not None and begun.get("undo") != undo["uuid"]:
+                self._take_back(undo)
+            raise
+
+    def _take_back(self, undo: Entry) -> None:
+        if self._stopped:
+            undo["deleting"] = True  # by the next start
+            return
+        self._snapshots.give_back(undo)
+        if self._node.primary is not None:
+            self._snapshots.spawn(self._forget, undo)
+
+    async def _forget(self, undo: Entry) -> None:
+        """Secondaries have it too."""
+        mark = Mark(marks.DELETE, undo["uuid"], tuple(undo["volumes"]))
+        await self._need_primary().group.put_mark(mark)
 
     @contextmanager
     def _closed(self, indices: list[int], while_attached: bool) -> Iterator[None]:
@@ -242,9 +265,10 @@ class Restorer:
         if keep:
             now = self._node.env.clock.time_ns()
             undo = await self._snapshots.take_here("restore", indices, seq, now, protected=False)
-        running = await self._prepare_maps(entry, indices)
-        # Only now: one that cannot begin has cost nothing (X2).
-        await secondary.diverge({"restore": self._state(entry, undo, seq, running)})
+        with self._undoing(undo):
+            running = await self._prepare_maps(entry, indices)
+            # Only now: one that cannot begin has cost nothing (X2).
+            await secondary.diverge({"restore": self._state(entry, undo, seq, running)})
         self._started(entry, running)
         return undo
 

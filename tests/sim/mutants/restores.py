@@ -24,6 +24,7 @@ from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.restores import (
     NOT_RESTORED,
     NOT_RESTORED_LEANING,
+    NOTHING_LEFT,
     RESTORED,
     RESTORED_AND_BACK,
     RESTORED_AND_REMOVED,
@@ -83,6 +84,16 @@ def _(assign: Assign) -> None:
             self.check_needed(remote)
 
     assign(Primary, "check_leaning", check_leaning)
+
+
+@mutant("V14 a restore that did not begin leaves a snapshot behind", run=NOTHING_LEFT)
+def _(assign: Assign) -> None:
+    assign(Restorer, "_take_back", lambda self, undo: None)
+
+
+@mutant("V14 a restore that did not begin leaves a snapshot at secondaries", run=NOTHING_LEFT)
+def _(assign: Assign) -> None:
+    assign(Restorer, "_forget", nothing)
 
 
 @mutant("X2 a restore that cannot begin costs a secondary its consistency", run=NOT_RESTORED)

@@ -10,6 +10,7 @@ from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
     SLOW_SECONDS,
     killed,
+    moment,
     power_loss,
     slow,
     slow_at,
@@ -137,8 +138,40 @@ async def _not_restored_leaning(s: Script) -> None:
         raise Violation("a restore that was refused left a snapshot behind (V14)")
 
 
+async def _nothing_left(s: Script) -> None:
+    """A restore cannot begin, first on the primary and then on a secondary whose link is inactive,
+    for want of the map of what is to be copied: the snapshot of the state before, for which nobody
+    asked, is there no more, on either node."""
+    a, (b,) = s.world.a, s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    for host in (a, b):
+        if host is b:
+            await s.pause(on=True)
+            await asyncio.sleep(1.0)
+        node = host.node
+        assert node is not None
+        failed, taken = asyncio.Event(), moment(s, host, "snapshot")
+        host.disk.faults = strikes("sync", "/state/restore", Fault(Kind.ERROR), failed)
+        await s._command(node.people.restore(uuid, None, True, True, False), host)
+        assert failed.is_set() and taken.is_set() and node.store.state.get("restore") is None
+        host.disk.faults = None
+        if host is a:
+            await s.in_sync()
+        await asyncio.sleep(1.0)
+        for other in (a, b):
+            assert other.node is not None
+            if [entry["uuid"] for entry in other.node.snapshots.usable()] != [uuid]:
+                raise Violation(f"a restore that could not begin left a snapshot at {other.name}")
+    await s.pause(on=False)
+    await s.in_sync()
+
+
 RESTORED = directed(_restored)
 NOT_RESTORED = directed(_not_restored)
+NOTHING_LEFT = directed(_nothing_left)
 NOT_RESTORED_LEANING = directed(_not_restored_leaning, facets=1, last_facet=True, remotes=2)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 RESTORED_AND_WRITTEN = directed(_restored_and_written)
