@@ -64,6 +64,8 @@ from nbdmirror.errors import DiskFailed
 NO_SPILL: dict[str, Any] = {"mode": "disk", "spill": None}
 """What the status of a log on disk says: that of a secondary always is."""
 
+POLL_SECONDS = 0.01
+
 
 async def may_spill(
     config: Config, housekeeper: Housekeeper, volumes: list[Volume], state: dict[str, Any]
@@ -129,7 +131,7 @@ class Spill:
             self._both = self._log.redone = True
             self._log.write_through()
         await self._log.keep()
-        await self._housekeeper.sync_facets(everything=True)
+        await self._land()
 
     def note(self) -> None:
         """The step in which it is noted: one save says both."""
@@ -166,7 +168,7 @@ class Spill:
             self._log.spill(self._threshold, self._durable)
             self._both = True
             self._log.write_through()
-        await self._housekeeper.sync_facets(everything=True)
+        await self._land()
         if not (self._suits() and self._both):
             return  # a volume's last facet left meanwhile, and perhaps another one is back
         self._store.state["log_spill"] = True
@@ -176,6 +178,15 @@ class Spill:
             self._both = self._log.spilled.through = False
             self._log.redone = False
             self._facets.events.emit("log-spills", threshold=self._threshold)
+
+    async def _land(self) -> None:
+        """Returns when all that was logged by now is in the facets, durably. A clearing that is
+        still under way would go with the process: in memory the log is not redone, and on disk it
+        may lack the record since before, and lets the extent go all the same (O5)."""
+        upto, volumes = self._log.next_seq - 1, self._facets.group.volumes
+        while any(seq <= upto for v in volumes for f in v.writable() for seq in f.pending):
+            await asyncio.sleep(POLL_SECONDS)
+        await self._housekeeper.sync_facets(everything=True)
 
     async def end(self) -> None:
         """The log is about to be replaced, or the node to stop: no change over any more."""

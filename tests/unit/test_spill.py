@@ -23,7 +23,7 @@ class Surroundings:
         self.in_service = [object()]
         self.syncing, self.synced = asyncio.Event(), asyncio.Event()
         self.state: dict[str, Any] = {"log_spill": False, "durable_seq": 0}
-        volume = SimpleNamespace(in_service=lambda: self.in_service)
+        volume = SimpleNamespace(in_service=lambda: self.in_service, writable=list)
         group = SimpleNamespace(
             volumes=[volume], goes_on=lambda one: True, pressure_at=CAPACITY, fail=self._fail
         )

@@ -23,6 +23,8 @@ from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.options import KIB
 from tests.sim.plays.spill import (
     CLEARED_AND_KILLED,
+    CLEARED_BEFORE,
+    CLEARED_MEANWHILE,
     FAR_BEHIND,
     IN_MEMORY_AGAIN,
     LEFT,
@@ -266,6 +268,15 @@ def _(assign: Assign) -> None:
         original(self, on_disk=on_disk)
 
     assign(Spill, "look", look)
+
+
+@mutant("O5 a log is in memory again while a clearing is under way", run=CLEARED_MEANWHILE)
+@mutant("O5 a log goes on disk while a clearing is under way", run=CLEARED_BEFORE)
+def _(assign: Assign) -> None:
+    async def land(self: Spill) -> None:
+        await self._housekeeper.sync_facets(everything=True)
+
+    assign(Spill, "_land", land)
 
 
 @mutant("O6 an extent of a spilling log is let go by a boolean")

@@ -12,6 +12,7 @@ from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
     FAR,
     LARGE,
+    NEVER_SECONDS,
     SLOW_SECONDS,
     alike_without_power,
     all_is_there,
@@ -236,6 +237,47 @@ async def _started_without_log(s: Script) -> None:
         raise Violation("a log without a disk is said to be one that spills to it (M13)")
 
 
+async def _cleared_meanwhile(s: Script) -> None:
+    """A clearing is in the log, durably, its extent has left the active map, and its disk is slow
+    to make it, as the log is to be in memory again; then the process dies. Either redo brings it,
+    or it was made before: the remote has it."""
+    a, path = s.world.a, "/facets/v0.0"
+    await s.write(1, 0, count=BLOCK)
+    await without_facet(s, path)
+    await s.until(on_disk)
+    punching = slow(a, "punch", "/facets/v1.0", NEVER_SECONDS)
+    s.world.spawn(s.clear(1, 0, BLOCK, "trim"))
+    await punching.wait()
+    for extent in range(1, 90):
+        await s.write(0, 2 * extent)
+    s.mend(path)
+    spills = moment(s, a, "log-spills")
+    await s.facet("online", path)
+    await s.facets_back()
+    await within(spills, SLOW_SECONDS)
+    await asyncio.sleep(1.0)  # what remotes have is released
+    await killed(s, a)
+    await s.in_sync()
+
+
+async def _cleared_before(s: Script) -> None:
+    """A log in memory has a clearing no more, for the remote has it, and its disk is slow to make
+    it, as the log goes on disk; its extent leaves the active map, and the process dies."""
+    a = s.world.a
+    await s.write(1, 0, count=BLOCK)
+    await s.in_sync()
+    punching = slow(a, "punch", "/facets/v1.0", 4 * SLOW_SECONDS)
+    s.world.spawn(s.clear(1, 0, BLOCK, "trim"))
+    await punching.wait()
+    await s.until(lambda node: node.log.ring.durable_tail == node.log.ring.head)
+    await without_facet(s)
+    await s.until(on_disk)
+    for extent in range(1, 90):
+        await s.write(0, 2 * extent)
+    await killed(s, a)
+    await s.in_sync()
+
+
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 CLEARED_AND_KILLED = directed(_cleared_and_killed, spill=8 * KIB, facets=2)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
@@ -246,4 +288,6 @@ ON_DISK = directed(_on_disk, spill=8 * KIB, last_facet=True)
 RELEASED_WHILE_MADE_SAFE = directed(_released_while_made_safe, spill=8 * KIB)
 NOT_MOVED = directed(_not_moved, spill=8 * KIB, last_facet=True)
 STARTED_WITHOUT_LOG = directed(_started_without_log, spill=8 * KIB, facets=2)
+CLEARED_BEFORE = directed(_cleared_before, spill=8 * KIB, last_facet=True, **LARGE)
+CLEARED_MEANWHILE = directed(_cleared_meanwhile, spill=8 * KIB, last_facet=True, **LARGE)
 UNSPILLED_TOO_SOON = directed(_unspilled_too_soon, spill=8 * KIB, facets=2, last_facet=True)
