@@ -27,6 +27,7 @@ from tests.sim.plays.spill import (
     CLEARED_MEANWHILE,
     FAR_BEHIND,
     IN_MEMORY_AGAIN,
+    KILLED_BETWEEN,
     LEFT,
     LEFT_MEANWHILE,
     NOT_MOVED,
@@ -173,7 +174,7 @@ def _(assign: Assign) -> None:
     assign(doubt, "doubtful_ranges", ranges)
 
 
-@mutant("M4 after a process death local facets are not made equal")
+@mutant("M4 after a process death local facets are not made equal", run=KILLED_BETWEEN)
 def _(assign: Assign) -> None:
     assign(doubt, "level", nothing)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from dataclasses import replace
 
 from tests.sim.directed import directed
@@ -278,9 +279,32 @@ async def _cleared_before(s: Script) -> None:
     await s.in_sync()
 
 
+async def _killed_between(s: Script) -> None:
+    """The process is killed when a write is in one of two facets, and in the other one in part:
+    after the start they are alike, though nothing is redone."""
+    a, context, struck = s.world.a, contextvars.copy_context(), asyncio.Event()
+    await s.write(0, 0, count=BLOCK)
+
+    def kill() -> None:
+        context.copy().run(s.world.kill, a)
+
+    half = Fault(Kind.SHORT, then=kill)
+    a.disk.faults = strikes("pwrite", "/facets/v0.1", half, struck)
+    await s.write(0, 0, count=BLOCK)
+    await struck.wait()
+    a.disk.faults = None
+    await s.world.start(a)
+    await s.primary()
+    content = [a.disk.content(f"/facets/v0.{number}") for number in (0, 1)]
+    if content[0] != content[1]:
+        raise Violation("facets differ in what was in flight when the process died (M4)")
+    await s.in_sync()
+
+
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 CLEARED_AND_KILLED = directed(_cleared_and_killed, spill=8 * KIB, facets=2)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
+KILLED_BETWEEN = directed(_killed_between, spill=8 * KIB, facets=2)
 LEFT = directed(_left, spill=8 * KIB, facets=2, **LARGE)
 LEFT_MEANWHILE = directed(_left_meanwhile, spill=8 * KIB, facets=2, **LARGE)
 IN_MEMORY_AGAIN = directed(_in_memory_again, spill=8 * KIB, last_facet=True)
