@@ -15,13 +15,13 @@ import re
 import select
 import signal
 import socket
-import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nbdmirror.codec.nbdclient import ClientHandshake, Export
+from nbdmirror.edge.journal import JOURNAL
 from nbdmirror.edge.nbdkernel import NbdKernel, identifier_of
 from nbdmirror.edge.notify import notify
 from nbdmirror.errors import FormatError, NbdmirrorError, Refused, UsageError
@@ -197,7 +197,7 @@ class Watcher:
         """A line for the log, unless it is the last one again."""
         if text != self._said:
             self._said = text
-            print(f"{self.device}: {text}", file=sys.stderr, flush=True)
+            JOURNAL.say(f"{self.device}: {text}")
 
 
 def attach(

@@ -39,14 +39,15 @@ start mends that, so a service manager may start it again; not after 1, 2 and 4.
 
 
 def serve(config_path: str) -> int:
-    """Runs the node of this configuration until it is told to stop; returns the exit code."""
+    """Runs the node of this configuration until it is told to stop; returns the exit code. Says
+    what it ends with itself: the journal may be one that nobody reads."""
     try:
         sockets = Sockets.of(os.environ)
         return _serve_config(sockets.extended(load(config_path)), sockets)
-    except (NbdmirrorError, OSError):
-        raise
+    except (NbdmirrorError, OSError) as error:
+        return world.say_why(error)
     except Exception:
-        traceback.print_exc()
+        world.say(traceback.format_exc())
         return EXIT_MISTAKE
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
+import logging
 import random
 import socket
 import struct
-import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -16,8 +15,9 @@ import uvloop
 
 from nbdmirror.edge.clock import LinuxClock
 from nbdmirror.edge.files import LinuxDisk
+from nbdmirror.edge.journal import JOURNAL, LogHandler
 from nbdmirror.edge.net import LinuxNetwork
-from nbdmirror.errors import UsageError
+from nbdmirror.errors import NbdmirrorError, UsageError
 from nbdmirror.ports import Env
 
 T = TypeVar("T")
@@ -30,11 +30,12 @@ def real_env(network: LinuxNetwork | None = None) -> Env:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs the coroutine on a fresh uvloop. Refuses ``python -O``: asserts are part of the
-    product."""
+    """Runs the coroutine on a fresh uvloop, whose log goes to the journal. Refuses ``python -O``:
+    asserts are part of the product."""
     if not __debug__:
         work.close()
         raise UsageError("nbdmirror does not run with python -O: its checks must stay on")
+    logging.basicConfig(handlers=[LogHandler(JOURNAL)], format="%(message)s")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
 
@@ -59,5 +60,18 @@ def peer_uid(transport: asyncio.BaseTransport) -> int | None:
 def say(text: str) -> None:
     """A line for the journal; none where its disk is full, or nobody reads: who tells of what has
     happened goes on with it."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    JOURNAL.say(text)
+
+
+def reason(error: NbdmirrorError | OSError) -> tuple[str, str | None, int]:
+    """Why a process ends: the message, a hint, and the exit code."""
+    if isinstance(error, NbdmirrorError):
+        return error.message, error.hint, error.exit_code
+    return str(error), None, NbdmirrorError.exit_code
+
+
+def say_why(error: NbdmirrorError | OSError) -> int:
+    """The same in the journal; returns the exit code."""
+    message, hint, exit_code = reason(error)
+    say(f"nbdmirror: {message}" + (f"\n  {hint}" if hint else ""))
+    return exit_code

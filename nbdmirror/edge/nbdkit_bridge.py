@@ -35,6 +35,7 @@ from nbdmirror.configfile import load
 from nbdmirror.edge import env as world
 from nbdmirror.edge import signals
 from nbdmirror.edge.daemon import Daemon
+from nbdmirror.edge.journal import JOURNAL
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.notify import notify
 from nbdmirror.edge.sockets import Sockets
@@ -346,13 +347,12 @@ def tell(text: str) -> None:
 
 def end(error: NbdmirrorError | OSError) -> None:
     """Ends this process, which cannot serve: the reason goes to the supervisor, or is printed."""
-    message, hint, exit_code = str(error), None, NbdmirrorError.exit_code
-    if isinstance(error, NbdmirrorError):
-        message, hint, exit_code = error.message, error.hint, error.exit_code
+    message, hint, exit_code = world.reason(error)
     if SUPERVISOR_FD in os.environ:
         _send(failed=message, hint=hint, exit_code=exit_code)
     else:
-        world.say(f"nbdmirror: {message}" + (f"\n  {hint}" if hint else ""))
+        world.say_why(error)
+    JOURNAL.flush()
     os._exit(exit_code)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
-import io
+import fcntl
 import os
 import shutil
 import socket
@@ -22,9 +22,9 @@ import pytest
 from nbdmirror.codec.batchpure import PLACE
 from nbdmirror.config import KIB, MIB
 from nbdmirror.edge import _scatter, files, scatterpure
-from nbdmirror.edge import env as world
 from nbdmirror.edge.clock import LinuxClock
 from nbdmirror.edge.files import LinuxDisk
+from nbdmirror.edge.journal import KEPT_BYTES_MAX, Journal
 from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.edge.sockets import TcpAddress, UnixAddress, parse_address
 from nbdmirror.errors import ConfigError
@@ -378,14 +378,39 @@ def test_a_range_that_is_punched_while_it_is_looked_at_is_none(
     file.close()
 
 
-def test_who_tells_of_what_happened_goes_on_where_nobody_can_be_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """I8: the journal's disk is full, or its reader gone."""
+def test_who_tells_of_what_happened_goes_on_where_nobody_can_be_told() -> None:
+    """I8: the journal's disk is full."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    journal = Journal(full)
+    journal.say("disconnected")
+    assert journal.flush(5)
+    os.close(full)
 
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sys.stderr", Full())
-    world.say("disconnected")
+def test_a_journal_that_nobody_reads_keeps_nobody_waiting() -> None:
+    """I8: the pipe is open, and full. What is kept has its bound (I6); what is beyond that is
+    counted, and told once somebody reads."""
+    out, into = os.pipe()
+    room = fcntl.fcntl(into, fcntl.F_GETPIPE_SZ)
+    os.write(into, b"-" * room)
+    journal = Journal(into)
+    for number in range(3000):
+        journal.say(f"{number:999}")
+    assert not journal.flush(0.1)
+    read = bytearray()
+
+    def collect() -> None:
+        while piece := os.read(out, MIB):
+            read.extend(piece)
+
+    reader = threading.Thread(target=collect)
+    reader.start()
+    assert journal.flush(10)
+    journal.say("once more")
+    assert journal.flush(10)
+    os.close(into)
+    reader.join()
+    os.close(out)
+    *lines, told, last = read[room:].decode().splitlines()
+    assert list(map(int, lines)) == list(range(KEPT_BYTES_MAX // 1000))
+    assert told.startswith(f"journal-full {3000 - len(lines)} lines") and last == "once more"

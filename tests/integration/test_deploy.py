@@ -24,6 +24,7 @@ import pytest
 
 from nbdmirror import errors
 from nbdmirror.edge import daemon, notify, sockets
+from nbdmirror.edge.journal import JOURNAL
 from tests.integration.cluster import MIB, READY_S, Cluster, nbdmirror
 from tests.integration.pki import Authority
 from tests.integration.process import NotifySocket, Process, free_port, wait_until
@@ -159,6 +160,7 @@ def test_a_mistake_of_the_program_is_no_failed_disk(
 
     monkeypatch.setattr(daemon, "load", broken)
     assert daemon.serve(str(tmp_path / "x.toml")) == daemon.EXIT_MISTAKE
+    assert JOURNAL.flush()
     assert "a mistake" in capfd.readouterr().err
 
 

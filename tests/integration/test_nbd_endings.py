@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -97,6 +99,29 @@ def test_a_write_of_a_closed_connection_is_not_made_later(
     cluster.wait_in_sync()
     assert connect(cluster.primary.uri()).pread(16, PLACE) == b"2" * 16
     cluster.check_in_sync()
+
+
+def test_a_journal_that_nobody_reads_stops_no_volume(
+    make_cluster: MakeCluster, attached: Attach
+) -> None:
+    """I8: the pipe is open, and full when the daemon starts."""
+    cluster = make_cluster(remotes=())
+    journal = cluster.primary.directory / "output"
+    os.mkfifo(journal)
+    pipe = os.open(journal, os.O_RDWR)
+    try:
+        os.write(pipe, bytes(fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)))
+        cluster.start(synced=False)
+        cluster.primary.reload()
+        wait_until(
+            "it was told", lambda: any(e["kind"] == "reloaded" for e in cluster.primary.events())
+        )
+        client = attached(cluster)
+        client.send(write(1, 0, bytes(4096), FUA))
+        assert answers(client) == (0, 1)
+        cluster.primary.stop()
+    finally:
+        os.close(pipe)
 
 
 def test_a_clean_stop_under_load_refuses_nothing(

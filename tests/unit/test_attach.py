@@ -19,6 +19,7 @@ from nbdmirror.codec.nbdclient import ClientHandshake, Export
 from nbdmirror.codec.nbdhandshake import GREETING
 from nbdmirror.edge import attach, nbdkernel
 from nbdmirror.edge.attach import Endpoint, Watcher, parse_device, parse_uri, shake_hands
+from nbdmirror.edge.journal import JOURNAL
 from nbdmirror.errors import FormatError, NbdmirrorError, UsageError
 
 GO = bytes.fromhex("00000003 49484156454f5054 00000007 0000000c 00000004 64617461 0001 0003")
@@ -289,7 +290,7 @@ def test_watcher_waits_for_server(
     kernel: FakeKernel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """X7: nobody listens, then somebody does: it goes on trying, and says so once."""
     path = tmp_path / "s"
@@ -311,7 +312,8 @@ def test_watcher_waits_for_server(
         assert kernel.alive.acquire(timeout=10)
         assert watcher.device == "/dev/nbd0"
     server.close()
-    said = capsys.readouterr().err.splitlines()
+    assert JOURNAL.flush()
+    said = capfd.readouterr().err.splitlines()
     assert len([line for line in said if "cannot reconnect" in line]) == 1
 
 
