@@ -31,6 +31,7 @@ from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, Writer
+from nbdmirror.engine.underway import Underway
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import NbdmirrorError, VolumeFailed
 from nbdmirror.ports import TlsServer
@@ -147,7 +148,7 @@ class ExportServer:
         self.stopping = True
         for connection in list(self.connections):
             connection.shutdown()
-        if busy := [task for c in self.connections for task in c.tasks]:
+        if busy := [task for c in self.connections for task in c.underway.tasks]:
             await asyncio.wait(busy, timeout=seconds)
         if self.group is not None:
             self.group.end()
@@ -170,9 +171,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._volume: Volume | None = None
         self._group: Writer | None = None
-        self.tasks: dict[asyncio.Task[None], int] = {}
-        """Requests that wait for something, and the bytes that each will answer with."""
-        self._task_bytes = 0
+        self.underway = Underway(self._held, self._ended)
         self._backlog: list[Request | Writes] = []
         self._writable = True
         self._reading = True
@@ -265,7 +264,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             if not self._writable:
                 self._held.unread(transport.get_write_buffer_size())
         if session.closing or (
-            session.disconnect_requested and not self.tasks and not self._backlog
+            session.disconnect_requested and not self.underway.tasks and not self._backlog
         ):
             transport.close()
         else:
@@ -287,10 +286,11 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     def _throttle(self) -> None:
         """Takes more from the client only while its replies go out and its requests are few."""
-        if self._backlog and not self.tasks and self._writable:
+        tasks = self.underway.tasks
+        if self._backlog and not tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
         limit = self._server.limits.requests_max
-        reading = self._writable and len(self.tasks) < limit and not self._backlog
+        reading = self._writable and len(tasks) < limit and not self._backlog
         reading = reading and not self._starved and not self._leaving
         if reading != self._reading and self._transport is not None:
             self._reading = reading
@@ -303,9 +303,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         """What is not made yet is not made any more: the client has none of it confirmed, sends it
         again elsewhere, and what it writes after that must not be under it."""
         self._transport = None
-        for task in self.tasks:
-            asyncio.get_running_loop().call_soon(task.cancel)  # once it has begun
-        self._held.leave()
+        self.underway.leave()
         self._arrival.leave()
         if self._volume is not None:
             self._volume.clients -= 1
@@ -367,8 +365,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         """Whether no more may be begun: tasks, and bytes of replies, are bounded (I6)."""
         limits = self._server.limits
         return (
-            answered + self._task_bytes >= limits.reply_bytes_max
-            or len(self.tasks) >= limits.requests_max
+            answered + self.underway.reply_bytes >= limits.reply_bytes_max
+            or len(self.underway.tasks) >= limits.requests_max
             or not self._writable
             or (self._budget.free <= 0 and answered + self._held.bytes > 0)
         )
@@ -462,12 +460,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         work: Coroutine[Any, Any, None],
         requests: list[Request] | None = None,
     ) -> None:
-        task = asyncio.ensure_future(self._guard(requests or [request], work))
-        self.tasks[task] = size = request.length if request.type == nbd.READ else 0
-        if size:
-            self._task_bytes += size
-            self._held.change(size)
-        task.add_done_callback(self._ended)
+        self.underway.start(request, self._guard(requests or [request], work))
 
     async def _guard(self, requests: list[Request], work: Coroutine[Any, Any, None]) -> None:
         """Whatever goes wrong with a request is its reply, never silence (I8)."""
@@ -488,13 +481,6 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._session.reply(request, 5, "a defect of nbdmirror: see the daemon's log")
             raise
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        size = self.tasks.pop(task)
-        if size:
-            self._task_bytes -= size
-            if self._transport is not None:  # else all that it held was given back
-                self._held.change(-size)
+    def _ended(self) -> None:
         self._send()
         self._work_off()
-        if not task.cancelled():
-            task.result()
