@@ -53,7 +53,8 @@ class Limits:
     Strangers are connections whose handshake has not ended; when there are too many, in total or
     of one address, the oldest goes. ``handshake_seconds`` is what each handshake may take, of TLS
     and of NBD. ``reply_bytes_max`` bounds what one client may have us answer at a time beyond what
-    it has read, ``memory_bytes_max`` what large requests and replies of all clients hold together.
+    it has read, ``memory_bytes_max`` what large requests, requests that wait, and replies of all
+    clients hold together.
     ``options_max`` and ``option_bytes_max`` bound what an NBD client may ask in its handshake.
     ``frame_bytes_max`` is the longest frame that is taken from a peer, ``unpacked_bytes_max`` what
     one may be when it is decompressed.

@@ -1,9 +1,11 @@
 """Memory that clients make the node hold: one budget for all of them (I6).
 
-Counts what is large and can be held long: buffers of long requests, replies under way, replies that
-a client does not read. What a connection always has, its small buffers, is bounded by the number
-of connections. Nobody is starved: who holds nothing may always begin something small, and when
-somebody waits for room, the largest holder that has not moved for a while loses its connection.
+Counts what is large and can be held long: buffers of long requests, requests under way, replies
+that a client does not read. What a connection always has, its small buffers, is bounded by the
+number of connections. Nobody is starved: who holds nothing may always begin something small, and
+when somebody waits for room, the largest holder whose client has not moved for a while loses its
+connection. Not one whose requests wait for us, as for room in the log or for a remote: its client
+is not at fault (I8), and what they wait for needs none of this memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ SMALL_BYTES = 1 << 20
 class Holder:
     """One connection's part. ``end`` closes it; ``resume`` tells it that there is room again."""
 
-    __slots__ = ("_budget", "_long", "_unread", "bytes", "end", "moved_at", "resume")
+    __slots__ = ("_budget", "_long", "_unread", "_working", "bytes", "end", "moved_at", "resume")
 
     def __init__(
         self, budget: Budget, end: Callable[[], object], resume: Callable[[], None]
@@ -30,6 +32,12 @@ class Holder:
         self.moved_at = 0.0
         self._long = 0
         self._unread = 0
+        self._working = 0
+
+    @property
+    def delayed(self) -> int:
+        """Of its bytes, those that wait for its client."""
+        return self.bytes - self._working
 
     def receiving(self, length: int) -> bool:
         """The buffer of the request that is being received is so long (0: it has none of its
@@ -58,13 +66,18 @@ class Holder:
         assert self.bytes >= 0
         self._budget.changed(self, by)
 
+    def work(self, by: int) -> None:
+        """The same of requests under way: they wait for us."""
+        self._working += by
+        self.change(by)
+
     def wait(self) -> None:
         """Calls ``resume`` when there is more room."""
         self._budget.wait(self)
 
     def leave(self) -> None:
         """The connection is over."""
-        self._long = self._unread = 0
+        self._long = self._unread = self._working = 0
         self._budget.leave(self)
 
 
@@ -119,9 +132,10 @@ class Budget:
         if not self._waiting:
             return
         loop = asyncio.get_running_loop()
-        still = [h for h in self._holders if loop.time() - h.moved_at >= self._patience]
+        since = loop.time() - self._patience
+        still = [h for h in self._holders if h.delayed and h.moved_at <= since]
         if still:
             self.ended += 1
-            max(still, key=lambda holder: holder.bytes).end()
+            max(still, key=lambda holder: holder.delayed).end()
         if self._waiting:
             self._timer = loop.call_later(self._patience, self._make_room)

@@ -285,13 +285,17 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._throttle()
 
     def _throttle(self) -> None:
-        """Takes more from the client only while its replies go out and its requests are few."""
+        """Takes more from the client only while its replies go out, its requests are few, and there
+        is memory for what waits; what it has room for already, it may send to its end."""
         tasks = self.underway.tasks
         if self._backlog and not tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
         limit = self._server.limits.requests_max
         reading = self._writable and len(tasks) < limit and not self._backlog
         reading = reading and not self._starved and not self._leaving
+        if reading and self._budget.free <= 0 and self._held.bytes and not self._long:
+            self._held.wait()
+            reading = False
         if reading != self._reading and self._transport is not None:
             self._reading = reading
             if reading:
@@ -460,7 +464,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         work: Coroutine[Any, Any, None],
         requests: list[Request] | None = None,
     ) -> None:
-        self.underway.start(request, self._guard(requests or [request], work))
+        requests = requests or [request]
+        self.underway.start(requests, self._guard(requests, work))
 
     async def _guard(self, requests: list[Request], work: Coroutine[Any, Any, None]) -> None:
         """Whatever goes wrong with a request is its reply, never silence (I8)."""

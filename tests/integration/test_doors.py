@@ -11,8 +11,11 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -198,6 +201,50 @@ def test_announced_writes_share_a_budget(make_cluster: MakeCluster) -> None:
         lambda: cluster.primary.status()["connections"]["memory"]["used"] == 0,
     )
     assert handle.pread(16 * MIB, MIB) == pattern(16 * MIB, 2)
+
+
+def test_writes_that_wait_share_a_budget(make_cluster: MakeCluster) -> None:
+    """The log is full, and waits for its remote: what clients go on sending stays with them once
+    the budget is spent. None of them loses its connection for it (I8), and all is done at last."""
+    cluster = make_cluster(on_full="block", log_size=16 * MIB)
+    cluster.primary.keys["limits"] = ["memory_bytes_max = '128MiB'", "handshake_seconds = 1"]
+    cluster.primary.write_config()
+    cluster.start()
+    cluster.proxy.refuse()
+    cluster.primary.until("is away", lambda one: one["link"] == "disconnected")
+    pid, count = cluster.primary.daemon.pid, 20
+    before = _rss(pid)
+
+    def memory() -> dict[str, int]:
+        found: dict[str, int] = cluster.primary.status()["connections"]["memory"]
+        return found
+
+    def write(client: RawClient, length: int) -> None:
+        header = struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 1, 0, length)
+        for _ in range(count):
+            client.send(header + bytes(length))
+
+    with contextlib.ExitStack() as stack:
+        clients, threads = [], []
+        for number in range(8):
+            client = stack.enter_context(RawClient(cluster.primary.nbd_socket, timeout=60))
+            client.go("data")
+            length = 3 * MIB if number % 2 else 200 * KIB
+            threads.append(threading.Thread(target=write, args=(client, length)))
+            clients.append(client)
+            threads[-1].start()
+        wait_until("memory is spent", lambda: memory()["used"] > 125 * MIB)
+        time.sleep(3)
+        assert memory()["used"] <= 128 * MIB + len(clients) * MIB
+        assert memory()["ended"] == 0
+        assert _rss(pid) - before < 128 * MIB + len(clients) * 2 * MIB + 16 * MIB
+        cluster.proxy.heal()
+        for client in clients:
+            assert client.receive(16 * count)[:8] == struct.pack(">II", 0x67446698, 0)
+        for thread in threads:
+            thread.join()
+        wait_until("all is given back", lambda: memory()["used"] == 0)
+    cluster.check_in_sync()
 
 
 def test_a_large_request_leaves_no_large_buffer(make_cluster: MakeCluster) -> None:

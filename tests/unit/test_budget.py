@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from nbdmirror.codec.nbd import READ, WRITE, Request
 from nbdmirror.engine.budget import SMALL_BYTES, Budget, Holder
+from nbdmirror.engine.underway import REQUEST_BYTES, Underway
 from tests.sim.loop import SimLoop
 
 MIB = 1 << 20
@@ -67,6 +69,50 @@ def test_the_largest_that_stands_still_makes_room() -> None:
         assert large.told == ["end"] and "resume" in late.told
         assert (small.told, moving.told) == ([], [])
         assert budget.ended == 1 and budget.used == 5 * MIB
+
+    SimLoop().run_until_complete(run())
+
+
+def test_who_waits_for_us_is_not_ended_for_it() -> None:
+    """I8: a write waits for room in the log as long as it takes; its client does nothing wrong."""
+
+    async def run() -> None:
+        budget = Budget(10 * MIB, 10.0)
+        writer, slow, late = (Client(budget) for _ in range(3))
+        writer.holder.work(8 * MIB)
+        slow.holder.change(2 * MIB)
+        late.holder.wait()
+        await asyncio.sleep(100)
+        assert slow.told == ["end"] and writer.told == []
+        writer.holder.leave()
+        assert budget.used == writer.holder.delayed == 0
+
+    SimLoop().run_until_complete(run())
+
+
+def test_what_waiting_writes_were_received_in_counts_once() -> None:
+    """All of a buffer stays for the last write in it, however small."""
+
+    async def run() -> None:
+        budget, gates = Budget(10 * MIB, 10.0), [asyncio.Event() for _ in range(3)]
+        client = Client(budget)
+        underway = Underway(client.holder, lambda: client.told.append("ended"))
+        one, other = memoryview(bytearray(MIB)), memoryview(bytearray(2 * MIB))
+
+        async def wait(gate: asyncio.Event) -> None:
+            await gate.wait()
+
+        for gate, view in zip(gates, (one[:512], one[512:1024], other[:512]), strict=True):
+            underway.start([Request(WRITE, 0, 1, 0, 512, view)], wait(gate))
+        underway.start([Request(READ, 0, 1, 0, MIB)], wait(gates[2]))
+        assert budget.used == 4 * MIB + 4 * REQUEST_BYTES and underway.reply_bytes == MIB
+        left = []
+        for gate in gates:
+            gate.set()
+            await asyncio.sleep(0.01)
+            left.append(budget.used)
+        assert left == [4 * MIB + 3 * REQUEST_BYTES, 3 * MIB + 2 * REQUEST_BYTES, 0]
+        assert client.told == ["ended"] * 4 and underway.reply_bytes == 0
 
     SimLoop().run_until_complete(run())
 
