@@ -33,7 +33,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, Writer
 from nbdmirror.engine.underway import Underway
 from nbdmirror.engine.volume import Change, Volume
-from nbdmirror.errors import NbdmirrorError, VolumeFailed
+from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import TlsServer
 
 SPARSE_READ_MIN = 64 << 10
@@ -171,7 +171,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._volume: Volume | None = None
         self._group: Writer | None = None
-        self.underway = Underway(self._held, self._ended)
+        self.underway = Underway(server, self._session, self._held, self._ended)
         self._backlog: list[Request | Writes] = []
         self._writable = True
         self._reading = True
@@ -346,7 +346,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             elif kind == nbd.WRITE and request.length:
                 change = Change(record.WRITE, 0, request.offset, request.length, request.payload)
                 if request.flags & nbd.FUA:
-                    self._start(request, self._write(volume, [request], [change], True))
+                    self.underway.start([request], self._write(volume, [request], [change], True))
                 else:
                     writes.append(request)
                     changes.append(change)
@@ -361,7 +361,7 @@ class ExportConnection(asyncio.BufferedProtocol):
                 answered += request.length
                 self._read_now(volume, request)
             else:
-                self._start(request, self._other(volume, group, request))
+                self.underway.start([request], self._other(volume, group, request))
         if changes:
             self._write_now(volume, group, Changes(changes), writes)
 
@@ -398,7 +398,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._session.reply_many(writes)
         else:
             requests = list(singly(writes))
-            self._start(requests[0], self._complete(rest, requests), requests)
+            self.underway.start(requests, self._complete(rest, requests))
 
     async def _complete(self, rest: Coroutine[Any, Any, None], writes: list[Request]) -> None:
         await rest
@@ -423,7 +423,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             if data is not None:
                 self._session.reply_read(request, data)
                 return
-        self._start(request, self._read(volume, request))
+        self.underway.start([request], self._read(volume, request))
 
     async def _read(self, volume: Volume, request: Request) -> None:
         if request.flags & nbd.DF or request.length <= SPARSE_READ_MIN:
@@ -455,36 +455,6 @@ class ExportConnection(asyncio.BufferedProtocol):
                     return
                 await operations.cache(volume, *where)
         self._session.reply(request)
-
-    # -- tasks -------------------------------------------------------------------------------
-
-    def _start(
-        self,
-        request: Request,
-        work: Coroutine[Any, Any, None],
-        requests: list[Request] | None = None,
-    ) -> None:
-        requests = requests or [request]
-        self.underway.start(requests, self._guard(requests, work))
-
-    async def _guard(self, requests: list[Request], work: Coroutine[Any, Any, None]) -> None:
-        """Whatever goes wrong with a request is its reply, never silence (I8)."""
-        governor = self._server.governor
-        try:
-            if governor is None:
-                await work
-            else:
-                began = governor.now_ns()
-                await work
-                governor.observe(governor.now_ns() - began)
-        except NbdmirrorError as error:
-            number = getattr(error, "errno", 5)
-            for request in requests:
-                self._session.reply(request, number, error.message)
-        except Exception:
-            for request in requests:
-                self._session.reply(request, 5, "a defect of nbdmirror: see the daemon's log")
-            raise
 
     def _ended(self) -> None:
         self._send()

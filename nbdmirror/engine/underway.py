@@ -1,19 +1,25 @@
 """Requests of one NBD connection that wait for something: a task for each, and what it holds (I6).
 
-Owns the tasks, and the memory that the connection's ``Holder`` is charged with for them; what a
-request is and how it is answered is ``engine.export``'s. A write that waits keeps all of the buffer
-that it was received in, with others or alone: it is counted once, while any of them is under way.
+Owns the tasks, what is answered when one goes wrong, and the memory that the connection's
+``Holder`` is charged with for them; what is done for a request is ``engine.export``'s. A write that
+waits keeps all of the buffer that it was received in, with others or alone: it is counted once,
+while any of them is under way.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nbdmirror.codec import nbd
 from nbdmirror.codec.nbd import Request
+from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.engine.budget import Holder
+from nbdmirror.errors import NbdmirrorError
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.export import ExportServer
 
 REQUEST_BYTES = 1 << 10
 """What a request costs that waits, besides its payload: it may be of one byte."""
@@ -42,7 +48,15 @@ class _Part(NamedTuple):
 class Underway:
     """The tasks of one connection; ``ended`` is called behind the end of each."""
 
-    def __init__(self, held: Holder, ended: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        server: ExportServer,
+        session: ServerSession,
+        held: Holder,
+        ended: Callable[[], None],
+    ) -> None:
+        self._server = server
+        self._session = session
         self._held = held
         self._on_end = ended
         self.tasks: dict[asyncio.Task[None], _Part] = {}
@@ -56,7 +70,7 @@ class Underway:
         first = requests[0]
         reply = first.length if first.type == nbd.READ else 0
         part = _Part(reply, reply + len(requests) * REQUEST_BYTES, self._buffer_of(first))
-        task = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(self._guard(requests, work))
         self.tasks[task] = part
         self.reply_bytes += reply
         self._held.work(part.own)
@@ -71,6 +85,25 @@ class Underway:
             self._held.work(buffer.size)
         buffer.users += 1
         return buffer
+
+    async def _guard(self, requests: Sequence[Request], work: Coroutine[Any, Any, None]) -> None:
+        """Whatever goes wrong with a request is its reply, never silence (I8)."""
+        governor = self._server.governor
+        try:
+            if governor is None:
+                await work
+            else:
+                began = governor.now_ns()
+                await work
+                governor.observe(governor.now_ns() - began)
+        except NbdmirrorError as error:
+            number = getattr(error, "errno", 5)
+            for request in requests:
+                self._session.reply(request, number, error.message)
+        except Exception:
+            for request in requests:
+                self._session.reply(request, 5, "a defect of nbdmirror: see the daemon's log")
+            raise
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         part = self.tasks.pop(task)

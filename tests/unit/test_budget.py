@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 from nbdmirror.codec.nbd import READ, WRITE, Request
+from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.engine.budget import SMALL_BYTES, Budget, Holder
 from nbdmirror.engine.underway import REQUEST_BYTES, Underway
 from tests.sim.loop import SimLoop
@@ -96,7 +100,9 @@ def test_what_waiting_writes_were_received_in_counts_once() -> None:
     async def run() -> None:
         budget, gates = Budget(10 * MIB, 10.0), [asyncio.Event() for _ in range(3)]
         client = Client(budget)
-        underway = Underway(client.holder, lambda: client.told.append("ended"))
+        server: Any = SimpleNamespace(governor=None)
+        ended = partial(client.told.append, "ended")
+        underway = Underway(server, cast(ServerSession, None), client.holder, ended)
         one, other = memoryview(bytearray(MIB)), memoryview(bytearray(2 * MIB))
 
         async def wait(gate: asyncio.Event) -> None:
