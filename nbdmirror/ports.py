@@ -141,6 +141,13 @@ class Network(Protocol):
     ) -> Listener:
         """Accepts connections until the listener is closed."""
 
+    def watch(
+        self, transport: asyncio.BaseTransport, gone: Callable[[], object]
+    ) -> Callable[[], None]:
+        """Calls ``gone``, once at most, when the other side of a connection has closed its end, or
+        is lost, though nothing is read from it. Returns what ends the watch, which must be ended
+        when the connection is lost, and may be more than once."""
+
 
 class Listener(Protocol):
     """An open listening socket."""

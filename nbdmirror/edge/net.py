@@ -16,6 +16,7 @@ import socket
 import ssl
 from collections.abc import Callable
 
+from nbdmirror.edge.hangups import Hangups
 from nbdmirror.edge.sockets import TCP_OPTIONS, Sockets, TcpAddress, UnixAddress, parse_address
 from nbdmirror.ports import Listener
 
@@ -30,6 +31,7 @@ class LinuxNetwork:
     def __init__(self, sockets: Sockets | None = None) -> None:
         """``sockets``: where those that listen come from; None: all are made here."""
         self._sockets = sockets or Sockets()
+        self.watch = Hangups().watch
 
     async def connect(
         self, address: str, protocol: ProtocolFactory, tls: ssl.SSLContext | None = None

@@ -83,6 +83,7 @@ class Doors:
             room=self.room,
             tls=self._env.nbd_tls,
             refused=self.refusals.tell,
+            watch=network.watch,
         )
         if primary is not None:
             primary.serve_beside(exports)

@@ -54,8 +54,10 @@ class ExportServer:
         room: Room | None = None,
         tls: TlsServer | None = None,
         refused: Callable[[str, str, str], None] = lambda listener, address, why: None,
+        watch: Callable[[asyncio.BaseTransport, Callable[[], object]], Callable[[], None]],
     ) -> None:
-        """``rules`` by volume name; ``refused`` is told of every client that is turned away."""
+        """``rules`` by volume name; ``refused`` is told of every client that is turned away;
+        ``watch`` as in ``ports.Network``."""
         self.group = group
         self.remotes = remotes
         self.snapshots = snapshots
@@ -65,6 +67,7 @@ class ExportServer:
         self.rules = rules or {}
         self.tls = tls
         self.refused = refused
+        self.watch = watch
         self.gate = Gate.of(room or Room(), limits.connections_max, limits)
         self.budget = Budget(limits.memory_bytes_max, limits.handshake_seconds)
         self.batches = 0
@@ -175,7 +178,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._backlog: list[Request | Writes] = []
         self._writable = True
         self._reading = True
-        self._leaving = False
+        self._leaving = self._gone = False
+        self._unwatch: Callable[[], None] = lambda: None
         self._looking = asyncio.Lock()
 
     # -- transport callbacks -----------------------------------------------------------------
@@ -187,6 +191,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         self._server.connections.append(self)
+        self._unwatch = self._server.watch(transport, self._hung_up)
         self._transport.write(self._session.greeting)
 
     def _abort(self) -> None:
@@ -302,11 +307,20 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
             else:
                 self._transport.pause_reading()
+        if self._gone and not reading and not self._session.disconnect_requested:
+            self._abort()
+
+    def _hung_up(self) -> None:
+        """Where it is read from, that comes to its end by itself. Else what waits is not made any
+        more, as in ``connection_lost``; but who has said goodbye does not send it again."""
+        self._gone = True
+        self._throttle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """What is not made yet is not made any more: the client has none of it confirmed, sends it
         again elsewhere, and what it writes after that must not be under it."""
         self._transport = None
+        self._unwatch()
         self.underway.leave()
         self._arrival.leave()
         if self._volume is not None:

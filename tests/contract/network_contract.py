@@ -9,6 +9,7 @@ import asyncio
 import errno
 import random
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol, cast
 
 import pytest
@@ -258,6 +259,43 @@ class NetworkContract:
                     client.transport.write(b"x")
                     await asyncio.sleep(0.001)
             assert client.error is None or isinstance(client.error, ConnectionError)
+
+        connected(world, test)
+
+    def test_who_hangs_up_is_noticed_though_nothing_is_read(self, world: NetworkWorld) -> None:
+        """Once, however much lies unread; and not after the watch has ended."""
+        told: list[str] = []
+
+        async def test(pair: Pair) -> None:
+            told.clear()
+            stays = await pair.connect()
+            leaves = await pair.connect()
+            resets = await pair.connect()
+            await pair.until_accepted(4)
+            ends = []
+            for name, peer in zip("0123", pair.accepted, strict=True):
+                ends.append(world.far.watch(peer.transport, partial(told.append, name)))
+                peer.transport.pause_reading()
+            ends[0]()
+            for peer in (pair.client, stays, leaves):
+                peer.transport.write(b"unread")
+            await asyncio.sleep(0.2)
+            assert told == []
+            pair.client.transport.close()
+            leaves.transport.close()
+            async with asyncio.timeout(DEADLINE_S):
+                while told != ["2"]:
+                    await asyncio.sleep(0.01)
+            assert not pair.accepted[2].lost.is_set()
+            resets.transport.abort()
+            async with asyncio.timeout(DEADLINE_S):
+                while told != ["2", "3"] and not pair.accepted[3].lost.is_set():
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            assert "1" not in told and told.count("2") == 1
+            for end in ends:
+                end()
+                end()
 
         connected(world, test)
 

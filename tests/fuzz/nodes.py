@@ -142,6 +142,9 @@ class Doorkeeper:
         self.factories[address] = protocol
         return self
 
+    def watch(self, transport: Any, gone: Any) -> Callable[[], None]:
+        return self.close
+
     def close(self) -> None:
         """Nothing is open."""
 

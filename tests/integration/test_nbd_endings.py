@@ -101,6 +101,39 @@ def test_a_write_of_a_closed_connection_is_not_made_later(
     cluster.check_in_sync()
 
 
+def test_who_hangs_up_while_nothing_is_read_from_it_has_gone(
+    make_cluster: MakeCluster, attached: Attach
+) -> None:
+    """I3, I6: too many of its writes wait, so that nobody would read that it is gone. None of them
+    is made later, and its place is free."""
+    cluster = make_cluster(on_full="block", log_size=16 * MIB)
+    cluster.primary.keys["limits"] = ["requests_max = 4"]
+    cluster.primary.write_config()
+    cluster.start()
+    cluster.proxy.refuse()
+    cluster.primary.until("is away", lambda one: one["link"] == "disconnected")
+    first, number = attached(cluster), 0
+    while number == 0 or answers(first) is not None:
+        number += 1
+        first.send(write(number, number % 100 * 256 * KIB, b"f" * 100 * KIB))
+
+    def clients() -> int:
+        return int(cluster.primary.status()["connections"]["nbd"]["open"])
+
+    gone = attached(cluster)
+    gone.send(b"".join(write(n, PLACE, b"1" * 100 * KIB, FUA) for n in range(5)))
+    assert answers(gone) is None and clients() == 2
+    gone.socket.close()
+    wait_until("it is seen to be gone", lambda: clients() == 1 or None, 5)
+    again = attached(cluster)
+    cluster.proxy.heal()
+    again.send(write(1, PLACE, b"2" * 100 * KIB, FUA))
+    assert reply(again) == (0, 1)
+    cluster.wait_in_sync()
+    assert connect(cluster.primary.uri()).pread(16, PLACE) == b"2" * 16
+    cluster.check_in_sync()
+
+
 def test_a_journal_that_nobody_reads_stops_no_volume(
     make_cluster: MakeCluster, attached: Attach
 ) -> None:

@@ -32,6 +32,9 @@ class Nobody:
     async def listen(self, address: str, protocol: Any) -> Nobody:
         return self
 
+    def watch(self, transport: Any, gone: Any) -> Any:
+        return self.close
+
     address = "nowhere"
 
     def close(self) -> None:

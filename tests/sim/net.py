@@ -217,6 +217,17 @@ class SimNetwork:
         self._net.listeners[self.name, key] = listener
         return listener
 
+    def watch(
+        self, transport: asyncio.BaseTransport, gone: Callable[[], object]
+    ) -> Callable[[], None]:
+        assert isinstance(transport, SimTransport)
+        transport.gone = gone
+
+        def end() -> None:
+            transport.gone = None
+
+        return end
+
     def _resolve(self, address: str) -> tuple[str, str]:
         kind, _, rest = address.partition(":")
         if kind == "unix":

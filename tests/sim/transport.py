@@ -171,6 +171,7 @@ class SimTransport(asyncio.Transport):
         self.inp = inp
         self.paused = False  # the protocol was told to stop writing
         self.lost = False  # the end is near: connection_lost has been called or soon will be
+        self.gone: Callable[[], object] | None = None  # who watches for the other side's end
         self._net = net
         self._protocol: asyncio.BaseProtocol | None = None
         self._inbox: deque[Item] = deque()
@@ -283,6 +284,9 @@ class SimTransport(asyncio.Transport):
             self._end(ConnectionResetError(errno.ECONNRESET, "simulated: reset by peer"), None)
         else:
             self._inbox.append(item)
+            if item is Mark.EOF and self.gone is not None:
+                self._net.fired["hung up"] += 1
+                self.gone()
             self._feed()
 
     def writable(self) -> None:
