@@ -296,7 +296,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         if self._backlog and not tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
         limit = self._server.limits.requests_max
-        reading = self._writable and len(tasks) < limit and not self._backlog
+        few = len(tasks) < limit or self._long
+        reading = self._writable and few and not self._backlog
         reading = reading and not self._starved and not self._leaving
         if reading and self._budget.free <= 0 and self._held.bytes and not self._long:
             self._held.wait()

@@ -9,6 +9,7 @@ import fcntl
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -66,6 +67,14 @@ def answers(client: RawClient) -> tuple[int, int] | None:
         return None
 
 
+def fill_log(client: RawClient, length: int) -> None:
+    """Writes until one of such a length waits for room."""
+    number = 0
+    while number == 0 or answers(client) is not None:
+        number += 1
+        client.send(write(number, number % 100 * 256 * KIB, b"f" * length))
+
+
 def test_a_write_of_a_closed_connection_is_not_made_later(
     make_cluster: MakeCluster, attached: Attach
 ) -> None:
@@ -112,10 +121,7 @@ def test_who_hangs_up_while_nothing_is_read_from_it_has_gone(
     cluster.start()
     cluster.proxy.refuse()
     cluster.primary.until("is away", lambda one: one["link"] == "disconnected")
-    first, number = attached(cluster), 0
-    while number == 0 or answers(first) is not None:
-        number += 1
-        first.send(write(number, number % 100 * 256 * KIB, b"f" * 100 * KIB))
+    fill_log(attached(cluster), 100 * KIB)
 
     def clients() -> int:
         return int(cluster.primary.status()["connections"]["nbd"]["open"])
@@ -132,6 +138,33 @@ def test_who_hangs_up_while_nothing_is_read_from_it_has_gone(
     cluster.wait_in_sync()
     assert connect(cluster.primary.uri()).pread(16, PLACE) == b"2" * 16
     cluster.check_in_sync()
+
+
+def test_who_is_not_read_from_is_not_ended_for_it(
+    make_cluster: MakeCluster, attached: Attach
+) -> None:
+    """I8: as many of its writes wait as may, one more is half received, and others want memory."""
+    cluster = make_cluster(on_full="block", log_size=16 * MIB)
+    limits = ["requests_max = 4", "memory_bytes_max = '128MiB'", "handshake_seconds = 1"]
+    cluster.primary.keys["limits"] = limits
+    cluster.primary.write_config()
+    cluster.start()
+    cluster.proxy.refuse()
+    cluster.primary.until("is away", lambda one: one["link"] == "disconnected")
+    fill_log(attached(cluster), 32 * KIB)
+    patient, greedy = attached(cluster), attached(cluster)
+    for number in range(2):
+        greedy.send(write(number, 0, bytes(60 * MIB)))
+    short = b"".join(write(number, 0, bytes(33 * KIB), FUA) for number in range(4))
+    sending = threading.Thread(target=patient.send, args=(short + write(4, 0, bytes(MIB)),))
+    sending.start()
+    assert answers(patient) is None
+    greedy.send(request(WRITE, 2, 0, 60 * MIB))
+    time.sleep(4)
+    sending.join()
+    assert cluster.primary.status()["connections"]["memory"]["ended"] == 0
+    cluster.proxy.heal()
+    assert sorted(reply(patient)[1] for _ in range(5)) == list(range(5))
 
 
 def test_a_journal_that_nobody_reads_stops_no_volume(
