@@ -25,6 +25,7 @@ from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
+from nbdmirror.engine.greeting import misfit
 from nbdmirror.engine.leftout import LeftOut
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.rejoin import altered, trust
@@ -188,64 +189,9 @@ class Secondary:
             return "failed", f"{self.node_name} failed: {self.failed.message}"
         if self.detached or self.store.state.get("restore") is not None:
             return "V14", f"a snapshot is being restored on {self.node_name}"
-        low, high = repl.PROTOCOL_VERSIONS
-        versions = hello.get("versions")
-        if not isinstance(versions, list) or [type(v) for v in versions] != [int, int]:
-            return "T1", "HELLO names no versions"
-        if not (versions[0] <= high and low <= versions[1]):
-            return "T1", (
-                f"the primary speaks protocol versions {versions[0]}..{versions[1]}, "
-                f"{self.node_name} {low}..{high}"
-            )
-        try:
-            self._check_hello(hello)
-        except PeerError as error:
-            return "T1", f"HELLO: {error.message}"
-        if hello.get("group") != self.group_name:
-            return "T1", (
-                f"the primary serves group {hello.get('group')!r}, {self.node_name} belongs to "
-                f"{self.group_name!r}"
-            )
-        uuid = self.store.state["uuid"]
-        if uuid is not None and uuid != hello.get("uuid"):
-            return "T1", (
-                f"the primary's group has uuid {hello.get('uuid')}, {self.node_name} holds {uuid}"
-            )
-        return self._volume_refusal(hello.get("volumes"))
-
-    @staticmethod
-    def _check_hello(hello: dict[str, Any]) -> None:
-        """PeerError unless everything that ``adopt`` stores is of its type and size (I9)."""
-        for key in ("uuid", "generation", "node", "run"):
-            fields.text(hello, key)
-        fields.integer(hello, "epoch", fields.EPOCH_MAX)
-        fields.history(hello)
-        fields.forks(hello)
-
-    def _volume_refusal(self, theirs: Any) -> tuple[str, str] | None:
-        if not isinstance(theirs, list) or not all(isinstance(v, dict) for v in theirs):
-            return "T1", "HELLO names no volumes"
-        ours = [volume.name for volume in self.volumes]
-        names = [v.get("name") for v in theirs]
-        if names != ours:
-            return "T1", f"the primary has volumes {names}, {self.node_name} has {ours}"
-        for volume, other in zip(self.volumes, theirs, strict=True):
-            for key, value in (("size", volume.size), ("region_size", volume.region_size)):
-                if other.get(key) != value:
-                    return "T1", (
-                        f"volume {volume.name}: the primary's {key} is {other.get(key)}, "
-                        f"{self.node_name} has {value}"
-                    )
-            try:
-                uuid = fields.text(other, "uuid")
-            except PeerError as error:
-                return "T1", f"volume {volume.name}: {error.message}"
-            if volume.uuid and volume.uuid != uuid:
-                return "T1", (
-                    f"volume {volume.name}: the primary's uuid is {other.get('uuid')}, "
-                    f"{self.node_name} has {volume.uuid}"
-                )
-        return None
+        return misfit(
+            hello, self.node_name, self.group_name, self.store.state["uuid"], self.volumes
+        )
 
     def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
         """What this node says of itself (WELCOME), in the highest version that both speak."""
@@ -322,12 +268,18 @@ class Secondary:
     async def detach(self) -> None:
         """Something else than the primary is about to change the volumes (V14): everything is
         applied and durable, and no primary is let in until ``detached`` is taken back, which undoes
-        this. Refused while the link is active."""
+        this. Refused while the link is active, or the node frozen."""
         if self.current is not None or self._entered:  # what one began in a thread may yet land
             raise Refused(
                 f"{self.node_name} is connected to its primary: what is restored here would be "
                 "replaced",
                 hint="pause this remote on the primary first",
+            )
+        if self.applier.settings["frozen"]:
+            # The point that somebody keeps here would be gone, whatever becomes of the change (V8).
+            raise Refused(
+                f"{self.node_name} is frozen: what it holds back would be applied first",
+                hint="nbdmirror apply thaw, then again; or restore it elsewhere",
             )
         self.detached = True
         await self.drain()

@@ -197,6 +197,10 @@ def test_a_secondary_is_restored_only_while_its_link_is_inactive(make_cluster: M
     assert refused.code == 4 and "pause this remote" in str(refused)
     primary.ok("pause", "beta")
     wait_status(secondary, "is alone", lambda s: s["upstream"]["link"] == "disconnected")
+    secondary.ok("apply", "freeze")
+    refused = secondary.cli("restore", "1")
+    assert refused.code == 4 and "beta is frozen" in refused.err  # that point would be gone (V8)
+    secondary.ok("apply", "thaw")
     done = secondary.ok("restore", "1", "--json").json
     wait_status(secondary, "is copied", lambda status: status["restore"] is None)
     reader = connect(snapshot_uri(secondary, f"data@{done['undo'][:8]}"))

@@ -1,0 +1,68 @@
+"""Which primary a secondary lets in: what HELLO says of the group and its volumes is compared with
+what is here, and both are named where they differ (T1, V1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nbdmirror.codec import fields, repl
+from nbdmirror.engine.volume import Volume
+from nbdmirror.errors import PeerError
+
+Refusal = tuple[str, str]
+"""(rule, reason)."""
+
+
+def misfit(
+    hello: dict[str, Any], node: str, group: str, uuid: str | None, volumes: Sequence[Volume]
+) -> Refusal | None:
+    """Why this HELLO is not for ``node`` of ``group``, which holds the group ``uuid`` (``None``:
+    none yet); ``None`` if it is."""
+    low, high = repl.PROTOCOL_VERSIONS
+    versions = hello.get("versions")
+    if not isinstance(versions, list) or [type(v) for v in versions] != [int, int]:
+        return "T1", "HELLO names no versions"
+    if not (versions[0] <= high and low <= versions[1]):
+        theirs = f"{versions[0]}..{versions[1]}"
+        return "T1", f"the primary speaks protocol versions {theirs}, {node} {low}..{high}"
+    try:
+        _check(hello)
+    except PeerError as error:
+        return "T1", f"HELLO: {error.message}"
+    if hello.get("group") != group:
+        return "T1", f"the primary serves group {hello.get('group')!r}, {node} belongs to {group!r}"
+    if uuid is not None and uuid != hello.get("uuid"):
+        return "T1", f"the primary's group has uuid {hello.get('uuid')}, {node} holds {uuid}"
+    return _other_volumes(hello.get("volumes"), node, volumes)
+
+
+def _check(hello: dict[str, Any]) -> None:
+    """PeerError unless everything that a secondary stores is of its type and size (I9)."""
+    for key in ("uuid", "generation", "node", "run"):
+        fields.text(hello, key)
+    fields.integer(hello, "epoch", fields.EPOCH_MAX)
+    fields.history(hello)
+    fields.forks(hello)
+
+
+def _other_volumes(theirs: Any, node: str, volumes: Sequence[Volume]) -> Refusal | None:
+    if not isinstance(theirs, list) or not all(isinstance(v, dict) for v in theirs):
+        return "T1", "HELLO names no volumes"
+    ours = [volume.name for volume in volumes]
+    names = [v.get("name") for v in theirs]
+    if names != ours:
+        return "T1", f"the primary has volumes {names}, {node} has {ours}"
+    for volume, other in zip(volumes, theirs, strict=True):
+        where = f"volume {volume.name}: the primary's"
+        for key, value in (("size", volume.size), ("region_size", volume.region_size)):
+            if other.get(key) != value:
+                return "T1", f"{where} {key} is {other.get(key)}, {node} has {value}"
+        try:
+            uuid = fields.text(other, "uuid")
+        except PeerError as error:
+            return "T1", f"volume {volume.name}: {error.message}"
+        if volume.uuid and volume.uuid != uuid:
+            return "T1", f"{where} uuid is {uuid}, {node} has {volume.uuid}"
+    return None
