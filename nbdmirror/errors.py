@@ -89,3 +89,9 @@ class VolumeFailed(NbdmirrorError):
     def __init__(self, message: str, *, number: int = errno.EIO, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.errno = number
+
+
+def os_error_text(error: OSError) -> str:
+    """What happened, and to what file, without the number."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what

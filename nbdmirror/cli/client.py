@@ -45,7 +45,10 @@ def find_socket(config_path: str | None, socket_path: str | None) -> str:
     if config_path is not None:
         return load(config_path).admin.socket
     directory = os.environ.get("NBDMIRROR_RUNTIME_DIR") or RUNTIME_DIR
-    paths = _sockets_under(directory)
+    closed: list[str] = []
+    paths = _sockets_under(directory, closed)
+    if not paths and closed:  # who may not look must not be told that no daemon runs there
+        raise NbdmirrorError(f"you may not look into {closed[0]}", hint=_WHO_MAY)
     if not paths:
         raise NoDaemon(
             f"no daemon: there is no socket under {directory}",
@@ -58,20 +61,20 @@ def find_socket(config_path: str | None, socket_path: str | None) -> str:
     return paths[0]
 
 
-def _sockets_under(directory: str) -> list[str]:
+def _sockets_under(directory: str, closed: list[str]) -> list[str]:
+    """The sockets there; ``closed`` gets the directories that this user may not look into."""
+
+    def not_looked_into(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            closed.append(error.filename)
+
     paths = [
         os.path.join(parent, name)
-        for parent, _, names in os.walk(directory, onerror=_not_looked_into)
+        for parent, _, names in os.walk(directory, onerror=not_looked_into)
         for name in names
         if name.endswith(".sock")
     ]
     return sorted(path for path in paths if stat.S_ISSOCK(os.lstat(path).st_mode))
-
-
-def _not_looked_into(error: OSError) -> None:
-    """Who may not look must not be told that no daemon runs there."""
-    if isinstance(error, PermissionError):
-        raise NbdmirrorError(f"you may not look into {error.filename}", hint=_WHO_MAY) from None
 
 
 class AdminClient:

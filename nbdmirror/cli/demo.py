@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +152,15 @@ class Pair:
     def stop(self, node: str | None = None) -> None:
         """Stops one daemon, or both, cleanly."""
         names = [node] if node else list(self._daemons)
-        daemons = [self._daemons.pop(name) for name in names if name in self._daemons]
-        # All are told before one is waited for: a second Ctrl-C must leave none behind.
-        for daemon in daemons:
-            daemon.send_signal(signal.SIGTERM)
-        for daemon in daemons:
+        self.tell(names)
+        for daemon in [self._daemons.pop(name) for name in names if name in self._daemons]:
             daemon.wait()
+
+    def tell(self, names: Collection[str]) -> None:
+        """Tells daemons to stop, and waits for none."""
+        for name in names:
+            if name in self._daemons:
+                self._daemons[name].send_signal(signal.SIGTERM)
 
 
 def serve(root: Path, nbd_port: int, replication_port: int) -> int:
@@ -170,6 +173,7 @@ def serve(root: Path, nbd_port: int, replication_port: int) -> int:
         _print_how_to_attach(pair, nbd_port)
         _watch(pair)
     except KeyboardInterrupt:
+        pair.tell(("alpha", "beta"))  # before anybody presses it again, and this ends
         print("\nstopping both nodes")
     finally:
         pair.stop()

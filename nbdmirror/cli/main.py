@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from nbdmirror import __version__
 from nbdmirror.cli import facets, local, online, snapshot
-from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError
+from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError, os_error_text
 from nbdmirror.tomltable import parse_duration
 
 CONDITIONS = ("in-sync", "connected", "consistent", "verified")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _report(_os_error_text(error), None, NbdmirrorError.exit_code)
+        return _report(os_error_text(error), None, NbdmirrorError.exit_code)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -58,12 +58,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     if not args.talks and (args.daemon_config or args.socket):
         raise UsageError(f"{args.command} does not talk to a daemon: no -c and no -s")
     return run(args)
-
-
-def _os_error_text(error: OSError) -> str:
-    """What happened, to what, without the number."""
-    what = error.strerror or str(error)
-    return f"{error.filename}: {what}" if error.filename else what
 
 
 def _flush() -> None:

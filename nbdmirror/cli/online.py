@@ -6,12 +6,11 @@ Owns no state of replication: everything shown is the daemon's answer. Called by
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
 from nbdmirror.cli.client import ANSWER_SECONDS, AdminClient, find_socket
-from nbdmirror.cli.output import Progress, print_json, print_json_line, print_screen
+from nbdmirror.cli.output import Progress, is_terminal, print_json, print_json_line, print_screen
 from nbdmirror.cli.render import (
     Json,
     count_text,
@@ -185,7 +184,7 @@ def _change(args: argparse.Namespace, method: str, params: Json, done: str) -> i
 
 def _watch(args: argparse.Namespace) -> int:
     """A new connection each time, so that a terminal sees a daemon come back after a restart."""
-    interactive = sys.stdout.isatty() and not args.json
+    interactive = is_terminal() and not args.json
     seen = False
     try:
         while True:

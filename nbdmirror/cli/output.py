@@ -46,13 +46,18 @@ def print_screen(text: str) -> None:
     print(_CLEAR_SCREEN + text, flush=True)
 
 
+def is_terminal() -> bool:
+    """Whether what is printed goes to a terminal; a caller may have closed it: >&-"""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 class Progress:
     """The progress of remotes: redrawn in place on a terminal; elsewhere a line when a state or
     another tenth is reached, and every half a minute."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._interactive = enabled and sys.stdout.isatty()
+        self._interactive = enabled and is_terminal()
         self._shown: object = None
         self._shown_at = 0.0
 

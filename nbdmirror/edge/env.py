@@ -17,7 +17,7 @@ from nbdmirror.edge.clock import LinuxClock
 from nbdmirror.edge.files import LinuxDisk
 from nbdmirror.edge.journal import JOURNAL, LogHandler
 from nbdmirror.edge.net import LinuxNetwork
-from nbdmirror.errors import NbdmirrorError, UsageError
+from nbdmirror.errors import NbdmirrorError, UsageError, os_error_text
 from nbdmirror.ports import Env
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def reason(error: NbdmirrorError | OSError) -> tuple[str, str | None, int]:
     """Why a process ends: the message, a hint, and the exit code."""
     if isinstance(error, NbdmirrorError):
         return error.message, error.hint, error.exit_code
-    return str(error), None, NbdmirrorError.exit_code
+    return os_error_text(error), None, NbdmirrorError.exit_code
 
 
 def say_why(error: NbdmirrorError | OSError) -> int:

@@ -297,7 +297,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             asyncio.get_running_loop().call_soon(self._work_off)
         limit = self._server.limits.requests_max
         few = len(tasks) < limit or self._long
-        reading = self._writable and few and not self._backlog
+        reading = self._writable and few and (not self._backlog or self._long)
         reading = reading and not self._starved and not self._leaving
         if reading and self._budget.free <= 0 and self._held.bytes and not self._long:
             self._held.wait()

@@ -276,6 +276,6 @@ async def to_the_end(task: asyncio.Task[None]) -> None:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
+    if cancelled is not None:  # before an error: who retries would go on, and its end be waited for
+        raise cancelled from (None if task.cancelled() else task.exception())
     task.result()
-    if cancelled is not None:
-        raise cancelled

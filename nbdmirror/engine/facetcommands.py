@@ -162,7 +162,11 @@ class FacetCommands:
             return
         if not await self._settle(member):
             raise in_service
-        self._check_passed(member)
+        try:
+            self._check_passed(member)
+        except Refused:
+            self._facets.serve(member, pause=0.0)  # which was ended above
+            raise
         with _in_hand(member):
             member.facet.close()  # an attempt to return may have opened what is there
             await self._make_file(path, member.volume.size)

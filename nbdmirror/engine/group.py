@@ -193,7 +193,9 @@ class Group:
         if self.failed is not None:
             raise self._client_error(self.failed)
         for volume in self.volumes:
-            self._check_served(volume)
+            # Else it has had nobody since the start, and what was written before is in the log.
+            if volume.ended or any(facet.unnoted for facet in volume.facets):
+                self._check_served(volume)
         try:
             await self._reach(self.log.next_seq - 1, True)
         except DiskFailed as error:
@@ -257,6 +259,7 @@ class Group:
                 continue
             guard = volume.guard
             if guard is not None and guard.holds(change.offset, change.length):
+                self._check_served(volume)  # what will be refused costs no snapshot its content
                 await guard.make_way([(change.offset, change.length)])
                 continue
             return True

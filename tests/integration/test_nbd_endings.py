@@ -140,10 +140,12 @@ def test_who_hangs_up_while_nothing_is_read_from_it_has_gone(
     cluster.check_in_sync()
 
 
+@pytest.mark.parametrize("more", [False, True])
 def test_who_is_not_read_from_is_not_ended_for_it(
-    make_cluster: MakeCluster, attached: Attach
+    make_cluster: MakeCluster, attached: Attach, more: bool
 ) -> None:
-    """I8: as many of its writes wait as may, one more is half received, and others want memory."""
+    """I8: as many of its writes wait as may, one more is half received, and others want memory;
+    with ``more``, a request that has to wait for its turn came along."""
     cluster = make_cluster(on_full="block", log_size=16 * MIB)
     limits = ["requests_max = 4", "memory_bytes_max = '128MiB'", "handshake_seconds = 1"]
     cluster.primary.keys["limits"] = limits
@@ -155,16 +157,25 @@ def test_who_is_not_read_from_is_not_ended_for_it(
     patient, greedy = attached(cluster), attached(cluster)
     for number in range(2):
         greedy.send(write(number, 0, bytes(60 * MIB)))
-    short = b"".join(write(number, 0, bytes(33 * KIB), FUA) for number in range(4))
-    sending = threading.Thread(target=patient.send, args=(short + write(4, 0, bytes(MIB)),))
+    short = [write(number, 0, bytes(33 * KIB), FUA) for number in range(4)]
+    if more:
+        short[-1] += request(READ, 5, 0, 512)
+    patient.send(b"".join(short[:-1]))
+    assert answers(patient) is None
+    sending = threading.Thread(target=patient.send, args=(short[-1] + write(4, 0, bytes(MIB)),))
     sending.start()
     assert answers(patient) is None
     greedy.send(request(WRITE, 2, 0, 60 * MIB))
     time.sleep(4)
-    sending.join()
     assert cluster.primary.status()["connections"]["memory"]["ended"] == 0
     cluster.proxy.heal()
-    assert sorted(reply(patient)[1] for _ in range(5)) == list(range(5))
+    got = []
+    for _ in range(5 + more):
+        got.append(reply(patient)[1])
+        if got[-1] == 5:
+            patient.receive(512)
+    sending.join()
+    assert sorted(got) == list(range(5 + more))
 
 
 def test_a_journal_that_nobody_reads_stops_no_volume(

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 
-from nbdmirror.engine import activemap, facets, snapshots
+from nbdmirror.engine import activemap, facet, facets, snapshots
+from nbdmirror.engine.group import Group
 from nbdmirror.engine.rescue import Rescue
 from tests.sim.mutation import Assign, mutant
 from tests.sim.plays.clients import (
@@ -13,6 +14,8 @@ from tests.sim.plays.clients import (
     LEFT_WHILE_FORCED,
     LEFT_WHILE_GIVEN_UP,
 )
+from tests.sim.plays.facets import OFFLINE_WHILE_IT_FAILS
+from tests.sim.plays.remotes import PAUSED_AND_LOST
 from tests.sim.plays.standins import FLUSHED_BESIDE_ANOTHER
 
 
@@ -39,3 +42,31 @@ def _(assign: Assign) -> None:
 @mutant("M11 a flush has the only remote of another volume out", run=FLUSHED_BESIDE_ANOTHER)
 def _(assign: Assign) -> None:
     assign(Rescue, "needed", lambda self, remote: False)
+
+
+@mutant("M8 work that fails at its end hides that its caller was ended", run=OFFLINE_WHILE_IT_FAILS)
+def _(assign: Assign) -> None:
+    async def to_the_end(task: asyncio.Task[None]) -> None:
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        task.result()
+        if cancelled is not None:
+            raise cancelled
+
+    assign(facet, "to_the_end", to_the_end)
+
+
+@mutant("I8 a volume without a holder keeps others from being flushed", run=PAUSED_AND_LOST)
+def _(assign: Assign) -> None:
+    original = Group.flush
+
+    async def flush(self: Group) -> None:
+        for volume in self.volumes:
+            self._check_served(volume)
+        await original(self)
+
+    assign(Group, "flush", flush)

@@ -31,7 +31,7 @@ from tests.sim.plays.stage import (
     strikes,
     without_facet,
 )
-from tests.sim.script import BLOCK, Script
+from tests.sim.script import BLOCK, SYNC_SECONDS, Script
 
 
 async def _failed_at_start(s: Script) -> None:
@@ -405,6 +405,37 @@ async def _cleared_unnoted(s: Script) -> None:
     await s.in_sync()
 
 
+async def _offline_while_it_fails(s: Script) -> None:
+    """A facet comes back, and the disk refuses what is copied to it just as a person takes it out
+    again: that is not waited for as long as the disk is bad."""
+    a, path = s.world.a, "/facets/v0.1"
+    await s.facet("offline", path)
+    for block in range(20):
+        await s.write(0, block * BLOCK, count=BLOCK)
+    began = asyncio.Event()
+
+    def bad(operation: str, where: str, nth: int) -> Fault | None:
+        if operation != "write" or where != path:
+            return None
+        began.set()
+        return Fault(Kind.ERROR, seconds=SLOW_SECONDS)
+
+    a.disk.faults = bad
+    await s.facet("online", path)
+    await began.wait()
+    try:
+        async with asyncio.timeout(SYNC_SECONDS):
+            await s.facet("offline", path)
+    except TimeoutError:
+        raise Violation("facet offline waits for a bad disk (M8)") from None
+    finally:
+        a.disk.faults = None
+    await s.facet("online", path)
+    await s.facets_back()
+    await s.in_sync()
+
+
+OFFLINE_WHILE_IT_FAILS = directed(_offline_while_it_fails, facets=2)
 FAILED_AT_START = directed(_failed_at_start, spill=8 * KIB, facets=2, last_facet=True)
 HURRIED = directed(_hurried, last_facet=True)
 HURRIED_UNNOTED = directed(_hurried_unnoted, last_facet=True)

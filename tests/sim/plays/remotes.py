@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
+from nbdmirror.errors import VolumeFailed
 from tests.sim.directed import directed
 from tests.sim.faults import Fault, Kind, Miswrites
 from tests.sim.oracle import Violation
@@ -152,29 +153,42 @@ async def _paused_both(s: Script) -> None:
 
 async def _paused_and_lost(s: Script) -> None:
     """A remote is paused as a volume's only facet is lost: it does not stand in, over a restart
-    either, until it is resumed. Somebody may restore what he likes there meanwhile (V14)."""
+    either, until it is resumed. Somebody may restore what he likes there meanwhile (V14). Another
+    volume, and a snapshot of this one, come to no harm."""
     path = "/facets/v0.0"
     await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
     await s.in_sync()
     await s.pause(on=True)
     before = s.succeeded
     s.spoil(path)
-    await s.write(0, 0)
+    await s.write(0, FAR)
     await killed(s, s.world.a)
     await s.write(0, 0)
     await s.read(0, 0, 1)
     if s.succeeded != before:
         raise Violation("a paused remote was gone on with (M11)")
+    await s.write(1, 0)
+    await s.flush()
+    if s.succeeded != before + 2:
+        raise Violation("a volume that is well cannot be flushed, for another has nobody (I8)")
     await s.pause(on=False)
     await s.until(lambda node: node.primary is not None and bool(node.primary.remotes[0].reads))
     await s.write(0, 0)
     await s.read(0, 0, 1)
-    if s.succeeded != before + 2:
+    if s.succeeded != before + 4:
         raise Violation("a volume is not gone on with, though its remote was resumed (M11)")
     s.mend(path)
     await s.facet("online", path)
     await s.facets_back()
     await s.in_sync()
+    node = await s.primary()
+    try:
+        await s.world.in_life(
+            s.world.a, node.snapshots.chains[0].read(uuid, 0, s.world.options.cell)
+        )
+    except VolumeFailed as error:
+        raise Violation(f"a write that was refused cost a snapshot: {error.message} (V9)") from None
 
 
 async def _often_without_power(s: Script) -> None:

@@ -335,6 +335,24 @@ async def _removed_unpassed(s: Script) -> None:
     await s.read(0, 0, 1)
 
 
+async def _replaced_unpassed(s: Script) -> None:
+    """The same, and a person would replace the facet's disk, which is refused; then that disk is
+    good again: the facet comes back by itself."""
+    path = "/facets/v0.0"
+    await without_log(s)
+    await s.in_sync()
+    s.link(up=False)
+    await s.write(0, 0)
+    await s.flush()
+    await without_facet(s, path)
+    await s.facet("replace", path)
+    s.mend(path)
+    await s.facets_back()
+    if not (await s.primary()).volumes[0].in_service():
+        raise Violation("a facet does not come back after a command that was refused (M8)")
+    s.link(up=True)
+
+
 async def _consistent_and_cut(s: Script) -> None:
     """Power fails while a remote that has become consistent is noted down, and somebody else has
     saved the superblock meanwhile. The facet is lost with it: the remote holds the volume."""
@@ -465,6 +483,7 @@ FROZEN_AND_FULL = directed(_frozen_and_full, last_facet=True, remotes=2)
 FROZEN_AND_ALONE = directed(_frozen_and_alone, last_facet=True)
 LAST_REMOVED = directed(_last_removed, last_facet=True)
 REMOVED_UNPASSED = directed(_removed_unpassed, last_facet=True)
+REPLACED_UNPASSED = directed(_replaced_unpassed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
 FIRST_AWAY = directed(_first_away, remotes=2, last_facet=True)
 LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)

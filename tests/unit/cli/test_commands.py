@@ -73,6 +73,10 @@ def test_a_closed_output_is_no_failure(path: str, node: FakeNode) -> None:
     done = subprocess.run(["/bin/sh", "-c", words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert node.calls == [("pause", "beta")]
+    node.in_sync.set()
+    words = words.replace("pause beta", "wait --until in-sync")
+    done = subprocess.run(["/bin/sh", "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_events_follow_until_the_reader_has_enough(path: str, node: FakeNode) -> None:

@@ -79,6 +79,22 @@ def test_a_directory_that_may_not_be_looked_into_is_exit_1(
     assert "you may not look into /closed\n  be root" in capsys.readouterr().err
 
 
+def test_a_directory_that_is_closed_does_not_hide_the_daemon_beside_it(
+    path: str, node: FakeNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Somebody else's directory lies in the same runtime directory."""
+    real, theirs = os.scandir, tmp_path / "theirs"
+    theirs.mkdir()
+
+    def scandir(path: str) -> object:
+        if path == str(theirs):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert main(["status"]) == 0
+
+
 def test_several_daemons_are_a_usage_error(path: str, node: FakeNode, capsys: Output) -> None:
     second = Path(path).parent / "second.sock"
     with serving(FakeNode(), second):
