@@ -41,6 +41,7 @@ start mends that, so a service manager may start it again; not after 1, 2 and 4.
 def serve(config_path: str) -> int:
     """Runs the node of this configuration until it is told to stop; returns the exit code. Says
     what it ends with itself: the journal may be one that nobody reads."""
+    world.hold_standard_streams()
     try:
         sockets = Sockets.of(os.environ)
         return _serve_config(sockets.extended(load(config_path)), sockets)

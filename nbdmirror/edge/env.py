@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import random
 import socket
 import struct
@@ -38,6 +39,16 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     logging.basicConfig(handlers=[LogHandler(JOURNAL)], format="%(message)s")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
+
+
+def hold_standard_streams() -> None:
+    """Opens /dev/null in the place of each of the three that the caller has closed: else the next
+    file that is opened is there, and lines for the journal go into it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
 
 
 def settle_garbage() -> None:

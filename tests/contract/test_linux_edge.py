@@ -11,6 +11,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -414,3 +415,15 @@ def test_a_journal_that_nobody_reads_keeps_nobody_waiting() -> None:
     *lines, told, last = read[room:].decode().splitlines()
     assert list(map(int, lines)) == list(range(KEPT_BYTES_MAX // 1000))
     assert told.startswith(f"journal-full {3000 - len(lines)} lines") and last == "once more"
+
+
+def test_a_closed_standard_stream_is_no_file_of_ours(tmp_path: Path) -> None:
+    """``serve 2>&-``: the next file that was opened, a state directory's lock, would have got the
+    lines for the journal."""
+    script = (
+        "import os; from nbdmirror.edge.env import hold_standard_streams as hold; hold();"
+        f"open({str(tmp_path / 'seen')!r}, 'w').write(os.readlink('/proc/self/fd/2'))"
+    )
+    words = f"exec '{sys.executable}' -c \"{script}\" 2>&-"
+    subprocess.run(["/bin/sh", "-c", words], check=True)
+    assert (tmp_path / "seen").read_text() == "/dev/null"

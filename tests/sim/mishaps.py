@@ -190,7 +190,8 @@ class Faults:
                     await self._swap(host)
             except Gone:
                 return
-        await world.start(host)
+        if not host.alive:  # somebody else may have been quicker
+            await world.start(host)
 
     async def _swap(self, host: Host) -> None:
         """A person puts another disk in the place of one of a secondary's facets, or not."""

@@ -105,6 +105,8 @@ class Rot:
             count = rng.randint(1, min(world.options.write_cells, size // cell // 2))
             first, landing = rng.sample(range(size // cell - count + 1), 2)
             kind = rng.choice([Kind.DROP, Kind.STRAY])
+            # A synchronous remote that is away may fail the write.
+            await world.in_life(world.a, node.wait("in-sync", None, VERIFY_SECONDS))
             faults = Miswrites(path, Fault(kind, shift=(landing - first) * cell))
             host.disk.faults = faults
             await script.write(index, first, count=count)
