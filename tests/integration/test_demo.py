@@ -34,6 +34,8 @@ def test_a_second_interrupt_leaves_no_daemon(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What runs the tests may ignore it, as all that a shell has in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     while "Ctrl-C" not in process.stdout.readline():
