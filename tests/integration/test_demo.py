@@ -37,6 +37,17 @@ def test_a_second_interrupt_leaves_no_daemon(tmp_path: Path) -> None:
         # What runs the tests may ignore it, as all that a shell has in the background.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    try:
+        _interrupt_twice(process)
+    finally:
+        process.kill()
+        process.communicate()
+    for node in ("alpha", "beta"):
+        gone = lambda path=tmp_path / f"{node}.sock": not os.path.lexists(path)  # noqa: E731
+        wait_until(f"{node} has ended", gone)
+
+
+def _interrupt_twice(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     while "Ctrl-C" not in process.stdout.readline():
         assert process.poll() is None
@@ -46,6 +57,3 @@ def test_a_second_interrupt_leaves_no_daemon(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors, errors
-    for node in ("alpha", "beta"):
-        gone = lambda path=tmp_path / f"{node}.sock": not os.path.lexists(path)  # noqa: E731
-        wait_until(f"{node} has ended", gone)

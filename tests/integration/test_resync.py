@@ -291,8 +291,8 @@ def test_resyncs_of_two_groups_do_not_starve_each_other(make_cluster: MakeCluste
         cluster.primary.start()
     for cluster in clusters:
         cluster.primary.until("began", lambda one: one["state"] == "resyncing")
-    for cluster in clusters:
-        cluster.proxy.shape()
+    for cluster in clusters:  # to a rate that is not the machine's: who else is at work there?
+        cluster.proxy.shape(rate=16 * MIB)
     _fair(_when_one_is_through([(cluster.primary, "beta") for cluster in clusters]), size)
     for cluster in clusters:
         cluster.check_in_sync()
