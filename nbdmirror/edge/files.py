@@ -29,6 +29,7 @@ from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
 from nbdmirror.edge import devices
+from nbdmirror.edge.pagecache import STRETCH_SHIFT, bring_back, let_go
 from nbdmirror.edge.scatterpure import write_all
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.ports import Buffer
@@ -63,8 +64,6 @@ _fallocate.restype = ctypes.c_int
 
 LARGE_BYTES = 64 << 10
 """Writes from here on make large folios anyway, and cost less where pages are cached."""
-STRETCH_SHIFT = 22
-"""Facets let go of cached pages by stretches of 4 MiB (see ``ScatteredFile``)."""
 
 
 def _read_all(fd: int, offset: int, length: int) -> bytes:
@@ -348,13 +347,17 @@ class ScatteredFile(LinuxFile):
     Where readahead or a large write has left large folios in the page cache, ext4 walks every
     buffer of the folio for each 4 KiB written: 12 to 28 us measured, against 2 to 4 us with single
     pages. So what is cached of a stretch from before its first write is let go once, and this
-    descriptor reads without readahead, which would bring large folios back."""
+    descriptor reads without readahead, which would bring large folios back. A stretch that was
+    cached comes back as a whole with the first read there: page by page, readers would wait for the
+    disk as often as it has pages."""
 
-    __slots__ = ("_touched",)
+    __slots__ = ("_missed", "_touched")
 
     def __init__(self, disk: LinuxDisk, path: str, fd: int, *, block_device: bool) -> None:
         super().__init__(disk, path, fd, block_device=block_device)
         self._touched: set[int] = set()
+        self._missed: set[int] = set()
+        """Stretches that were cached, and were let go."""
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
@@ -373,12 +376,19 @@ class ScatteredFile(LinuxFile):
                 self._let_go(stretch)
         pwrite_places(self._fd, block, places, volume)
 
+    def try_pread(self, offset: int, length: int) -> bytes | None:
+        """As ``LinuxFile.try_pread``."""
+        data = super().try_pread(offset, length)
+        if data is None and self._missed and (stretch := offset >> STRETCH_SHIFT) in self._missed:
+            self._missed.remove(stretch)
+            wanted = lambda: not self._closed  # noqa: E731
+            self._submit(self._disk.cache_thread, bring_back, self._fd, stretch, wanted)
+        return data
+
     def _let_go(self, stretch: int) -> None:
         self._touched.add(stretch)
-        size = 1 << STRETCH_SHIFT
-        # In a thread: pages that are dirty are written out first.
-        pool, advice = self._disk.io_threads, os.POSIX_FADV_DONTNEED
-        self._submit(pool, os.posix_fadvise, self._fd, stretch * size, size, advice)
+        told = partial(self._missed.add, stretch)
+        self._submit(self._disk.cache_thread, let_go, self._fd, stretch, told)
 
 
 class LinuxDisk:
@@ -391,6 +401,7 @@ class LinuxDisk:
     def __init__(self, threads_max: int = THREADS_MAX) -> None:
         self.io_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-io")
         self.sync_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-sync")
+        self.cache_thread = ThreadPoolExecutor(1, thread_name_prefix="disk-cache")
         self._directories: dict[str, GroupCommit] = {}
 
     def exists(self, path: str) -> bool:
@@ -473,6 +484,7 @@ class LinuxDisk:
         """Lets the threads end; waits for none of them."""
         self.io_threads.shutdown(wait=False)
         self.sync_threads.shutdown(wait=False)
+        self.cache_thread.shutdown(wait=False)
 
 
 def _sync_directory(path: str) -> None:
