@@ -49,6 +49,8 @@ _HIGH_FD = 64  # above all numbers that the sockets get in nbdkit
 _INSTALL = 'install nbdkit and its Python plugin, or set nbd.frontend = "native"'
 # The node in nbdkit gives its signs of life through us, so the watchdog's time is passed on.
 _NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID")
+_OUR_PYTHON = {"PYTHONHOME": sys.base_prefix}
+"""Where nbdkit's Python has its library; by itself it looks beside the first python3 in PATH."""
 
 
 def supervise(config: Config, sockets: Sockets) -> int:
@@ -74,7 +76,11 @@ def _find_nbdkit() -> str:
     if program is None:
         raise ConfigError("there is no nbdkit on this machine", hint=_INSTALL)
     done = subprocess.run(
-        [program, "python", "--dump-plugin"], capture_output=True, text=True, check=False
+        [program, "python", "--dump-plugin"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **_OUR_PYTHON},
     )
     facts = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     version = facts.get("python_version")
@@ -192,6 +198,7 @@ class Supervisor:
         environment |= {
             "LISTEN_FDS": str(len(self._sockets)),
             "PYTHONPATH": os.pathsep.join(_import_path()),
+            **_OUR_PYTHON,
             SUPERVISOR_FD: str(pipe),
             HANDED_ON: told,
             SUPERVISOR_PID: str(os.getpid()),

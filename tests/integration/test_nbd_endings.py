@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import struct
 import threading
 import time
@@ -60,11 +61,8 @@ def attached() -> Iterator[Attach]:
 
 def answers(client: RawClient) -> tuple[int, int] | None:
     """The next reply, or none in a while."""
-    client.socket.settimeout(QUIET_S)
-    try:
-        return reply(client)
-    except TimeoutError:
-        return None
+    ready, _, _ = select.select([client.socket], [], [], QUIET_S)
+    return reply(client) if ready else None
 
 
 def fill_log(client: RawClient, length: int) -> None:

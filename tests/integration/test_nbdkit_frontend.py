@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -293,6 +294,21 @@ def test_missing_nbdkit_is_said(alone: Node, tmp_path: Path) -> None:
     result = nbdmirror("serve", str(alone.config), env=environment)
     assert result.code == 2
     assert "nbdkit" in result.err and "native" in result.err
+
+
+def test_another_python_comes_first_in_the_path(
+    alone: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nbdkit's Python takes its library from there by itself, as for who uses pyenv."""
+    alone.stop()
+    library = tmp_path / f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+    (library / "lib-dynload").mkdir(parents=True)
+    (library / "os.py").write_text("raise ImportError('of another Python')\n")
+    (tmp_path / "bin").mkdir()
+    shutil.copy("/bin/true", tmp_path / "bin/python3")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    alone.start()
+    assert connect(alone.uri()).pread(4096, 0) == bytes(4096)
 
 
 def test_one_process_per_state(alone: Node, tmp_path: Path) -> None:
