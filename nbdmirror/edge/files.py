@@ -29,7 +29,7 @@ from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
 from nbdmirror.edge import devices
-from nbdmirror.edge.pagecache import STRETCH_SHIFT, bring_back, let_go
+from nbdmirror.edge.pagecache import LARGE_BYTES, STRETCH_SHIFT, bring_back, let_go
 from nbdmirror.edge.scatterpure import write_all
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.ports import Buffer
@@ -61,9 +61,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
-
-LARGE_BYTES = 64 << 10
-"""Writes from here on make large folios anyway, and cost less where pages are cached."""
 
 
 def _read_all(fd: int, offset: int, length: int) -> bytes:
@@ -381,14 +378,20 @@ class ScatteredFile(LinuxFile):
         data = super().try_pread(offset, length)
         if data is None and self._missed and (stretch := offset >> STRETCH_SHIFT) in self._missed:
             self._missed.remove(stretch)
-            wanted = lambda: not self._closed  # noqa: E731
-            self._submit(self._disk.cache_thread, bring_back, self._fd, stretch, wanted)
+            self._submit(self._disk.cache_thread, bring_back, self._fd, stretch, self._in_use)
         return data
 
     def _let_go(self, stretch: int) -> None:
         self._touched.add(stretch)
-        told = partial(self._missed.add, stretch)
-        self._submit(self._disk.cache_thread, let_go, self._fd, stretch, told)
+        self._submit(self._disk.cache_thread, self._let_go_now, self._fd, stretch)
+
+    def _let_go_now(self, fd: int, stretch: int) -> None:
+        if self._in_use() and let_go(fd, stretch):
+            self._missed.add(stretch)
+
+    def _in_use(self) -> bool:
+        """What waits for the thread when the file is closed is not worth a stop that takes long."""
+        return not self._closed
 
 
 class LinuxDisk:

@@ -17,20 +17,23 @@ if batch.COMPILED:
 else:
     from nbdmirror.edge.scatterpure import pread_cached
 
+LARGE_BYTES = 64 << 10
+"""Writes from here on make large folios anyway, and cost less where pages are cached."""
 STRETCH_SHIFT = 22
 """A stretch is one of 4 MiB; they are counted from the file's beginning."""
 PROBES = 16
 PIECE_BYTES = 256 << 10
 
 
-def let_go(fd: int, stretch: int, told: Callable[[], object]) -> None:
-    """Drops what is cached of a stretch; ``told`` is called first if that is most of it."""
+def let_go(fd: int, stretch: int) -> bool:
+    """Drops what is cached of a stretch; whether that was most of it."""
     offset, length = stretch << STRETCH_SHIFT, 1 << STRETCH_SHIFT
     with contextlib.suppress(OSError):
         places = range(offset, offset + length, length // PROBES)
-        if 2 * sum(_is_cached(fd, at) for at in places) > PROBES:
-            told()
+        cached = sum(_is_cached(fd, at) for at in places)
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        return 2 * cached > PROBES
+    return False
 
 
 def bring_back(fd: int, stretch: int, wanted: Callable[[], bool]) -> None:
