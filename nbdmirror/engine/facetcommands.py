@@ -164,17 +164,15 @@ class FacetCommands:
             raise in_service
         try:
             self._check_passed(member)
-        except Refused:
-            self._facets.serve(member, pause=0.0)  # which was ended above
-            raise
-        with _in_hand(member):
-            member.facet.close()  # an attempt to return may have opened what is there
-            await self._make_file(path, member.volume.size)
-            await member.distrust()
-            await self._facets.attach(member)
-        member.saved["offline"] = False
-        await self._facets.store.save()
-        self._facets.serve(member, pause=0.0)
+            with _in_hand(member):
+                member.facet.close()  # an attempt to return may have opened what is there
+                await self._make_file(path, member.volume.size)
+                await member.distrust()
+                await self._facets.attach(member)
+            member.saved["offline"] = False
+            await self._facets.store.save()
+        finally:  # its attempts to return were ended above, whatever has become of the command
+            self._facets.serve(member, pause=0.0)
 
     async def _settle(self, member: Member) -> bool:
         """Before a facet out of service gets another file: that it failed may still be about to be

@@ -315,16 +315,21 @@ async def _last_removed(s: Script) -> None:
     await s.read(0, 0, 1)
 
 
-async def _removed_unpassed(s: Script) -> None:
+async def _unpassed(s: Script, path: str) -> None:
     """The log is in memory, and the remote that stands in for a volume's only facet is out of
-    reach: a person removes the facet, which alone has what was flushed; and the process dies."""
-    path = "/facets/v0.0"
+    reach: that facet alone has what was flushed."""
     await without_log(s)
     await s.in_sync()
     s.link(up=False)
     await s.write(0, 0)
     await s.flush()
     await without_facet(s, path)
+
+
+async def _removed_unpassed(s: Script) -> None:
+    """A person removes a facet that alone has what was flushed; and the process dies."""
+    path = "/facets/v0.0"
+    await _unpassed(s, path)
     await s.facet("remove", path)
     await s.facet("offline", path)
     await s.facet("replace", path)
@@ -336,15 +341,10 @@ async def _removed_unpassed(s: Script) -> None:
 
 
 async def _replaced_unpassed(s: Script) -> None:
-    """The same, and a person would replace the facet's disk, which is refused; then that disk is
-    good again: the facet comes back by itself."""
+    """A person would replace its disk, which is refused; then that is good again: the facet comes
+    back by itself."""
     path = "/facets/v0.0"
-    await without_log(s)
-    await s.in_sync()
-    s.link(up=False)
-    await s.write(0, 0)
-    await s.flush()
-    await without_facet(s, path)
+    await _unpassed(s, path)
     await s.facet("replace", path)
     s.mend(path)
     await s.facets_back()
