@@ -1,6 +1,6 @@
 """Files and block devices over Linux: ``ports.Disk`` and ``ports.File``.
 
-Owns file descriptors and the threads in which calls that may stall run. Never retries a failed
+Owns file descriptors; calls that may stall run in ``edge.diskthreads``. Never retries a failed
 write or sync, never decides what an error means: every error is an ``OSError`` with its errno.
 The daemon makes one ``LinuxDisk`` per process and hands it to the engine in ``Env``.
 
@@ -29,6 +29,7 @@ from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
 from nbdmirror.config import MIB
 from nbdmirror.edge import devices
+from nbdmirror.edge.diskthreads import THREADS_MAX, DeviceThreads, DiskThreads
 from nbdmirror.edge.pagecache import LARGE_BYTES, STRETCH_SHIFT, bring_back, let_go
 from nbdmirror.edge.scatterpure import write_all
 from nbdmirror.engine.groupcommit import GroupCommit
@@ -42,7 +43,6 @@ else:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-THREADS_MAX = 32  # of each kind; they start one by one, when they are needed
 IOV_MAX = 1024  # parts that Linux takes in one vectored call
 CLOSED_FD = (1 << 31) - 1  # no descriptor: every system call answers EBADF
 BLKGETSIZE64 = 0x80081272
@@ -135,7 +135,6 @@ class LinuxFile:
 
     __slots__ = (
         "_closed",
-        "_disk",
         "_failure",
         "_fd",
         "_lock",
@@ -143,14 +142,15 @@ class LinuxFile:
         "_open_fd",
         "_pending",
         "_sync_lock",
+        "_threads",
         "block_device",
         "path",
     )
 
-    def __init__(self, disk: LinuxDisk, path: str, fd: int, *, block_device: bool) -> None:
+    def __init__(self, threads: DeviceThreads, path: str, fd: int, *, block_device: bool) -> None:
         self.path = path
         self.block_device = block_device
-        self._disk = disk
+        self._threads = threads
         self._fd = fd
         self._open_fd = fd  # what is left to close
         self._nowait = True
@@ -199,7 +199,7 @@ class LinuxFile:
 
     async def read(self, offset: int, length: int) -> bytes:
         """As ``pread``, in a thread."""
-        return await self._offload(self._disk.io_threads, _read_all, self._fd, offset, length)
+        return await self._offload(self._threads.io, _read_all, self._fd, offset, length)
 
     async def hashes(self, offset: int, length: int, step: int, key: bytes) -> bytes:
         """``digests`` of the range, in bounded memory; in a thread unless short and cached."""
@@ -207,9 +207,7 @@ class LinuxFile:
         if data is not None:
             await asyncio.sleep(0)  # between many of them others have their turn
             return digests(data, step, key)
-        return await self._offload(
-            self._disk.io_threads, _hash_all, self._fd, offset, length, step, key
-        )
+        return await self._offload(self._threads.io, _hash_all, self._fd, offset, length, step, key)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes all of ``data`` into the page cache; OSError if not all of it fits."""
@@ -235,12 +233,12 @@ class LinuxFile:
 
     async def write(self, offset: int, data: Buffer) -> None:
         """As ``pwrite``, in a thread; ``data`` must not change until it returns."""
-        await self._offload(self._disk.io_threads, write_all, self._fd, offset, data)
+        await self._offload(self._threads.io, write_all, self._fd, offset, data)
 
     async def sync(self) -> None:
         """fdatasync in a thread; a failure is final for this object (O16)."""
         self._check()
-        await self._offload(self._disk.sync_threads, self._sync_now, self._fd)
+        await self._offload(self._threads.sync, self._sync_now, self._fd)
 
     async def punch(self, offset: int, length: int) -> None:
         """Zeros, with the space given back where the filesystem or device can."""
@@ -255,7 +253,7 @@ class LinuxFile:
 
         After ENOSPC the part that fitted is still there; the caller removes the file.
         """
-        await self._offload(self._disk.io_threads, self._allocate_now, self._fd, length)
+        await self._offload(self._threads.io, self._allocate_now, self._fd, length)
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """What SEEK_DATA and SEEK_HOLE tell; all of it where they are not offered, or fail."""
@@ -315,7 +313,7 @@ class LinuxFile:
             self._open_fd = -1
 
     async def _clear(self, mode: int, offset: int, length: int) -> None:
-        pool = self._disk.io_threads
+        pool = self._threads.io
         await self._offload(pool, _clear, self._fd, self.block_device, mode, offset, length)
 
     def _allocate_now(self, fd: int, length: int) -> None:
@@ -350,8 +348,8 @@ class ScatteredFile(LinuxFile):
 
     __slots__ = ("_missed", "_touched")
 
-    def __init__(self, disk: LinuxDisk, path: str, fd: int, *, block_device: bool) -> None:
-        super().__init__(disk, path, fd, block_device=block_device)
+    def __init__(self, threads: DeviceThreads, path: str, fd: int, *, block_device: bool) -> None:
+        super().__init__(threads, path, fd, block_device=block_device)
         self._touched: set[int] = set()
         self._missed: set[int] = set()
         """Stretches that were cached, and were let go."""
@@ -378,12 +376,12 @@ class ScatteredFile(LinuxFile):
         data = super().try_pread(offset, length)
         if data is None and self._missed and (stretch := offset >> STRETCH_SHIFT) in self._missed:
             self._missed.remove(stretch)
-            self._submit(self._disk.cache_thread, bring_back, self._fd, stretch, self._in_use)
+            self._submit(self._threads.cache, bring_back, self._fd, stretch, self._in_use)
         return data
 
     def _let_go(self, stretch: int) -> None:
         self._touched.add(stretch)
-        self._submit(self._disk.cache_thread, self._let_go_now, self._fd, stretch)
+        self._submit(self._threads.cache, self._let_go_now, self._fd, stretch)
 
     def _let_go_now(self, fd: int, stretch: int) -> None:
         if self._in_use() and let_go(fd, stretch):
@@ -395,16 +393,10 @@ class ScatteredFile(LinuxFile):
 
 
 class LinuxDisk:
-    """``ports.Disk`` over this host's file systems.
-
-    ``threads_max`` bounds the threads for reads and large writes, and separately those for syncs,
-    so that a facet whose reads hang does not keep the log from being synced.
-    """
+    """``ports.Disk`` over this host's file systems; ``threads_max`` as for ``DiskThreads``."""
 
     def __init__(self, threads_max: int = THREADS_MAX) -> None:
-        self.io_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-io")
-        self.sync_threads = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-sync")
-        self.cache_thread = ThreadPoolExecutor(1, thread_name_prefix="disk-cache")
+        self.threads = DiskThreads(threads_max)
         self._directories: dict[str, GroupCommit] = {}
 
     def exists(self, path: str) -> bool:
@@ -431,7 +423,8 @@ class LinuxDisk:
             if error.errno == errno.EBUSY and flags & os.O_EXCL:
                 raise BlockingIOError(errno.EBUSY, "mounted, or in use", path) from None
             raise
-        mode = os.fstat(fd).st_mode
+        opened = os.fstat(fd)
+        mode = opened.st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)
             raise OSError(errno.EINVAL, "neither a regular file nor a block device", path)
@@ -442,8 +435,8 @@ class LinuxDisk:
                 os.close(fd)
                 raise BlockingIOError(errno.EAGAIN, "in use by another node", path) from None
         if scattered and stat.S_ISREG(mode):
-            return ScatteredFile(self, path, fd, block_device=False)
-        return LinuxFile(self, path, fd, block_device=stat.S_ISBLK(mode))
+            return ScatteredFile(self.threads.of(opened), path, fd, block_device=False)
+        return LinuxFile(self.threads.of(opened), path, fd, block_device=stat.S_ISBLK(mode))
 
     def list(self, directory: str) -> list[str]:
         """The names in a directory, sorted."""
@@ -472,7 +465,7 @@ class LinuxDisk:
 
     async def remove(self, path: str) -> None:
         """``unlink`` in a thread: freeing a file of many extents takes tens of milliseconds."""
-        await asyncio.wrap_future(self.io_threads.submit(os.unlink, path))
+        await asyncio.wrap_future(self.threads.names.io.submit(os.unlink, path))
 
     async def sync_directory(self, path: str) -> None:
         """fsync of the directory, in a thread; one for all who ask while another one runs."""
@@ -481,13 +474,11 @@ class LinuxDisk:
         await self._directories[path]()
 
     async def _sync_directory(self, path: str) -> None:
-        await asyncio.wrap_future(self.sync_threads.submit(_sync_directory, path))
+        await asyncio.wrap_future(self.threads.names.sync.submit(_sync_directory, path))
 
     def close(self) -> None:
         """Lets the threads end; waits for none of them."""
-        self.io_threads.shutdown(wait=False)
-        self.sync_threads.shutdown(wait=False)
-        self.cache_thread.shutdown(wait=False)
+        self.threads.close()
 
 
 def _sync_directory(path: str) -> None:

@@ -54,6 +54,42 @@ def test_a_fifo_is_refused_and_does_not_stall(disk: LinuxDisk, tmp_path: Path) -
     assert caught.value.errno == errno.EINVAL
 
 
+def test_a_disk_that_hangs_holds_up_no_other_one(
+    disk: LinuxDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M8, I8: more reads than there are threads for one device wait for it for ever."""
+    shm = Path("/dev/shm") / f"nbdmirror-{os.getpid()}"
+    if tmp_path.stat().st_dev == shm.parent.stat().st_dev:
+        pytest.skip("no second file system to be had")
+    answers = threading.Event()
+
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(tmp_path / "hangs"):
+            answers.wait()
+        return os.pread(fd, length, offset)
+
+    monkeypatch.setattr(files, "pread", pread)
+
+    async def scenario() -> None:
+        hangs = disk.open(f"{tmp_path}/hangs", create=True)
+        hangs.pwrite(0, bytes(4096))
+        well = disk.open(str(shm), create=True)
+        well.pwrite(0, b"well" * 1024)
+        waiting = [asyncio.ensure_future(hangs.read(0, 4096)) for _ in range(5)]
+        try:
+            assert await asyncio.wait_for(well.read(0, 4), 30) == b"well"
+            await asyncio.wait_for(well.sync(), 30)
+            assert not any(read.done() for read in waiting)
+        finally:
+            answers.set()
+            await asyncio.gather(*waiting)
+            hangs.close()
+            well.close()
+            shm.unlink()
+
+    asyncio.run(scenario())
+
+
 def test_short_writes_go_on_and_no_progress_is_enospc(
     disk: LinuxDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,10 +475,11 @@ def test_what_a_first_write_let_go_comes_back_with_the_first_read(tmp_path: Path
     file = disk.open(str(path), scattered=True)
     assert file.try_pread(0, size) is not None
     file.pwrite(0, bytes(4096))
-    disk.cache_thread.submit(int).result()  # it does one thing after the other
+    cache = disk.threads.of(path.stat()).cache
+    cache.submit(int).result()  # it does one thing after the other
     if file.try_pread(3 * MIB, 4096) is not None:  # the folio that is written to stays
         pytest.skip("this file system lets go of nothing")
-    disk.cache_thread.submit(int).result()
+    cache.submit(int).result()
     assert file.try_pread(2 * MIB, 2 * MIB) is not None
     assert file.try_pread(4 * MIB, 4 * MIB) is not None  # of another stretch
     file.close()
