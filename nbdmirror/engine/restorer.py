@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+)
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import mark as marks
@@ -20,7 +25,7 @@ from nbdmirror.engine.chain import Member
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.restore import VolumeRestore, restore_map
 from nbdmirror.engine.snapshots import Entry
-from nbdmirror.engine.volume import Volume, read_failed
+from nbdmirror.engine.volume import Volume, closed, read_failed
 from nbdmirror.errors import NbdmirrorError, Refused, StateError, UsageError, VolumeFailed
 
 if TYPE_CHECKING:
@@ -212,8 +217,7 @@ class Restorer:
         mark = Mark(marks.DELETE, undo["uuid"], tuple(undo["volumes"]))
         await self._need_primary().group.put_mark(mark)
 
-    @contextmanager
-    def _closed(self, indices: list[int], while_attached: bool) -> Iterator[None]:
+    def _closed(self, indices: list[int], while_attached: bool) -> AbstractContextManager[None]:
         """Nobody has these volumes attached, and nobody attaches them within."""
         volumes = [] if while_attached else [self._snapshots.volumes[index] for index in indices]
         names = [volume.name for volume in volumes if volume.clients]
@@ -223,16 +227,7 @@ class Restorer:
                 "change under them",
                 hint="unmount and detach them, or give --while-attached",
             )
-        for volume in volumes:
-            if volume.closed is not None:
-                raise Refused(volume.closed)
-        for volume in volumes:
-            volume.closed = f"volume {volume.name} is about to be restored: attach it in a moment"
-        try:
-            yield
-        finally:
-            for volume in volumes:
-                volume.closed = None
+        return closed(volumes, "volume {} is about to be restored: attach it in a moment")
 
     def _check_idle(self) -> None:
         if self._snapshots.busy is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from nbdmirror.codec import mark as marks
@@ -16,7 +16,7 @@ from nbdmirror.engine.group import Group
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, label, pick
 from nbdmirror.engine.snapshots import Entry, Snapshots
-from nbdmirror.engine.volume import Volume
+from nbdmirror.engine.volume import Volume, closed
 from nbdmirror.errors import NbdmirrorError, Refused, UsageError
 
 if TYPE_CHECKING:
@@ -280,23 +280,16 @@ class SnapshotCommands:
         """How many have a snapshot attached."""
         return self._exports.clients(entry)
 
-    @contextmanager
-    def _unused(self, entry: Entry, what: str) -> Iterator[None]:
-        """Refused while clients have it attached; none attaches it within."""
+    def _unused(self, entry: Entry, what: str) -> AbstractContextManager[None]:
+        """Refused while clients have it attached, or another command is at it; none attaches it
+        within."""
         clients = self._exports.clients(entry)
         if clients:
             raise Refused(
                 f"snapshot {label(entry)} has {clients} clients attached",
                 hint="detach them first",
             )
-        served = [self._exports.serve(entry, index) for index in entry["volumes"]]
-        for volume in served:
-            volume.closed = f"snapshot {label(entry)} is about to be {what}"
-        try:
-            yield
-        finally:
-            for volume in served:
-                volume.closed = None
+        return closed(self._served(entry), f"snapshot {label(entry)} is about to be {what}")
 
     def _check_needless(self, entry: Entry) -> None:
         """X2: the last consistent image stays while nothing else is promotable."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from nbdmirror.codec.hashing import digests
 from nbdmirror.core.ranges import RangeLock, RangeLocks
-from nbdmirror.errors import VolumeFailed
+from nbdmirror.errors import Refused, VolumeFailed
 from nbdmirror.ports import Buffer
 
 if TYPE_CHECKING:
@@ -297,6 +297,23 @@ async def _no_rescue(
         raise volume.no_facet()
     facet.errors += 1
     raise read_failed(facet, offset, length, error) from error
+
+
+@contextmanager
+def closed(volumes: Iterable[Volume], why: str) -> Iterator[None]:
+    """Nobody attaches them within, and no other command that needs that goes on: Refused. In
+    ``why``, {} is the volume's name."""
+    volumes = list(volumes)
+    for volume in volumes:
+        if volume.closed is not None:
+            raise Refused(volume.closed)
+    for volume in volumes:
+        volume.closed = why.format(volume.name)
+    try:
+        yield
+    finally:
+        for volume in volumes:
+            volume.closed = None
 
 
 def nobody(volume: Volume) -> VolumeFailed:

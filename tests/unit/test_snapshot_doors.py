@@ -12,7 +12,7 @@ from nbdmirror.config import AccessConfig
 from nbdmirror.engine.access import Client, Rules
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.methods import METHODS
-from nbdmirror.errors import UsageError
+from nbdmirror.errors import Refused, UsageError
 from tests.unit import nbdclient as c
 from tests.unit.primary import Primary, primary
 
@@ -73,6 +73,10 @@ def test_nobody_attaches_one_that_is_about_to_go(what: str) -> None:
         await asyncio.sleep(1.0)
         found = exports(world).find_for(LAPTOP, "v@1")
         assert isinstance(found, Forbidden) and f"about to be {what}" in found.why
+        for second in (people.delete("1", False), people.refresh("1")):
+            with pytest.raises(Refused, match=f"about to be {what}"):
+                await second  # its end would open what the first is still at
+        assert isinstance(exports(world).find_for(LAPTOP, "v@1"), Forbidden)
         await going
         again = exports(world).find_for(LAPTOP, "v@1")
         assert again is None if what == "deleted" else isinstance(again, ExportInfo)

@@ -379,7 +379,7 @@ def test_of_two_who_refresh_a_snapshot_at_once_one_is_told() -> None:
             people.refresh("1"), people.refresh("1"), return_exceptions=True
         )
         (told,) = [one for one in results if isinstance(one, Refused)]
-        assert "another with its number" in str(told)
+        assert "about to be taken anew" in str(told)
         assert [one["number"] for one in people.list()] == [1]
 
     primary(test)
