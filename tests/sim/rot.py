@@ -66,17 +66,16 @@ class Rot:
                 host, path = world.a, rng.choice(facets).path
             else:
                 host, path = remote, remote.config.volumes[index].facets[0]
-            await self._rest(node, remote.name)
+            await self._rest(node)
             await spoil(rng, node, index, host, path)
             self.expect(node, index, host, path)
             await self.verify(node, remote.name)
             await self.check_mended()
 
-    async def _rest(self, node: Node, remote: str) -> None:
-        """A verify that runs already may be past what is spoilt next."""
-        assert node.primary is not None
-        while node.primary.remote(remote).facts.get("verify") is not None:
-            await asyncio.sleep(0.1)
+    async def _rest(self, node: Node) -> None:
+        """A verify that runs already may be past what is spoilt next, and one that is still wanted,
+        of whatever remote, would find it before it is said to be wrong."""
+        await self._world.in_life(self._world.a, node.wait("verified", None, VERIFY_SECONDS))
         self.spoilt = True
 
     async def _flip(
