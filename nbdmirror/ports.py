@@ -69,6 +69,14 @@ class File(Protocol):
     async def sync(self) -> None:
         """Makes durable every write that returned before this call began (fdatasync)."""
 
+    async def forget(self) -> None:
+        """Whatever an earlier opening's failed sync left, what is read from now on is what the disk
+        has, and what is written reaches it with a ``sync`` (O16). What can be written out is first,
+        and what cannot is gone: for who has it elsewhere. Never raises."""
+
+    async def forget_range(self, offset: int, length: int) -> None:
+        """The same for a range of which all was synced, or was to be: nothing is written out."""
+
     async def punch(self, offset: int, length: int) -> None:
         """The range, which must lie within the file, reads as zeros afterwards and gives its space
         back where possible."""

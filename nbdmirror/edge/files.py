@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -22,16 +21,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from os import POSIX_FADV_DONTNEED as DONTNEED
 from os import fdatasync, pread, pwrite, pwritev
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from nbdmirror.codec import batch
 from nbdmirror.codec.hashing import digests
-from nbdmirror.config import MIB
 from nbdmirror.edge import devices
 from nbdmirror.edge.diskthreads import THREADS_MAX, DeviceThreads, DiskThreads
-from nbdmirror.edge.pagecache import LARGE_BYTES, STRETCH_SHIFT, bring_back, let_go
+from nbdmirror.edge.pagecache import LARGE_BYTES, STRETCH_SHIFT, bring_back, forget, let_go
 from nbdmirror.edge.scatterpure import write_all
+from nbdmirror.edge.zeroing import PUNCH_HOLE, UNSUPPORTED, ZERO_RANGE, clear, size_of, write_zeros
 from nbdmirror.engine.groupcommit import GroupCommit
 from nbdmirror.ports import Buffer
 
@@ -45,22 +45,11 @@ T = TypeVar("T")
 
 IOV_MAX = 1024  # parts that Linux takes in one vectored call
 CLOSED_FD = (1 << 31) - 1  # no descriptor: every system call answers EBADF
-BLKGETSIZE64 = 0x80081272
 FS_IOC_GETVERSION = 0x80087601
-KEEP_SIZE = 0x01
-PUNCH_HOLE = 0x02
-ZERO_RANGE = 0x10
-UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-ZEROS = bytes(MIB)
 HASH_PIECE = 1 << 20
 """Read and hashed at a time: few calls, and what is hashed is still in the processor's cache."""
 HASH_HERE_MAX = 64 << 10
 """As much is hashed in 50 us; to ask a thread for it takes several times as long."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_fallocate.restype = ctypes.c_int
 
 
 def _read_all(fd: int, offset: int, length: int) -> bytes:
@@ -87,43 +76,6 @@ def _hash_all(fd: int, offset: int, length: int, step: int, key: bytes) -> bytes
         digests(_read_all(fd, at, min(size, offset + length - at)), step, key)
         for at in range(offset, offset + length, size)
     )
-
-
-def _write_zeros(fd: int, offset: int, length: int) -> None:
-    view = memoryview(ZEROS)
-    end = offset + length
-    while offset < end:
-        count = min(MIB, end - offset)
-        write_all(fd, offset, view[:count])
-        offset += count
-
-
-def _size(fd: int, block_device: bool) -> int:
-    if not block_device:
-        return os.fstat(fd).st_size
-    (size,) = struct.unpack("=Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
-    assert isinstance(size, int)
-    return size
-
-
-def _clear(fd: int, block_device: bool, mode: int, offset: int, length: int) -> None:
-    """Makes a range read as zeros by fallocate, or by writing zeros where that is not offered.
-
-    fallocate serves block devices too, and unlike BLKDISCARD it promises that zeros are read and
-    drops what the page cache still holds. Past the end it would do nothing, and say nothing.
-    """
-    if length == 0:
-        return
-    size = _size(fd, block_device)
-    if offset + length > size:
-        raise OSError(errno.EIO, f"it ends at {size}")
-    while _fallocate(fd, mode | KEEP_SIZE, offset, length) != 0:
-        number = ctypes.get_errno()
-        if number in UNSUPPORTED:
-            _write_zeros(fd, offset, length)
-            return
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
 
 
 class LinuxFile:
@@ -162,7 +114,7 @@ class LinuxFile:
 
     def size(self) -> int:
         """The length in bytes; of a block device its capacity."""
-        return _size(self._fd, self.block_device)
+        return size_of(self._fd, self.block_device)
 
     def identity(self) -> str:
         """Of a file: its file system, inode and the inode's generation, unless its file system
@@ -240,6 +192,15 @@ class LinuxFile:
         self._check()
         await self._offload(self._threads.sync, self._sync_now, self._fd)
 
+    async def forget(self) -> None:
+        """See ``ports.File``; not a ``sync``: what fails here is not this opening's (O16)."""
+        await self._offload(self._threads.sync, forget, self._fd)
+
+    async def forget_range(self, offset: int, length: int) -> None:
+        """See ``ports.File``."""
+        pool = self._threads.io
+        await self._offload(pool, os.posix_fadvise, self._fd, offset, length, DONTNEED)
+
     async def punch(self, offset: int, length: int) -> None:
         """Zeros, with the space given back where the filesystem or device can."""
         await self._clear(PUNCH_HOLE, offset, length)
@@ -314,10 +275,10 @@ class LinuxFile:
 
     async def _clear(self, mode: int, offset: int, length: int) -> None:
         pool = self._threads.io
-        await self._offload(pool, _clear, self._fd, self.block_device, mode, offset, length)
+        await self._offload(pool, clear, self._fd, self.block_device, mode, offset, length)
 
     def _allocate_now(self, fd: int, length: int) -> None:
-        _write_zeros(fd, 0, length)
+        write_zeros(fd, 0, length)
         self._sync_now(fd)
 
     def _sync_now(self, fd: int) -> None:
@@ -346,13 +307,14 @@ class ScatteredFile(LinuxFile):
     cached comes back as a whole with the first read there: page by page, readers would wait for the
     disk as often as it has pages."""
 
-    __slots__ = ("_missed", "_touched")
+    __slots__ = ("_cache_work", "_missed", "_touched")
 
     def __init__(self, threads: DeviceThreads, path: str, fd: int, *, block_device: bool) -> None:
         super().__init__(threads, path, fd, block_device=block_device)
         self._touched: set[int] = set()
         self._missed: set[int] = set()
         """Stretches that were cached, and were let go."""
+        self._cache_work: dict[Future[Any], None] = {}
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
@@ -376,19 +338,30 @@ class ScatteredFile(LinuxFile):
         data = super().try_pread(offset, length)
         if data is None and self._missed and (stretch := offset >> STRETCH_SHIFT) in self._missed:
             self._missed.remove(stretch)
-            self._submit(self._threads.cache, bring_back, self._fd, stretch, self._in_use)
+            self._cache(bring_back, self._fd, stretch, self._in_use)
         return data
 
     def _let_go(self, stretch: int) -> None:
         self._touched.add(stretch)
-        self._submit(self._threads.cache, self._let_go_now, self._fd, stretch)
+        self._cache(self._let_go_now, self._fd, stretch)
+
+    def close(self) -> None:
+        """As ``LinuxFile.close``. What waits for the thread is not worth a stop that takes long, or
+        another opening that finds the file in use."""
+        super().close()
+        for work in list(self._cache_work):
+            work.cancel()
+
+    def _cache(self, work: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> None:
+        future = self._submit(self._threads.cache, work, *args, **kwargs)
+        self._cache_work[future] = None
+        future.add_done_callback(lambda done: self._cache_work.pop(done, None))
 
     def _let_go_now(self, fd: int, stretch: int) -> None:
         if self._in_use() and let_go(fd, stretch):
             self._missed.add(stretch)
 
     def _in_use(self) -> bool:
-        """What waits for the thread when the file is closed is not worth a stop that takes long."""
         return not self._closed
 
 

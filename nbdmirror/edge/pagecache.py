@@ -1,7 +1,7 @@
-"""The page cache of a stretch of a file: let go, and brought back in single pages.
+"""The page cache of a file: let go, and brought back in single pages.
 
-For ``files.ScatteredFile``. Both run in a thread: pages that are dirty are written out before they
-are let go. Errors are left to who reads or syncs.
+For ``edge.files``. All of it runs in a thread: pages that are dirty are written out before they are
+let go. Errors are left to who reads or syncs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ STRETCH_SHIFT = 22
 """A stretch is one of 4 MiB; they are counted from the file's beginning."""
 PROBES = 16
 PIECE_BYTES = 256 << 10
+
+
+def forget(fd: int) -> None:
+    """Writes out what can be, and drops all that is cached.
+
+    What a failed writeback leaves in the cache is marked clean, so it is nowhere else; and ext4
+    takes its blocks for written: what is written over it there reaches the disk with the next sync,
+    but in extents that still read as zeros once the cache is gone (seen with a thin disk that was
+    full). Read anew, they are what they are (O16)."""
+    with contextlib.suppress(OSError):
+        os.fdatasync(fd)
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def let_go(fd: int, stretch: int) -> bool:

@@ -96,22 +96,9 @@ class Comparer:
             length = min(hashes.offset + last * region, end) - at
             if block_hashes_size(length, region):
                 answer.append(await secondary.hashes(volume, at, length, BLOCK, hashes.key))
-        if secondary.store.state.get("cache_doubt"):
-            await self._write_again(hashes)
         if self._link.cause is None:
             self._link.send(Type.WANT, answer)
             self._compared(hashes.token)
-
-    async def _write_again(self, hashes: Hashes) -> None:
-        """What is equal in the page cache is so perhaps only there: all is written once more (O16),
-        for of a region that differs only the blocks that do will come."""
-        region, end = hashes.region_size, hashes.offset + hashes.length
-        for index in range(hashes.count):
-            if self._link.cause is not None:
-                return  # a stale session never writes after a new one
-            at = hashes.offset + index * region
-            await self._secondary.write_again(hashes.volume, at, min(region, end - at))
-            await asyncio.sleep(0)
 
 
 def _wanted(flags: bytearray) -> list[tuple[int, int]]:

@@ -63,7 +63,7 @@ async def mark_doubtful(
     for remote in remotes:
         if not recovered.clean:
             for dcm in remote.dcms:
-                dcm.rewrite()
+                await dcm.rewrite()
         if remote.tracking:
             # Whether an overflow was finished or not: what the log holds is marked again.
             for record in pending:

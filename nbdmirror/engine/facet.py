@@ -166,13 +166,15 @@ class LocalFacet:
         task.add_done_callback(lambda done: self._under_way.pop(done, None))
         await to_the_end(task)
 
-    async def write_again(self, offset: int, length: int) -> None:
-        """Writes what the range holds over itself: what was in the page cache only is then to be
-        synced (O16). Not beside a clearing, which a thread would make between the two: what was
-        cleared would be there again. OSError if the disk refuses."""
-        while self._under_way:
-            await asyncio.wait([*self._under_way])
-        self.pwrite(offset, self.file.pread(offset, length))
+    async def forget(self) -> None:
+        """What is read from now on is what the disk has, whatever a failed sync left in the page
+        cache, and what is written gets there (O16). Who calls it has what was promised elsewhere,
+        or knows that it lacks it."""
+        await self.file.forget()
+
+    async def forget_range(self, offset: int, length: int) -> None:
+        """The same for a range that the caller has read, and writes again."""
+        await self.file.forget_range(offset, length)
 
     def write(self, seq: int, offset: int, payload: Buffer) -> None:
         """Carries the data of record ``seq`` into the facet; OSError if the disk refuses."""

@@ -96,10 +96,8 @@ class FacetCopy:
         return count
 
     async def _clear(self, offset: int, length: int) -> None:
-        """A hole that it shows already may be one in the page cache only (O16), as what is equal
-        may be: where that does not count, this does not."""
         facet = self._facet
-        if not self._compare or any(True for _ in facet.file.data_ranges(offset, length)):
+        if any(True for _ in facet.file.data_ranges(offset, length)):
             await facet.punch(offset, length)
 
     async def _copy(self, offset: int, length: int) -> None:

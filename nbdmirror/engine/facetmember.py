@@ -8,7 +8,6 @@ What is durable of a facet stands in its entry of the superblock:
     default       default bit of the map
     fill          the map is to be filled before it is used: nothing is known of the content
     compare       the marked regions may be equal: what is, is not written again
-    failed_boot   boot id of its last failure, until it is back: till then nothing counts as equal
     offline       by a person: it does not return by itself
     id            names the map's file
     identity      of the file (``ports.File.identity``) that all this is said of
@@ -38,7 +37,6 @@ NEW: dict[str, Any] = {
     "default": False,
     "fill": False,
     "compare": False,
-    "failed_boot": None,
     "offline": False,
     "last": False,
     "why": None,

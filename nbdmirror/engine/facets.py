@@ -91,9 +91,6 @@ class Facets:
             if facet.in_service:
                 member.saved["identity"] = facet.file.identity()
                 continue
-            if not clean:
-                # A sync may have failed just before the process died, and nobody has noted that.
-                member.saved["failed_boot"] = self.store.state["boot_id"]
             if facet.is_open and not member.is_same():
                 member.fill()
                 member.saved.update(compare=True, identity=facet.file.identity())
@@ -109,7 +106,7 @@ class Facets:
             if member.dcm is None:
                 continue
             if not clean:
-                member.dcm.rewrite()
+                await member.dcm.rewrite()
             if not clean or member.saved["since"] is not None:
                 await self._mark_log(member)
                 member.saved["since"] = None  # saved with the rest, at the end of the start
@@ -223,8 +220,6 @@ class Facets:
         member.saved.update(
             state=FacetState.NOT_SYNCHRONISED.value, since=facet.kept_seq, tracking=False, why=why
         )
-        if facet.failed is not None:
-            member.saved["failed_boot"] = self.store.state["boot_id"]
         # A map with marks left in it is added to when the facet returns.
         member.saved["tracking"] = member.dcm is not None
         if self.spill is not None:
@@ -247,7 +242,11 @@ class Facets:
     # -- the way back --------------------------------------------------------------------------
 
     async def attach(self, member: Member) -> None:
-        """Opens the facet's file; StateError says why it cannot be."""
+        """Opens the facet's file, to be what its disk has; StateError says why it cannot be."""
+        await self._open(member)
+        await member.facet.forget()
+
+    async def _open(self, member: Member) -> None:
         facet = member.facet
         facet.close()
         end = asyncio.get_running_loop().time() + RELEASE_SECONDS
@@ -297,6 +296,8 @@ class Facets:
             try:
                 if not facet.is_open:
                     await self.attach(member)
+                elif not facet.writable:
+                    await facet.forget()
                 await self._return(member)
                 return
             except (NbdmirrorError, OSError) as error:
@@ -329,8 +330,7 @@ class Facets:
         await self.store.save()
         self.events.emit("facet-returns", volume=volume.name, facet=facet.path)
         sources = Sources(self.group, [volume], but=facet)
-        # Until a reboot what is equal may be so in the page cache only, and marked clean (O16).
-        compare = bool(saved["compare"]) and saved["failed_boot"] != self.store.state["boot_id"]
+        compare = bool(saved["compare"])
         member.copy = FacetCopy(volume, facet, member.dcm, sources, compare=compare)
         await member.copy.run()
         saved.update(NEW, state=FacetState.SYNCHRONISED.value, default=member.dcm.map.default)

@@ -153,10 +153,13 @@ class DcmFile:
         self._unsynced = True
         self.map.clear()
 
-    def rewrite(self) -> None:
+    async def rewrite(self) -> None:
         """Writes every page again, as it is: after an unclean end one may be in the page cache
         only, marked clean by a sync that failed (O16)."""
-        self._write(list(self._written_pages()))
+        assert self._file is not None
+        pages = list(self._written_pages())
+        await self._file.forget()
+        self._write(pages)
 
     async def _sync(self) -> None:
         if self._file is None:

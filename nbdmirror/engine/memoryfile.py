@@ -68,6 +68,12 @@ class MemoryFile:
     async def sync(self) -> None:
         """Nothing is made durable."""
 
+    async def forget(self) -> None:
+        """There is nothing else."""
+
+    async def forget_range(self, offset: int, length: int) -> None:
+        """There is nothing else."""
+
     async def punch(self, offset: int, length: int) -> None:
         """The range reads as zeros."""
         self.pwrite(offset, bytes(length))

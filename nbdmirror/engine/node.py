@@ -239,9 +239,6 @@ class Node:
         if paths := await rejoin(self.env.disk, self.store, self.volumes, self.log):
             self.store.state["rejoined"] = True
             self.events.emit("facets-rejoin", facets=paths)
-        if not recovered.clean:
-            same_boot = self.store.state["boot_id"] == self.env.clock.boot_id()
-            self.store.state["cache_doubt"] = same_boot
         self.store.begin(self.env.clock.boot_id())
         self.store.state["log_spill"] = False
         if recovered.lost or self.store.damaged is not None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from nbdmirror.codec.record import MARK, Record
@@ -37,6 +36,9 @@ from nbdmirror.errors import DiskFailed
 RUNS_MAX = 1000
 """Starts that a primary remembers; a secondary that last followed an older one is compared. So many
 forks, at the most, are told in a HELLO (``fields.ENTRIES_MAX``)."""
+ANEW_BYTES = 4 << 20
+"""What may be in the page cache only is written anew in stretches of this size: no page of that
+cache, large ones too, lies in two of them."""
 LEVEL_BYTES = 1 << 20
 """Facets are compared in pieces of this size after a power loss."""
 
@@ -118,7 +120,10 @@ async def redo(
     behind = await _behind(store, log, forks, in_doubt=in_doubt or unfinished)
     if behind:
         healing = []
-    elif not memory_lost and (not clean or healing):
+    if not (memory_lost or volatile):
+        held = only_healing or (behind and state["role"] == "primary")
+        await _forget(healing if held else [f for v in volumes for f in v.facets])
+    if not (memory_lost or behind) and (not clean or healing):
         await _apply(store, log, until, volumes, healing, before, only_healing=only_healing)
     if memory_lost or log_lost:
         await _follow_marks(log, before)
@@ -148,6 +153,14 @@ async def redo(
         unfinished=unfinished,
         whole=not (memory_lost or volatile or known > end_seq) and _is_whole(store, log, forks),
     )
+
+
+async def _forget(facets: list[LocalFacet]) -> None:
+    """A former process may have seen a sync of theirs fail. What that left in the page cache only,
+    the log has, as far as it was promised (O16)."""
+    for facet in facets:
+        if facet.is_open:
+            await facet.forget()
 
 
 def _is_whole(store: Store, log: Log, forks: Forks) -> bool:
@@ -379,16 +392,37 @@ async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]
     """Writes what the facets hold in the ranges once more, and clears their holes, durably. A sync
     that failed before the process died may have left either in the page cache, marked clean; else
     redo does that (O16)."""
-    for volume, offset, length in ranges:
-        for facet in volume.in_service():
-            begin, end = offset, offset + length
-            for start, size in chain(facet.file.data_ranges(offset, length), [(end, 0)]):
-                if begin < start:
-                    await facet.punch(begin, start - begin)
-                for at in range(start, start + size, LEVEL_BYTES):
-                    step = min(LEVEL_BYTES, start + size - at)
-                    facet.pwrite(at, await facet.read(at, step))
-                begin = start + size
+    stretches = {
+        (volume.index, number)
+        for volume, offset, length in ranges
+        for number in range(offset // ANEW_BYTES, (offset + length - 1) // ANEW_BYTES + 1)
+    }
+    if stretches:
+        await _sync_all(volumes)
+    for index, number in sorted(stretches):
+        at = number * ANEW_BYTES
+        for facet in volumes[index].in_service():
+            await _write_anew(facet, at, min(ANEW_BYTES, facet.size - at))
+    await _sync_all(volumes)
+
+
+async def _write_anew(facet: LocalFacet, offset: int, length: int) -> None:
+    pieces = [
+        (start, await facet.read(start, size))
+        for start, size in facet.file.data_ranges(offset, length)
+    ]
+    await facet.forget_range(offset, length)  # else it might be written to the cache only
+    at = offset
+    for start, data in pieces:
+        if at < start:
+            await facet.punch(at, start - at)
+        await facet.copy(start, data)
+        at = start + len(data)
+    if at < offset + length:
+        await facet.punch(at, offset + length - at)
+
+
+async def _sync_all(volumes: list[Volume]) -> None:
     for volume in volumes:
         for facet in volume.in_service():
             await facet.sync()

@@ -36,6 +36,7 @@ async def rejoin(disk: Disk, store: Store, volumes: list[Volume], log: Log) -> l
                 try:
                     await make_facet(disk, facet.path, volume.size, grow=False)
                     facet.attach(open_facet(disk, facet.path, volume.size))
+                    await facet.forget()
                 except OSError as error:
                     raise StateError(
                         f"the facet {facet.path} cannot be had: {error.strerror or error}",

@@ -311,7 +311,6 @@ class Secondary:
     async def become_consistent(self, seq: int) -> None:
         """The stream has passed the end of a resync: say so, durably."""
         self.store.state["upstream"].update(consistent=True, since=seq)
-        self.store.state["cache_doubt"] = False
         trust(self.store, self.volumes)
         # Should the next resync begin before that is durable, it has an image of its own.
         images = self.follower.images()
@@ -358,11 +357,8 @@ class Secondary:
     async def place(self, volume: int, offset: int, length: int, data: Buffer | None) -> None:
         """Puts a region copy, or zeros, into the facets; DiskFailed if one cannot take it."""
         facets = self.volumes[volume].facets
-        # What reads as a hole may be one in the page cache only (O16).
-        if (
-            data is None
-            and not self.store.state.get("cache_doubt")
-            and not any(True for f in facets for _ in f.file.data_ranges(offset, length))
+        if data is None and not any(
+            True for f in facets for _ in f.file.data_ranges(offset, length)
         ):
             return
         while (guard := self.volumes[volume].guard) is not None and guard.holds(offset, length):
@@ -398,15 +394,6 @@ class Secondary:
             except OSError as error:
                 raise self._read_failed(facet, error) from error
         return found[0] if len(found) == 1 else agreed(found)
-
-    async def write_again(self, volume: int, offset: int, length: int) -> None:
-        """Has the facets write what they hold over itself; DiskFailed if the disk refuses."""
-        for facet in self.volumes[volume].facets:
-            try:
-                await facet.write_again(offset, length)
-            except OSError as error:
-                raise self._read_failed(facet, error) from error
-        self._placed += 1
 
     def _read_failed(self, facet: LocalFacet, error: OSError) -> DiskFailed:
         failure = facet.fail("read", error)

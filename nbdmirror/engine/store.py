@@ -35,8 +35,6 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     log_spill      true while the log's newest records may be in memory only: see ``engine.spill``
     redo_seq       no record up to here is redone: the facets were ahead of the log there
     log_failed     true after a sync of the log failed: what it had not synced may be gone
-    cache_doubt    on a secondary: a former process of this boot may have seen a sync fail, so what
-                   is in the page cache may not be on disk (O16); false once it is consistent
     snapshots      see ``engine.snapshots``; snapshot_number: the last that was given out;
                    marked_seq: on a secondary, the last marker of a snapshot that it followed
     restore        what is being copied behind: see ``engine.restore``; null if nothing is

@@ -172,6 +172,19 @@ class FileContract:
         assert file.pread(0, 9000) == b"x" * 5000 + bytes(4000)
         file.close()
 
+    def test_what_a_healthy_disk_is_made_to_forget_is_there(self, world: DiskWorld) -> None:
+        """O16: what is not written out yet is before that."""
+        content = random.Random(5).randbytes(64 * KIB)
+        file = new_file(world, content)
+        world.run(file.forget())
+        assert world.run(file.read(0, len(content))) == content
+        file.pwrite(4096, b"new" * 4096)
+        world.run(file.forget_range(0, len(content)))
+        world.run(file.sync())
+        model = content[:4096] + b"new" * 4096 + content[4 * 4096 :]
+        assert world.run(file.read(0, len(content))) == model
+        file.close()
+
     @pytest.mark.parametrize("name", ["punch", "zero"])
     def test_cleared_ranges_read_as_zeros(self, world: DiskWorld, name: str) -> None:
         content = random.Random(4).randbytes(64 * KIB)

@@ -22,7 +22,7 @@ import pytest
 
 from nbdmirror.codec.batchpure import PLACE
 from nbdmirror.config import KIB, MIB
-from nbdmirror.edge import _scatter, files, scatterpure
+from nbdmirror.edge import _scatter, files, scatterpure, zeroing
 from nbdmirror.edge.clock import LinuxClock
 from nbdmirror.edge.files import LinuxDisk
 from nbdmirror.edge.journal import KEPT_BYTES_MAX, Journal
@@ -117,7 +117,7 @@ def test_clearing_falls_back_to_writing_zeros(
         ctypes.set_errno(errno.EOPNOTSUPP)
         return -1
 
-    monkeypatch.setattr(files, "_fallocate", unsupported)
+    monkeypatch.setattr(zeroing, "_fallocate", unsupported)
     file = disk.open(f"{tmp_path}/file", create=True)
     file.pwrite(0, b"x" * 3 * MIB)
     asyncio.run(file.punch(100, 2 * MIB))

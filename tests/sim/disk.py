@@ -263,6 +263,10 @@ class SimDisk:
 
         await self.later(self.timing.sync, fault, work)
 
+    def shows_lost(self, path: str) -> bool:
+        """Whether the cache goes on to show what a failed sync of that file lost."""
+        return self._names[path].apart
+
     # For SimFile.
 
     def admit(self, operation: str, path: str) -> Fault | None:

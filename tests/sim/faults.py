@@ -71,7 +71,17 @@ WRITES = ("pwrite", "pwritev", "write")
 READS = ("pread", "try_pread", "read")
 LOOKS = ("open", "list")
 """At what is there: they change nothing, and take no space."""
-AWAITED = ("read", "write", "sync", "punch", "zero", "allocate", "sync_directory")
+AWAITED = (
+    "read",
+    "write",
+    "sync",
+    "forget",
+    "forget_range",
+    "punch",
+    "zero",
+    "allocate",
+    "sync_directory",
+)
 
 
 class Miswrites:

@@ -106,6 +106,27 @@ class SimFile:
         mark = self._inode.written
         await self._later(self._disk.timing.sync, fault, lambda: self._sync_now(fault, mark))
 
+    async def forget(self) -> None:
+        fault = self._admit("forget")
+
+        def work() -> None:
+            inode, disk = self._inode, self._disk
+            if disk.lying:
+                return
+            if fault is not None and fault.kind is not Kind.STALL:
+                inode.land_some(inode.take(inode.written), disk.random)
+            inode.forget()
+            self._told, inode.untold = inode.refused, False
+
+        await self._later(self._disk.timing.sync, fault, work)
+
+    async def forget_range(self, offset: int, length: int) -> None:
+        fault = self._admit("forget_range")
+        if not self._disk.lying:
+            await self._later(
+                self._disk.timing.read, fault, lambda: self._inode.forget_range(offset, length)
+            )
+
     async def punch(self, offset: int, length: int) -> None:
         await self._clear("punch", offset, length, hole=True)
 
@@ -270,8 +291,11 @@ class SimFile:
         self._told, inode.untold = inode.refused, False
         self._failure = fault.error(self.path)
         if fault.kind is Kind.LOSE:
-            inode.land_some(inode.take(mark), disk.random)
+            lost = inode.take(mark)
             inode.apart = disk.random.random() >= 0.5
+            if inode.apart:
+                inode.stick(lost, disk.random)
+            inode.land_some(lost, disk.random)
             if not inode.apart:  # ext4 and XFS keep the new bytes in the cache,
                 inode.cache = inode.durable.copy()  # Btrfs goes back to what is on the disk
                 for change in inode.unsynced:

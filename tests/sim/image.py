@@ -43,6 +43,11 @@ class Change:
             if bits >> index & 1:
                 yield self._part((first + index) * unit, (first + index + 1) * unit)
 
+    def pages(self) -> Iterator[tuple[int, Change]]:
+        """(page, the part in it) of what it writes or clears."""
+        for index in range(self.offset // PAGE, -(-(self.offset + self.length) // PAGE)):
+            yield index, self._part(index * PAGE, (index + 1) * PAGE)
+
     def _part(self, start: int, end: int) -> Change:
         start = max(start, self.offset)
         end = min(end, self.offset + self.length)
@@ -147,6 +152,18 @@ class Image:
             self._drop(index)
         if last in self._pages:
             self._write_page(last, used, bytes(PAGE - used))
+
+    def has(self, index: int) -> bool:
+        """Whether that page is no hole."""
+        return index in self._pages
+
+    def take(self, index: int, other: Image) -> None:
+        """A page becomes what it is in another image."""
+        self._own.pop(index, None)
+        if other.has(index):
+            self._pages[index] = bytes(other._pages[index])
+        else:
+            self._pages.pop(index, None)
 
     def allocated(self) -> int:
         """The bytes that its pages take on the disk."""

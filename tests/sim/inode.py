@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tests.sim.image import Change, Image
+from tests.sim.image import PAGE, Change, Image
 
 CHANGES_MAX = 8192  # more than these unsynced: the kernel writes the older half back by itself
 
@@ -22,6 +22,9 @@ class Inode:
     written: int = 0  # changes ever; the unsynced ones are the last len(unsynced) of them
     block_device: bool = False
     apart: bool = False  # a failed sync lost changes that the cache still shows
+    stuck: dict[int, None] = field(default_factory=dict)
+    """Pages of which the cache shows what a failed sync lost, and which ext4 takes for allocated:
+    what is written there is in the cache only, until that forgets them or they are cleared."""
     refused: int = 0  # changes that the disk did not take when they were written back
     untold: bool = False  # ... of the last of which no sync has told yet
 
@@ -29,6 +32,8 @@ class Inode:
         self.cache.put(change)
         self.unsynced.append(change)
         self.written += 1
+        if self.stuck:
+            self._unstick(change)
         if len(self.unsynced) > CHANGES_MAX:
             self.land(self.written - CHANGES_MAX // 2)
 
@@ -53,14 +58,58 @@ class Inode:
                 self.durable = self.cache.copy()
             return
         for change in self.take(mark):
-            self.durable.put(change)
+            self._land(change)
+            self.durable.resize(change.size)
+
+    def _land(self, change: Change) -> None:
+        if not self.stuck or change.data is None:
+            self.durable.put_content(change)
+            return
+        for index, part in change.pages():
+            if index not in self.stuck:
+                self.durable.put_content(part)
+
+    def _unstick(self, change: Change) -> None:
+        gone = [index for index in self.stuck if index * PAGE >= change.size]
+        if change.data is None and change.length:
+            gone += [
+                index
+                for index, part in change.pages()
+                if part.length == PAGE or part.offset + part.length == change.size
+            ]
+        for index in gone:
+            self.stuck.pop(index, None)
+
+    def stick(self, changes: Sequence[Change], rng: random.Random) -> None:
+        """Those changes are lost: some of the pages that the disk did not have before are stuck."""
+        if self.block_device:
+            return
+        for change in changes:
+            for index, _ in change.pages() if change.data is not None else ():
+                if not self.durable.has(index) and rng.random() < 0.5:
+                    self.stuck[index] = None
+
+    def forget(self) -> None:
+        """What can be written out is, and the cache is what the disk has."""
+        self.land(self.written)
+        self.cache = self.durable.copy()
+        self.apart = False
+        self.stuck.clear()
+
+    def forget_range(self, offset: int, length: int) -> None:
+        """The cache's pages within the range are the disk's, where nothing is left to write out."""
+        dirty = {index for change in self.unsynced for index, _ in change.pages()}
+        for index in range(-(-offset // PAGE), (offset + length) // PAGE):
+            if index not in dirty:
+                self.cache.take(index, self.durable)
+                self.stuck.pop(index, None)
 
     def land_some(self, changes: Sequence[Change], rng: random.Random) -> None:
         """A drawn part of some changes reaches the durable image, sector by sector."""
         sizes = rng.randint(0, len(changes))
         for position, change in enumerate(changes):
             for piece in change.torn(rng):
-                self.durable.put_content(piece)
+                self._land(piece)
             if position < sizes:
                 self.durable.resize(change.size)
         self.durable.trim()
@@ -71,6 +120,7 @@ class Inode:
             self.unsynced = []
         self.cache = self.durable.copy()
         self.apart = self.untold = False
+        self.stuck.clear()
 
     def copy(self) -> Inode:
         return Inode(
@@ -81,6 +131,7 @@ class Inode:
             self.written,
             self.block_device,
             self.apart,
+            dict(self.stuck),
             self.refused,
             self.untold,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
@@ -187,50 +186,6 @@ def test_a_sync_says_nothing_of_a_stream_that_began_after_it() -> None:
         assert facet.floor(5) == 4
         await facet.sync()
         assert facet.floor(5) == 5
-
-    run(main())
-
-
-class Beside:
-    """A file on which a thread clears just when it can do harm: between a read and a write."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.clears: list[tuple[int, int]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def pread(self, offset: int, length: int) -> bytes:
-        data: bytes = self._file.pread(offset, length)
-        self._clear()
-        return data
-
-    async def punch(self, offset: int, length: int) -> None:
-        self.clears.append((offset, length))
-        await asyncio.sleep(0.01)
-        self._clear()
-
-    def _clear(self) -> None:
-        for offset, length in self.clears:
-            self._file.pwrite(offset, bytes(length))
-        self.clears.clear()
-
-
-def test_what_is_written_over_itself_is_not_what_a_thread_was_about_to_clear() -> None:
-    """O16, O22."""
-
-    async def main() -> None:
-        facet = make(make_disk())
-        facet.write(1, 0, b"a" * 8192)
-        beside = Beside(facet.file)
-        facet.attach(beside)
-        clearing = asyncio.ensure_future(facet.apply(clear(2, codec.TRIM, 0, 4096)))
-        while not beside.clears:
-            await asyncio.sleep(0)
-        await facet.write_again(0, 8192)
-        await clearing
-        assert facet.file.pread(0, 8192) == bytes(4096) + b"a" * 4096
 
     run(main())
 

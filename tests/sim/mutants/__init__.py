@@ -20,6 +20,7 @@ from tests.sim.mutants import (  # noqa: F401
     clients,
     facets,
     logloss,
+    pagecache,
     primary,
     restores,
     resync,

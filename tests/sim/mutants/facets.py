@@ -37,12 +37,9 @@ from tests.sim.mutation import Assign, aimed, mutant, nothing
 from tests.sim.plays.facets import (
     ADDED_AND_FAILED,
     ASKED_FOR_TWICE,
-    CLEARED_AND_FAILED,
     CLEARED_UNNOTED,
-    COMPARED_AND_KILLED,
     COPIED_FROM_WHAT_LOST,
     DISTRUSTED,
-    FAILED_AND_COMPARED,
     FAILED_AT_START,
     HURRIED,
     HURRIED_UNNOTED,
@@ -400,39 +397,6 @@ def _(assign: Assign) -> None:
         return original(self, member)
 
     assign(Facets, "map_of", map_of)
-
-
-@mutant("O16 a hole in a failed facet's page cache counts as one", run=CLEARED_AND_FAILED)
-def _(assign: Assign) -> None:
-    async def clear(self: FacetCopy, offset: int, length: int) -> None:
-        if any(True for _ in self._facet.file.data_ranges(offset, length)):
-            await self._facet.punch(offset, length)
-
-    assign(FacetCopy, "_clear", clear)
-
-
-@mutant("O16 what is in the page cache counts as equal after a death", run=COMPARED_AND_KILLED)
-def _(assign: Assign) -> None:
-    original = Facets.recover
-
-    async def recover(self: Facets, *args: Any, spilled: bool) -> None:
-        before = [member.saved["failed_boot"] for member in self.members]
-        await original(self, *args, spilled=spilled)
-        for member, boot_id in zip(self.members, before, strict=True):
-            member.saved["failed_boot"] = boot_id
-
-    assign(Facets, "recover", recover)
-
-
-@mutant("O16 what a failed facet has in the page cache counts as equal", run=FAILED_AND_COMPARED)
-def _(assign: Assign) -> None:
-    original = Facets.take_out
-
-    def take_out(self: Facets, member: Member, why: str | None) -> None:
-        original(self, member, why)
-        member.saved["failed_boot"] = None
-
-    assign(Facets, "take_out", take_out)
 
 
 @mutant("M12 a clearing does not wait until a facet's failure is durable", run=CLEARED_UNNOTED)

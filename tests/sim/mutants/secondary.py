@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from nbdmirror.codec import hashing, repl
 from nbdmirror.codec import record as codec
-from nbdmirror.codec.regions import Hashes
+from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Type
-from nbdmirror.engine import comparer, opening, secondary
+from nbdmirror.engine import opening, secondary
 from nbdmirror.engine.applier import Applier
-from nbdmirror.engine.comparer import Comparer
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.node import Node
@@ -19,14 +17,11 @@ from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
-from nbdmirror.ports import Buffer
 from tests.sim.mutants.aims import RESYNCS, TWO_THERE
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.secondary import (
-    COPIES_REVERT,
     DRAINED_TWICE,
     FAILED_AND_FROZEN,
-    HOLES_REVERT,
     LOST_IN_PART,
     MOVED_AND_CUT,
     MOVED_AND_FROZEN,
@@ -191,48 +186,6 @@ def _(assign: Assign) -> None:
         return checked(self, view, next_seq)
 
     assign(Receiver, "_checked", at_once)
-
-
-@mutant(
-    "O16 what is equal in a secondary's page cache is taken to be on its disk", run=COPIES_REVERT
-)
-def _(assign: Assign) -> None:
-    assign(Comparer, "_write_again", nothing)
-
-
-@mutant("O16 equal blocks of a region that differs are taken to be on the disk", run=COPIES_REVERT)
-def _(assign: Assign) -> None:
-    original = Secondary.write_again
-    flags = bytearray()
-
-    def different(ours: bytes, theirs: bytes) -> bytearray:
-        flags[:] = hashing.different(ours, theirs)
-        return bytearray(flags)
-
-    async def write_again(self: Comparer, hashes: Hashes) -> None:
-        region = hashes.region_size
-        for index in range(hashes.count):
-            if hashes.hashes and not flags[index]:
-                at = hashes.offset + index * region
-                size = min(region, hashes.offset + hashes.length - at)
-                await original(self._secondary, hashes.volume, at, size)
-
-    assign(comparer, "different", different)
-    assign(Comparer, "_write_again", write_again)
-
-
-@mutant("O16 what reads as a hole in the page cache is one on the disk", run=HOLES_REVERT)
-def _(assign: Assign) -> None:
-    original = Secondary.place
-
-    async def place(
-        self: Secondary, volume: int, offset: int, length: int, data: Buffer | None
-    ) -> None:
-        files = [facet.file for facet in self.volumes[volume].facets]
-        if data is not None or any(list(file.data_ranges(offset, length)) for file in files):
-            await original(self, volume, offset, length, data)
-
-    assign(Secondary, "place", place)
 
 
 @mutant("M12 of a secondary's facets only the first is compared", TWO_THERE)

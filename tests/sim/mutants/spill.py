@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from nbdmirror.core.active import ActiveMap
 from nbdmirror.engine import doubt, housekeeper, node, recovery
+from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Log
-from nbdmirror.engine.recovery import Recovered
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.spill import Spill
 from nbdmirror.engine.spillfile import SpillFile
 from nbdmirror.engine.store import Store
-from nbdmirror.engine.volume import Volume
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import lost_spilled
 from tests.sim.mutation import Assign, aimed, mutant, nothing
@@ -64,18 +62,6 @@ LOSES = aimed(
     pause=0.02,
 )
 """A sync that loses pages, and the death of the process before that is noted."""
-LOSES_ALL = aimed(
-    spill=0,
-    facets=2,
-    timing=Timing(sync=(0.001, 0.1)),
-    faults={"sync loss and kill a": 4.0, "log error": 2.0, "power a": 1.0},
-    fault_gap=0.1,
-    clients=4,
-    last_facet=False,
-    operations=100,
-    pause=0.05,
-)
-"""... while the log is in memory, for its disk is gone."""
 
 
 @mutant("M4 an extent is let go though the file lacks its records")
@@ -186,31 +172,14 @@ def _(assign: Assign) -> None:
 
 @mutant("O16 after a process death what is a hole in the page cache is one", run=CLEARED_AND_KILLED)
 def _(assign: Assign) -> None:
-    original = recovery.write_anew
+    original = recovery._write_anew
 
-    async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
-        pieces = (
-            (volume, start, size)
-            for volume, offset, length in ranges
-            for facet in volume.in_service()
-            for start, size in facet.file.data_ranges(offset, length)
-        )
-        await original(volumes, list(pieces))
+    async def write_anew(facet: LocalFacet, offset: int, length: int) -> None:
+        facet.__dict__["punch"] = nothing
+        await original(facet, offset, length)
+        del facet.__dict__["punch"]
 
-    assign(doubt, "write_anew", write_anew)
-
-
-@mutant("O16 what is in the page cache is believed where the log was in memory", LOSES_ALL)
-def _(assign: Assign) -> None:
-    original = doubt.mark_doubtful
-
-    async def mark_doubtful(
-        store: Store, remotes: Any, facets: Any, recovered: Recovered, active: Any
-    ) -> None:
-        recovered = replace(recovered, volatile=False)
-        await original(store, remotes, facets, recovered, active)
-
-    assign(node, "mark_doubtful", mark_doubtful)
+    assign(recovery, "_write_anew", write_anew)
 
 
 @mutant("M4 a facet that leaves does not get the extents that it had not synced", run=LEFT)

@@ -1,0 +1,74 @@
+"""Mutants of what a failed sync leaves in the page cache (O16)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from nbdmirror.engine import doubt, node, recovery
+from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.recovery import Recovered
+from nbdmirror.engine.store import Store
+from tests.sim.mutation import Assign, mutant, nothing
+from tests.sim.plays.facets import CLEARED_AND_FAILED, COMPARED_AND_KILLED, FAILED_AND_COMPARED
+from tests.sim.plays.pagecache import (
+    WRITTEN_AND_BACK,
+    WRITTEN_AND_REDONE,
+    WRITTEN_ANEW,
+    WRITTEN_WITHOUT_LOG,
+)
+from tests.sim.plays.secondary import COPIES_REVERT, HOLES_REVERT
+
+
+def _not_at_start(assign: Assign) -> None:
+    assign(recovery, "_forget", nothing)
+
+
+def _not_at_all(assign: Assign) -> None:
+    assign(LocalFacet, "forget", nothing)
+
+
+def _not_on_return(assign: Assign) -> None:
+    assign(Facets, "attach", Facets._open)
+
+
+for rule, run in (
+    ("O16 a redo builds on what a failed sync left in the page cache", WRITTEN_AND_REDONE),
+    ("O16 what a secondary's page cache has of a failed sync counts", COPIES_REVERT),
+    ("O16 what reads as a hole in a secondary's page cache is one on the disk", HOLES_REVERT),
+):
+    mutant(rule, run=run)(_not_at_start)
+
+for rule, run in (
+    ("O16 a facet that returns builds on what a failed sync left", WRITTEN_AND_BACK),
+    ("O16 a hole in a failed facet's page cache counts as one", CLEARED_AND_FAILED),
+):
+    mutant(rule, run=run)(_not_on_return)
+
+
+for rule, run in (
+    ("O16 what is in the page cache counts as equal after a death", COMPARED_AND_KILLED),
+    ("O16 what a failed facet has in the page cache counts as equal", FAILED_AND_COMPARED),
+):
+    mutant(rule, run=run)(_not_at_all)
+
+
+@mutant("O16 what is written anew is written into the page cache only", run=WRITTEN_ANEW)
+def _(assign: Assign) -> None:
+    assign(LocalFacet, "forget_range", nothing)
+
+
+@mutant(
+    "O16 what is in the page cache is believed where the log was in memory", run=WRITTEN_WITHOUT_LOG
+)
+def _(assign: Assign) -> None:
+    original = doubt.mark_doubtful
+
+    async def mark_doubtful(
+        store: Store, remotes: Any, facets: Any, recovered: Recovered, active: Any
+    ) -> None:
+        recovered = replace(recovered, volatile=False)
+        await original(store, remotes, facets, recovered, active)
+
+    assign(node, "mark_doubtful", mark_doubtful)
