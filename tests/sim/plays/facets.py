@@ -67,8 +67,13 @@ async def _hurried(s: Script) -> None:
     await without_facet(s)
     s.mend(path)
     syncing = slow(s.world.a, "sync", path)
-    while not syncing.is_set():
-        await s.write(0, BLOCK, count=BLOCK)
+
+    async def fill() -> None:
+        while not syncing.is_set():
+            await s.write(0, BLOCK, count=BLOCK)
+
+    s.world.spawn(fill())
+    await syncing.wait()
     disk.unlink(path)
     disk.open(path, create=True).truncate(s.world.options.sizes[0])
     await s.facet("replace", path)
