@@ -43,12 +43,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def hold_standard_streams() -> None:
     """Opens /dev/null in the place of each of the three that the caller has closed: else the next
-    file that is opened is there, and lines for the journal go into it."""
+    file that is opened is there, and lines for the journal go into it. Programs that we start have
+    it as well: nbdkit refuses to run without the three."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
 
 
 def settle_garbage() -> None:

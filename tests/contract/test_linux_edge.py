@@ -455,14 +455,16 @@ def test_a_journal_that_nobody_reads_keeps_nobody_waiting() -> None:
 
 def test_a_closed_standard_stream_is_no_file_of_ours(tmp_path: Path) -> None:
     """``serve 2>&-``: the next file that was opened, a state directory's lock, would have got the
-    lines for the journal."""
+    lines for the journal. A program that we start has the same."""
+    seen = tmp_path / "seen"
     script = (
         "import os; from nbdmirror.edge.env import hold_standard_streams as hold; hold();"
-        f"open({str(tmp_path / 'seen')!r}, 'w').write(os.readlink('/proc/self/fd/2'))"
+        f"print(os.readlink('/proc/self/fd/2'), file=open('{seen}', 'w'), flush=True);"
+        f"os.system('readlink /proc/$$/fd/2 >> {seen}')"
     )
-    words = f"exec '{sys.executable}' -c \"{script}\" 2>&-"
-    subprocess.run(["/bin/sh", "-c", words], check=True)
-    assert (tmp_path / "seen").read_text() == "/dev/null"
+    argv = ["/bin/sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
+    subprocess.run(argv, check=True)
+    assert seen.read_text().split() == ["/dev/null"] * 2
 
 
 def test_what_a_first_write_let_go_comes_back_with_the_first_read(tmp_path: Path) -> None:

@@ -311,6 +311,21 @@ def test_another_python_comes_first_in_the_path(
     assert connect(alone.uri()).pread(4096, 0) == bytes(4096)
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
+def test_started_with_standard_streams_closed(alone: Node, tmp_path: Path, closed: str) -> None:
+    """What the daemon has opened in their place is there for nbdkit, which refuses to run without
+    them: it did so without a word, or seemed to have no Python plugin."""
+    alone.stop()
+    words = f'exec "$0" -m nbdmirror serve "$1" {closed}'
+    argv = ["/bin/sh", "-c", words, sys.executable, str(alone.config)]
+    daemon = Process("serve", argv, tmp_path / "output", notify=60)
+    try:
+        assert connect(alone.uri()).pread(4096, 0) == bytes(4096)
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+
+
 def test_one_process_per_state(alone: Node, tmp_path: Path) -> None:
     """A second daemon for the same state waits a moment, then refuses; the first is untouched."""
     second = tmp_path / "second.toml"
