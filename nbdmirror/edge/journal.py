@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import logging
 import os
+import select
 import threading
 from collections import deque
 
@@ -76,11 +77,17 @@ class Journal:
                 self._changed.notify_all()
 
     def _write(self, line: bytes) -> None:
-        """Where the disk is full, or nobody has the pipe open, there is no line."""
+        """Where the disk is full, or nobody has the pipe open, there is no line. A pipe that is
+        full is waited for, also one that whoever shares it with us has made not to wait."""
         rest = memoryview(line)
         with contextlib.suppress(OSError):
             while rest:
-                rest = rest[os.write(self._fd, rest) :]
+                try:
+                    rest = rest[os.write(self._fd, rest) :]
+                except BlockingIOError:
+                    room = select.poll()
+                    room.register(self._fd, select.POLLOUT)
+                    room.poll()
 
 
 class LogHandler(logging.Handler):

@@ -424,10 +424,13 @@ def test_who_tells_of_what_happened_goes_on_where_nobody_can_be_told() -> None:
     os.close(full)
 
 
-def test_a_journal_that_nobody_reads_keeps_nobody_waiting() -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_journal_that_nobody_reads_keeps_nobody_waiting(blocking: bool) -> None:
     """I8: the pipe is open, and full. What is kept has its bound (I6); what is beyond that is
-    counted, and told once somebody reads."""
+    counted, and told once somebody reads. ``blocking``: not where a program that shares our
+    stderr has made it so; lines were lost, and one cut, without a word."""
     out, into = os.pipe()
+    os.set_blocking(into, blocking)
     room = fcntl.fcntl(into, fcntl.F_GETPIPE_SZ)
     os.write(into, b"-" * room)
     journal = Journal(into)
