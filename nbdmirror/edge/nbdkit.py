@@ -47,10 +47,9 @@ LISTEN_MAX = 16
 PLUGIN = Path(__file__).with_name("nbdkit_plugin.py")
 _HIGH_FD = 64  # above all numbers that the sockets get in nbdkit
 _INSTALL = 'install nbdkit and its Python plugin, or set nbd.frontend = "native"'
-# The node in nbdkit gives its signs of life through us, so the watchdog's time is passed on.
-_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID")
-_OUR_PYTHON = {"PYTHONHOME": sys.base_prefix}
-"""Where nbdkit's Python has its library; by itself it looks beside the first python3 in PATH."""
+# The node in nbdkit gives its signs of life through us, so the watchdog's time is passed on. The
+# library is that of our Python.
+_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_PID", "PYTHONHOME")
 
 
 def supervise(config: Config, sockets: Sockets) -> int:
@@ -80,7 +79,7 @@ def _find_nbdkit() -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **_OUR_PYTHON},
+        env=_environment(program),
     )
     facts = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     version = facts.get("python_version")
@@ -194,11 +193,9 @@ class Supervisor:
         sources = [sock.fileno() for sock in self._sockets] + [writer, *others]
         # Out of the way first: a number may be both a source and a target.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in sources]
-        environment = {k: v for k, v in os.environ.items() if k not in _NOT_PASSED_ON}
-        environment |= {
+        environment = _environment(self._program) | {
             "LISTEN_FDS": str(len(self._sockets)),
             "PYTHONPATH": os.pathsep.join(_import_path()),
-            **_OUR_PYTHON,
             SUPERVISOR_FD: str(pipe),
             HANDED_ON: told,
             SUPERVISOR_PID: str(os.getpid()),
@@ -242,6 +239,14 @@ class Supervisor:
         if self._pid is not None and self._ready:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, number)
+
+
+def _environment(program: str) -> dict[str, str]:
+    """Ours, but nbdkit's Python has its library elsewhere than this one, which may be another
+    build of the same version. It looks beside the first python3 in PATH, and where there is none
+    takes the library that it was built for: so PATH has but the directory of nbdkit itself."""
+    environment = {k: v for k, v in os.environ.items() if k not in _NOT_PASSED_ON}
+    return environment | {"PATH": os.path.dirname(os.path.realpath(program))}
 
 
 def _import_path() -> list[str]:

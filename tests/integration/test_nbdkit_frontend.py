@@ -311,6 +311,27 @@ def test_another_python_comes_first_in_the_path(
     assert connect(alone.uri()).pread(4096, 0) == bytes(4096)
 
 
+def test_another_build_of_the_same_python(
+    alone: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon's Python has a library of its own, whose extension modules are not for nbdkit's
+    Python, which is of the same version but for the last number."""
+    alone.stop()
+    library = tmp_path / f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+    library.mkdir(parents=True)
+    for entry in Path(os.__file__).parent.iterdir():
+        (library / entry.name).symlink_to(entry)
+    ssl = library / "ssl.py"
+    text = ssl.read_text()
+    ssl.unlink()
+    not_in_nbdkit = "import sys\nif not sys.orig_argv: raise ImportError('undefined symbol')\n"
+    ssl.write_text(not_in_nbdkit + text)
+    monkeypatch.setenv("PYTHONHOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    alone.start()
+    assert connect(alone.uri()).pread(4096, 0) == bytes(4096)
+
+
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
 def test_started_with_standard_streams_closed(alone: Node, tmp_path: Path, closed: str) -> None:
     """What the daemon has opened in their place is there for nbdkit, which refuses to run without
