@@ -7,6 +7,9 @@ is ``nbdkit_plugin``'s, inside nbdkit. Called by ``edge.daemon.serve``.
 nbdkit is started with its sockets passed in (socket activation; it never forks then). One that
 ends unasked is started again, with a line in the journal and an event in the node, at most
 ``RESTARTS_MAX`` times in ``RESTARTS_SECONDS``. One that says why it cannot serve is not.
+
+nbdkit writes to its stderr itself, from the thread that has the interpreter: were that the journal,
+one that nobody reads would stop the node (I8). So it is a pipe to us, which is always read.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ import nbdmirror
 from nbdmirror.config import Config
 from nbdmirror.edge import env as world
 from nbdmirror.edge import signals
+from nbdmirror.edge.journal import STDERR
 from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.nbdkit_bridge import RESTARTED, SUPERVISOR_FD, SUPERVISOR_PID
 from nbdmirror.edge.net import LinuxNetwork
@@ -43,6 +48,8 @@ RESTARTS_MAX = 5
 RESTARTS_SECONDS = 60.0
 LISTEN_MAX = 16
 """Sockets that nbdkit takes over."""
+LINE_MAX = 1 << 16
+"""Of what nbdkit says: what is longer goes to the journal in pieces."""
 
 PLUGIN = Path(__file__).with_name("nbdkit_plugin.py")
 _HIGH_FD = 64  # above all numbers that the sockets get in nbdkit
@@ -166,31 +173,29 @@ class Supervisor:
 
     async def _run_nbdkit(self, previous: str) -> int:
         """One nbdkit from its start to its end; its wait status."""
-        reader, writer = os.pipe()
+        told, tell = os.pipe()
+        said, say = os.pipe()
         try:
-            self._pid = self._spawn(writer, previous)
+            self._pid = self._spawn(tell, say, previous)
         finally:
-            os.close(writer)
-        stream = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reader, "rb")
-        )
+            os.close(tell)
+            os.close(say)
         try:
-            async for line in stream:  # to the end: nobody else holds the pipe
-                self._told(json.loads(line))
+            async with _reading(told) as messages, _reading(said) as text:
+                # To the end of both: nobody else holds the pipes.
+                await asyncio.gather(self._follow(messages), _pass_on(text))
             _, status = await asyncio.to_thread(os.waitpid, self._pid, 0)
         finally:
             self._pid, self._ready = None, False
-            transport.close()
             notify(WATCHDOG)  # the time until the next one serves is ours
         return status
 
-    def _spawn(self, writer: int, previous: str) -> int:
-        """Starts nbdkit with the sockets from descriptor 3 on, and behind them the pipe and what
-        was passed for the node in it."""
+    def _spawn(self, tell: int, say: int, previous: str) -> int:
+        """Starts nbdkit with ``say`` as descriptor 2, its stderr, the sockets from 3 on, and behind
+        them ``tell`` and what was passed for the node in it."""
         pipe = FIRST_FD + len(self._sockets)
         others, told = self._passed.handed_on(pipe + 1)
-        sources = [sock.fileno() for sock in self._sockets] + [writer, *others]
+        sources = [say, *(sock.fileno() for sock in self._sockets), tell, *others]
         # Out of the way first: a number may be both a source and a target.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD) for fd in sources]
         environment = _environment(self._program) | {
@@ -209,13 +214,17 @@ class Supervisor:
             argv += ["--tls=require", f"--tls-psk={check_secret(self._config.nbd.psk_file)}"]
         argv += ["python", str(PLUGIN), f"config={self._config.path}"]
         actions: list[tuple[Any, ...]] = [
-            (os.POSIX_SPAWN_DUP2, fd, FIRST_FD + index) for index, fd in enumerate(high)
+            (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(high, STDERR)
         ]
         try:
             return os.posix_spawn(argv[0], argv, environment, file_actions=actions)
         finally:
             for fd in high:
                 os.close(fd)
+
+    async def _follow(self, messages: asyncio.StreamReader) -> None:
+        async for line in messages:
+            self._told(json.loads(line))
 
     def _told(self, message: dict[str, Any]) -> None:
         if "failed" in message:
@@ -239,6 +248,32 @@ class Supervisor:
         if self._pid is not None and self._ready:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, number)
+
+
+@contextlib.asynccontextmanager
+async def _reading(pipe: int) -> AsyncIterator[asyncio.StreamReader]:
+    """What comes out of the pipe, which is closed at the end."""
+    stream = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(pipe, "rb")
+    )
+    try:
+        yield stream
+    finally:
+        transport.close()
+
+
+async def _pass_on(text: asyncio.StreamReader) -> None:
+    """What nbdkit says, the node in it included, goes to the journal as it is, line by line."""
+    rest = b""
+    while piece := await text.read(LINE_MAX):
+        *lines, rest = (rest + piece).split(b"\n")
+        if len(rest) >= LINE_MAX:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            world.say(line.decode(errors="backslashreplace"))
+    if rest:
+        world.say(rest.decode(errors="backslashreplace"))
 
 
 def _environment(program: str) -> dict[str, str]:

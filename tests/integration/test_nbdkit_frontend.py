@@ -347,6 +347,61 @@ def test_started_with_standard_streams_closed(alone: Node, tmp_path: Path, close
         daemon.kill()
 
 
+def test_a_journal_that_nobody_reads_stops_nobody(alone: Node, tmp_path: Path) -> None:
+    """I8: stderr is a pipe that is full. nbdkit itself says which export there is not, and has the
+    interpreter meanwhile: it must not wait for anyone."""
+    alone.stop()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)  # the daemon's own end waits for room
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"-" * MIB)
+    words = 'exec "$0" -m nbdmirror serve "$1" 2>"$2"'
+    argv = ["/bin/sh", "-c", words, sys.executable, str(alone.config), str(fifo)]
+    daemon = Process("serve", argv, tmp_path / "output", notify=60)
+    try:
+        with RawClient(alone.nbd_socket) as other:
+            other.go("data")
+            for _ in range(200):  # more than what a pipe to the supervisor would take unread
+                with RawClient(alone.nbd_socket) as client:
+                    assert client.go("x" * 1000)[-1].kind == rawnbd.REP_ERR_UNKNOWN
+            other.check_usable()
+            assert alone.cli("status").code == 0
+        said = bytearray()
+
+        def told() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                said.extend(os.read(pipe, MIB))
+            return said.count(b"no export") >= 200
+
+        wait_until("what was said comes once somebody reads", told)
+        assert b"-started {" in said and b"\nnbdkit: python" in said
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+        os.close(pipe)
+
+
+def test_the_last_words_of_nbdkit_are_told(alone: Node, tmp_path: Path) -> None:
+    """All of what one says that cannot start, also without an end of line, and however long."""
+    alone.stop()
+    script = tmp_path / "nbdkit"
+    script.write_text(
+        "#!/bin/sh\n"
+        f"[ $2 = --dump-plugin ] && echo python_version={sys.version.split()[0]} && exit\n"
+        "printf '%0200000d, this is the end' 1 >&2\n"
+        "exit 3\n"
+    )
+    script.chmod(0o755)
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    result = nbdmirror("serve", str(alone.config), env=environment)
+    assert result.code == 1
+    long, end = result.err.split("1, this is the end\n")
+    assert long.replace("\n", "") == "0" * 199_999
+    assert end.startswith("nbdmirror: nbdkit ended with exit code 3 before it served")
+
+
 def test_one_process_per_state(alone: Node, tmp_path: Path) -> None:
     """A second daemon for the same state waits a moment, then refuses; the first is untouched."""
     second = tmp_path / "second.toml"
