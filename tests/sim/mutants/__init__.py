@@ -18,6 +18,7 @@ Not among them, because another rule makes them unobservable:
 from tests.sim.mutants import (  # noqa: F401
     astray,
     clients,
+    facetcommands,
     facets,
     logloss,
     pagecache,

@@ -43,8 +43,6 @@ from tests.sim.plays.facets import (
     FAILED_AT_START,
     HURRIED,
     HURRIED_UNNOTED,
-    LAST_TAKEN,
-    OUT_AND_FAILED,
     REMOVED_WHILE_SYNCED,
     SENT_FROM_WHAT_LOST,
     TAKEN_OUT_OF_TWO,
@@ -57,7 +55,6 @@ from tests.sim.plays.standins import (
     LAST_REMOVED,
     LEANED_AND_ROTTED,
     LEANED_ON_AND_REJOINED,
-    REMOVED_UNPASSED,
     STOOD_IN_AHEAD,
 )
 
@@ -313,11 +310,6 @@ def _(assign: Assign) -> None:
     assign(Rescue, "goes_on", goes_on)
 
 
-@mutant("M13 a facet is removed that alone has what was flushed", run=REMOVED_UNPASSED)
-def _(assign: Assign) -> None:
-    assign(FacetCommands, "_check_passed", lambda self, member: None)
-
-
 @mutant("M17 a new disk is known before its map is filled, durably", run=DISTRUSTED)
 def _(assign: Assign) -> None:
     original = Member.fill
@@ -350,27 +342,6 @@ def _(assign: Assign) -> None:
         raise DiskFailed(f"there is no facet {facet.path}")
 
     assign(Facets, "_of", of)
-
-
-@mutant("M8 a person takes out the last facet", run=LAST_TAKEN)
-def _(assign: Assign) -> None:
-    original, calls = FacetCommands._check_last, list[None]()
-
-    def check(self: FacetCommands, member: Member) -> None:
-        calls.append(None)
-        if len(calls) % 2:  # before the wait, not after it
-            original(self, member)
-
-    assign(FacetCommands, "_check_last", check)
-
-
-@mutant("M8 what a person took out comes back", run=OUT_AND_FAILED)
-def _(assign: Assign) -> None:
-    def serve(self: Facets, member: Member, pause: float) -> None:
-        if member.task is None or member.task.done():
-            member.task = asyncio.ensure_future(self._guard(member, pause))
-
-    assign(Facets, "serve", serve)
 
 
 @mutant("M8 a map that is being made is forgotten", run=ASKED_FOR_TWICE)

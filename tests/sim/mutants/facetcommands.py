@@ -1,0 +1,38 @@
+"""Mutants of what people ask of local facets (M8, M13, M17)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdmirror.engine.facetcommands import FacetCommands
+from nbdmirror.engine.facetmember import Member
+from nbdmirror.engine.facets import Facets
+from tests.sim.mutation import Assign, mutant
+from tests.sim.plays.facets import LAST_TAKEN, OUT_AND_FAILED
+from tests.sim.plays.standins import REMOVED_UNPASSED
+
+
+@mutant("M13 a facet is removed that alone has what was flushed", run=REMOVED_UNPASSED)
+def _(assign: Assign) -> None:
+    assign(FacetCommands, "_check_passed", lambda self, member: None)
+
+
+@mutant("M8 a person takes out the last facet", run=LAST_TAKEN)
+def _(assign: Assign) -> None:
+    original, calls = FacetCommands._check_last, list[None]()
+
+    def check(self: FacetCommands, member: Member) -> None:
+        calls.append(None)
+        if len(calls) % 2:  # before the wait, not after it
+            original(self, member)
+
+    assign(FacetCommands, "_check_last", check)
+
+
+@mutant("M8 what a person took out comes back", run=OUT_AND_FAILED)
+def _(assign: Assign) -> None:
+    def serve(self: Facets, member: Member, pause: float) -> None:
+        if member.task is None or member.task.done():
+            member.task = asyncio.ensure_future(self._guard(member, pause))
+
+    assign(Facets, "serve", serve)
