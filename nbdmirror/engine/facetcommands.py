@@ -157,8 +157,14 @@ class FacetCommands:
         if member.facet.writable:
             raise in_service
         if new is not None and new != path:
+            self._check_last(member)  # what is refused leaves no new facet behind
             await self._add(member.volume.name, new)
-            await self._remove(path)
+            try:
+                await self._remove(path)
+            except Refused:  # for what has changed meanwhile
+                with contextlib.suppress(Refused):
+                    await self._remove(new)
+                raise
             return
         if not await self._settle(member):
             raise in_service

@@ -8,8 +8,8 @@ from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from tests.sim.mutation import Assign, mutant
-from tests.sim.plays.facets import LAST_TAKEN, OUT_AND_FAILED
-from tests.sim.plays.standins import REMOVED_UNPASSED
+from tests.sim.plays.facets import BACK_WHILE_REPLACED, LAST_TAKEN, OUT_AND_FAILED
+from tests.sim.plays.standins import REMOVED_UNPASSED, REPLACED_UNPASSED
 
 
 @mutant("M13 a facet is removed that alone has what was flushed", run=REMOVED_UNPASSED)
@@ -36,3 +36,28 @@ def _(assign: Assign) -> None:
             member.task = asyncio.ensure_future(self._guard(member, pause))
 
     assign(Facets, "serve", serve)
+
+
+@mutant("M8 a replacement begins before it may be refused", run=REPLACED_UNPASSED)
+def _(assign: Assign) -> None:
+    original = FacetCommands._replace
+
+    async def replace(self: FacetCommands, path: str, new: str | None) -> None:
+        if new is None:
+            await original(self, path, new)
+            return
+        await self._add(self._facets.member(path).volume.name, new)
+        await self._remove(path)
+
+    assign(FacetCommands, "_replace", replace)
+
+
+@mutant("M8 a replacement that is refused after all leaves the new facet", run=BACK_WHILE_REPLACED)
+def _(assign: Assign) -> None:
+    original = FacetCommands._remove
+
+    async def remove(self: FacetCommands, path: str) -> None:
+        if self._facets.members[-1].facet.path != path:
+            await original(self, path)
+
+    assign(FacetCommands, "_remove", remove)

@@ -440,7 +440,25 @@ async def _offline_while_it_fails(s: Script) -> None:
     await s.in_sync()
 
 
+async def _back_while_replaced(s: Script) -> None:
+    """A person replaces a volume's only facet, which comes back by itself while the new one is
+    made: that is refused now, and the new one is not left behind."""
+    path = "/facets/v0.0"
+    await without_facet(s)
+    making = slow(s.world.a, "sync", "/state/dcm/@", 2 * RETRY_SECONDS)
+    replacing = s.world.spawn(s.facet("replace", path, "/facets/v0.2"))
+    await making.wait()
+    s.mend(path)
+    await replacing
+    facets = (await s.primary()).volumes[0].facets
+    if [facet.path for facet in facets if not facet.in_service]:
+        raise Violation("a replacement that was refused left a facet behind (M8)")
+    assert [facet.path for facet in facets] == [path]
+    await s.in_sync()
+
+
 OFFLINE_WHILE_IT_FAILS = directed(_offline_while_it_fails, facets=2)
+BACK_WHILE_REPLACED = directed(_back_while_replaced, last_facet=True)
 FAILED_AT_START = directed(_failed_at_start, spill=8 * KIB, facets=2, last_facet=True)
 HURRIED = directed(_hurried, last_facet=True)
 HURRIED_UNNOTED = directed(_hurried_unnoted, last_facet=True)

@@ -341,11 +341,14 @@ async def _removed_unpassed(s: Script) -> None:
 
 
 async def _replaced_unpassed(s: Script) -> None:
-    """A person would replace its disk, which is refused; then that is good again: the facet comes
-    back by itself."""
+    """A person would replace its disk, or the facet, which is refused: no new one is left behind.
+    Then that disk is good again: the facet comes back by itself."""
     path = "/facets/v0.0"
     await _unpassed(s, path)
     await s.facet("replace", path)
+    await s.facet("replace", path, "/facets/v0.2")
+    if len((await s.primary()).volumes[0].facets) != 1:
+        raise Violation("a replacement that was refused left a facet behind (M8)")
     s.mend(path)
     await s.facets_back()
     if not (await s.primary()).volumes[0].in_service():
