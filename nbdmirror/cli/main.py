@@ -253,7 +253,11 @@ def _add_restore(commands: argparse._SubParsersAction[Parser]) -> None:
     restore.add_argument(
         "--no-keep", dest="keep", action="store_false", help="no snapshot of the state before"
     )
-    restore.add_argument("--force", action="store_true", help="though a full comparison follows")
+    restore.add_argument(
+        "--force",
+        action="store_true",
+        help="though a full comparison follows, or a delayed secondary first applies all it has",
+    )
     changed = _command(commands, "changed", snapshot.changed, talks=True)
     changed.add_argument("volume", metavar="VOLUME")
     changed.add_argument("ranges", nargs="+", metavar="OFFSET+LENGTH")

@@ -81,6 +81,11 @@ class Applier:
         """Whether applying is held back by a person or a delay."""
         return bool(self.settings["frozen"]) or self.settings["delay"] > 0
 
+    @property
+    def delayed(self) -> bool:
+        """Whether there are records that wait for their delay to pass."""
+        return self.settings["delay"] > 0 and self.applied_seq < self._log.next_seq - 1
+
     # -- the task ----------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -178,7 +178,7 @@ class Restorer:
                 self._snapshots.busy = f"snapshot {entry['number']} is being restored"
                 try:
                     if self._node.secondary is not None:
-                        undo = await self._begin_alone(entry, indices, keep=keep)
+                        undo = await self._begin_alone(entry, indices, keep=keep, force=force)
                     else:
                         await self._begin(entry, indices, undo, force=force)
                 except OSError as error:
@@ -248,14 +248,16 @@ class Restorer:
             # Complete: from this step on the volumes read as the snapshot.
             self._started(entry, running)
 
-    async def _begin_alone(self, entry: Entry, indices: list[int], *, keep: bool) -> Entry | None:
+    async def _begin_alone(
+        self, entry: Entry, indices: list[int], *, keep: bool, force: bool
+    ) -> Entry | None:
         """On a secondary whose link is inactive (V14): its primary will compare everything.
         Returns the snapshot of the state before, which no other node has; in the middle of a
         resync that is no state to go back to, and the image from before the resync is there."""
         secondary = self._node.secondary
         assert secondary is not None
         keep = keep and bool((self._store.state["upstream"] or {}).get("consistent"))
-        await secondary.detach()
+        await secondary.detach(force=force)
         seq, undo = self._node.log.next_seq - 1, None
         if keep:
             now = self._node.env.clock.time_ns()

@@ -265,10 +265,11 @@ class Secondary:
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
 
-    async def detach(self) -> None:
+    async def detach(self, *, force: bool) -> None:
         """Something else than the primary is about to change the volumes (V14): everything is
         applied and durable, and no primary is let in until ``detached`` is taken back, which undoes
-        this. Refused while the link is active, or the node frozen."""
+        this. Refused while the link is active, or the node frozen; or, but for ``force``, while a
+        delay holds something back."""
         if self.current is not None or self._entered:  # what one began in a thread may yet land
             raise Refused(
                 f"{self.node_name} is connected to its primary: what is restored here would be "
@@ -280,6 +281,12 @@ class Secondary:
             raise Refused(
                 f"{self.node_name} is frozen: what it holds back would be applied first",
                 hint="nbdmirror apply thaw, then again; or restore it elsewhere",
+            )
+        if self.applier.delayed and not force:
+            # So would the point that a delay keeps; but nobody can thaw that, and it may be long.
+            raise Refused(
+                f"{self.node_name} is delayed: what it holds back would be applied first",
+                hint="wait until all is applied: see nbdmirror status; --force applies it now",
             )
         self.detached = True
         await self.drain()

@@ -359,7 +359,8 @@ class People:
             world.trace("people", f"restore {entry['number']} on {host.name}")
             host.restored = True
             keep = rng.random() < 0.7
-            await world.in_life(host, node.people.restore(entry["uuid"], None, True, keep, False))
+            # Forced: what a delay holds back there is applied first.
+            await world.in_life(host, node.people.restore(entry["uuid"], None, True, keep, True))
             world.fired["restored on a secondary"] += 1
             await asyncio.sleep(0.2 * rng.random())
         finally:

@@ -23,6 +23,7 @@ from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, R
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.restores import (
     NOT_RESTORED,
+    NOT_RESTORED_DELAYED,
     NOT_RESTORED_LEANING,
     NOTHING_LEFT,
     RESTORED,
@@ -100,9 +101,19 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Secondary.detach
 
-    async def detach(self: Secondary) -> None:
-        await original(self)
+    async def detach(self: Secondary, *, force: bool) -> None:
+        await original(self, force=force)
         await self.diverge({})
+
+    assign(Secondary, "detach", detach)
+
+
+@mutant("V8 a restore costs a secondary what its delay holds back", run=NOT_RESTORED_DELAYED)
+def _(assign: Assign) -> None:
+    original = Secondary.detach
+
+    async def detach(self: Secondary, *, force: bool) -> None:
+        await original(self, force=True)
 
     assign(Secondary, "detach", detach)
 

@@ -9,6 +9,8 @@ from tests.sim.faults import Fault, Kind
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
     SLOW_SECONDS,
+    all_is_there,
+    follower,
     killed,
     moment,
     power_loss,
@@ -119,6 +121,33 @@ async def _not_restored(s: Script) -> None:
     await s.in_sync()
 
 
+async def _not_restored_delayed(s: Script) -> None:
+    """A delayed secondary whose link is inactive is to be restored, which would fail: what the
+    delay holds back stays so, unless that is forced."""
+    (b,) = s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.in_sync()
+    await s.world.in_life(b, follower(b).applier.change(delay=600.0))
+    await s.write(0, 0, BLOCK, count=BLOCK)
+    await s.until(all_is_there)
+    await s.pause(on=True)
+    await asyncio.sleep(1.0)
+    assert b.node is not None
+    failed = asyncio.Event()
+    b.disk.faults = strikes("sync", "/state/restore", Fault(Kind.ERROR), failed)
+    await s._command(b.node.people.restore(uuid, None, False, True, False), b)
+    if not follower(b).applier.delayed:
+        raise Violation("a restore cost a secondary the point at which a delay keeps it (V8)")
+    assert not failed.is_set()
+    b.disk.faults = None
+    restored, b.restored = moment(s, b, "restored"), True
+    await s._command(b.node.people.restore(uuid, None, False, True, True), b)
+    assert restored.is_set() and not follower(b).applier.delayed
+    await s.pause(on=False)
+    await s.in_sync()
+
+
 async def _not_restored_leaning(s: Script) -> None:
     """A volume has no facet, and two remotes follow it; another one is to be restored, for which
     both would have to leave the log. That is refused, and both go on, without a new snapshot."""
@@ -172,6 +201,7 @@ async def _nothing_left(s: Script) -> None:
 RESTORED = directed(_restored)
 NOT_RESTORED = directed(_not_restored)
 NOTHING_LEFT = directed(_nothing_left)
+NOT_RESTORED_DELAYED = directed(_not_restored_delayed)
 NOT_RESTORED_LEANING = directed(_not_restored_leaning, facets=1, last_facet=True, remotes=2)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
 RESTORED_AND_WRITTEN = directed(_restored_and_written)
