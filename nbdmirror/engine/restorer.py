@@ -78,9 +78,12 @@ class Restorer:
             one.install()
 
     def start(self) -> None:
-        """Begins to copy what ``open`` found."""
+        """Begins to copy what ``open`` found; what one that never began has taken goes."""
         if self._running:
             self._go()
+        for entry in self._snapshots.entries:
+            if entry.get("provisional"):
+                self._take_back(entry)
 
     async def _member(self, index: int, uuid: str) -> Member:
         for member in self._snapshots.chains[index].members:
@@ -171,7 +174,9 @@ class Restorer:
         if self._node.primary is not None:
             check_remotes(self._node.primary, force=force)  # no snapshot is left by what is refused
         if keep and self._node.primary is not None:
-            undo = await self._node.people.take(indices, "restore", protected=False)
+            undo = await self._node.people.take(
+                indices, "restore", protected=False, provisional=True
+            )
         with self._undoing(undo):
             async with self._snapshots.lock:
                 self._check_idle()
@@ -205,17 +210,16 @@ class Restorer:
             raise
 
     def _take_back(self, undo: Entry) -> None:
-        if self._stopped:
-            undo["deleting"] = True  # by the next start
-            return
-        self._snapshots.give_back(undo)
-        if self._node.primary is not None:
+        undo["deleting"] = True
+        if not self._stopped:  # else the next start does it
             self._snapshots.spawn(self._forget, undo)
 
     async def _forget(self, undo: Entry) -> None:
-        """Secondaries have it too."""
-        mark = Mark(marks.DELETE, undo["uuid"], tuple(undo["volumes"]))
-        await self._need_primary().group.put_mark(mark)
+        """Secondaries have it too, and are told first: a start finds it until they are."""
+        if self._node.primary is not None:
+            mark = Mark(marks.DELETE, undo["uuid"], tuple(undo["volumes"]))
+            await self._node.primary.group.put_mark(mark)
+        await self._snapshots.delete(undo)
 
     def _closed(self, indices: list[int], while_attached: bool) -> AbstractContextManager[None]:
         """Nobody has these volumes attached, and nobody attaches them within."""
@@ -261,7 +265,9 @@ class Restorer:
         seq, undo = self._node.log.next_seq - 1, None
         if keep:
             now = self._node.env.clock.time_ns()
-            undo = await self._snapshots.take_here("restore", indices, seq, now, protected=False)
+            undo = await self._snapshots.take_here(
+                "restore", indices, seq, now, protected=False, provisional=True
+            )
         with self._undoing(undo):
             running = await self._prepare_maps(entry, indices)
             # Only now: one that cannot begin has cost nothing (X2).
@@ -298,6 +304,10 @@ class Restorer:
     def _state(
         self, entry: Entry, undo: Entry | None, seq: int, running: list[VolumeRestore]
     ) -> dict[str, Any]:
+        """The ``restore`` part of the superblock; the snapshot of the state before stays from the
+        save on in which that goes."""
+        if undo is not None:
+            del undo["provisional"]
         return {
             "snapshot": entry["uuid"],
             "undo": undo["uuid"] if undo else None,

@@ -48,6 +48,7 @@ class SnapshotCommands:
         kind: str,
         *,
         protected: bool,
+        provisional: bool = False,
         replaced: Entry | None = None,
     ) -> Entry:
         """Takes one, with the next number or that of the one that it replaces."""
@@ -68,6 +69,8 @@ class SnapshotCommands:
             else:
                 state["snapshot_number"] = number
             entry = snapshots.new_entry(volumes, kind, number, protected)
+            if provisional:
+                entry["provisional"] = True
             replaces = None if replaced is None else replaced["uuid"]
             try:
                 await snapshots.take(group, entry, replaces, self._node.env.clock.time_ns())

@@ -13,6 +13,8 @@ They are part of the superblock, oldest first::
     protected   not given up for space while there is another
     writable    whether it is exported so (V9)
     pending     its marker is logged, but may not be durable, nor what it follows in the facets
+    provisional the state before a restore that has not begun, durably: unless it does, the snapshot
+                is deleted, on secondaries too, at the latest after the next start
     deleting    what older ones need of it is on its way to them; it is not shown as usable
     giving_up   ... because of this: it will be lost, not deleted
     lost        why it is gone, if it is: kept until a person has seen it
@@ -142,10 +144,11 @@ class Snapshots:
                 entry["deleting"] = True
 
     def start(self) -> None:
-        """Goes on with deletions that a restart has cut, and those that redo came by."""
+        """Goes on with deletions that a restart has cut, and those that redo came by; with those of
+        provisional ones whoever took them does."""
         self._started = True
         for entry in list(self.entries):
-            if entry.get("deleting"):
+            if entry.get("deleting") and not entry.get("provisional"):
                 self.spawn(self.finish_delete, entry)
 
     def spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
@@ -290,12 +293,21 @@ class Snapshots:
         self.tell("snapshot", entry)
 
     async def take_here(
-        self, kind: str, volumes: Sequence[int], seq: int, now: int, *, protected: bool
+        self,
+        kind: str,
+        volumes: Sequence[int],
+        seq: int,
+        now: int,
+        *,
+        protected: bool,
+        provisional: bool = False,
     ) -> Entry:
         """Takes one that only this node has, after record ``seq``: nothing may change the volumes
         meanwhile. OSError or DiskFailed."""
         entry = self.new_entry(volumes, kind, 0, protected)
         entry.update(seq=seq, after=seq, time_ns=now)
+        if provisional:
+            entry["provisional"] = True
         await self.plan(entry)
         self.tell("snapshot", entry)
         return entry

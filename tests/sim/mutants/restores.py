@@ -18,10 +18,13 @@ from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.restore import VolumeRestore
 from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.secondary import Secondary
+from nbdmirror.engine.snapshots import Entry
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutants.aims import ALONE, BESIDE, INSCRIBED, LEANING, LEAVING, RESTORES
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.restores import (
+    FORGOTTEN_AND_CUT,
+    NEVER_BEGUN,
     NOT_RESTORED,
     NOT_RESTORED_DELAYED,
     NOT_RESTORED_LEANING,
@@ -94,7 +97,33 @@ def _(assign: Assign) -> None:
 
 @mutant("V14 a restore that did not begin leaves a snapshot at secondaries", run=NOTHING_LEFT)
 def _(assign: Assign) -> None:
-    assign(Restorer, "_forget", nothing)
+    async def forget(self: Restorer, undo: Entry) -> None:
+        await self._snapshots.delete(undo)
+
+    assign(Restorer, "_forget", forget)
+
+
+@mutant("V14 a restore that did not begin tells secondaries last", run=FORGOTTEN_AND_CUT)
+def _(assign: Assign) -> None:
+    original = Restorer._forget
+
+    async def forget(self: Restorer, undo: Entry) -> None:
+        await self._snapshots.delete(undo)
+        await original(self, undo)
+
+    assign(Restorer, "_forget", forget)
+
+
+@mutant("V14 a start does not know of a restore that never began", run=NEVER_BEGUN)
+def _(assign: Assign) -> None:
+    original = Restorer.start
+
+    def start(self: Restorer) -> None:
+        for entry in self._snapshots.entries:
+            entry.pop("provisional", None)
+        original(self)
+
+    assign(Restorer, "start", start)
 
 
 @mutant("X2 a restore that cannot begin costs a secondary its consistency", run=NOT_RESTORED)

@@ -198,9 +198,57 @@ async def _nothing_left(s: Script) -> None:
     await s.in_sync()
 
 
+async def _never_begun(s: Script) -> None:
+    """The node stops, or its process dies, when a restore has taken the snapshot of the state
+    before, and has yet to begin: after the start that one is there no more, on either node."""
+    a, (b,) = s.world.a, s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, count=BLOCK)
+    for end in (s.stop, s.kill):
+        await s.in_sync()
+        node, taken = await s.primary(), moment(s, b, "snapshot")
+        preparing = slow(a, "sync", "/state/restore", 2 * SLOW_SECONDS)
+        s.world.spawn(s._command(node.people.restore(uuid, None, True, True, False)))
+        await preparing.wait()
+        await taken.wait()
+        ended = end(a)
+        if ended is not None:
+            await ended
+        await s.world.start(a)
+        await s.in_sync()
+        await asyncio.sleep(1.0)
+        for host in (a, b):
+            assert host.node is not None and host.node.store.state.get("restore") is None
+            if [entry["uuid"] for entry in host.node.snapshots.usable()] != [uuid]:
+                raise Violation(f"a restore that never began left a snapshot at {host.name} (V14)")
+
+
+async def _forgotten_and_cut(s: Script) -> None:
+    """A restore cannot begin, and power fails as the snapshot of the state before is deleted on the
+    primary: the secondary has been told by then."""
+    a, (b,) = s.world.a, s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    node, deleted = await s.primary(), moment(s, a, "snapshot-deleted")
+    a.disk.faults = strikes("sync", "/state/restore", Fault(Kind.ERROR), asyncio.Event())
+    await s._command(node.people.restore(uuid, None, True, True, False))
+    await deleted.wait()
+    await power_loss(s, a)
+    await s.in_sync()
+    await asyncio.sleep(1.0)
+    assert b.node is not None
+    if [entry["uuid"] for entry in b.node.snapshots.usable()] != [uuid]:
+        raise Violation("a restore that could not begin left a snapshot at the secondary (V14)")
+
+
 RESTORED = directed(_restored)
 NOT_RESTORED = directed(_not_restored)
 NOTHING_LEFT = directed(_nothing_left)
+NEVER_BEGUN = directed(_never_begun)
+FORGOTTEN_AND_CUT = directed(_forgotten_and_cut)
 NOT_RESTORED_DELAYED = directed(_not_restored_delayed)
 NOT_RESTORED_LEANING = directed(_not_restored_leaning, facets=1, last_facet=True, remotes=2)
 RESTORED_WITHOUT_LOG = directed(_restored_without_log)
