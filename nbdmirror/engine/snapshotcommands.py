@@ -110,17 +110,18 @@ class SnapshotCommands:
     async def export(self, spec: str, writable: bool) -> dict[str, Any]:
         """How a snapshot is attached; ``writable`` holds for clients that attach from now on."""
         entry = self._find(spec)
+        found = [u for v in self._served(entry) for u in uris(self._node.config, v.name)]
         if writable and not entry["writable"]:
             if entry["kind"] == "resync":
                 raise Refused("the last consistent image is not to be changed")
+            if not found:
+                raise NbdmirrorError(
+                    "the daemon has no address at which clients attach",
+                    hint="name one in [nbd] listen, and restart the daemon",
+                )
             entry["writable"] = True
             await self._node.store.save()
-        served = [self._exports.serve(entry, index) for index in entry["volumes"]]
-        config = self._node.config
-        return {
-            "writable": entry["writable"],
-            "uris": [u for v in served for u in uris(config, v.name)],
-        }
+        return {"writable": entry["writable"], "uris": found}
 
     async def restore(
         self, spec: str, volume: str | None, while_attached: bool, keep: bool, force: bool

@@ -120,7 +120,7 @@ class World:
             group="g",
             node=name,
             state_dir="/state",
-            nbd=NbdConfig(),
+            nbd=NbdConfig(("unix:/nbd",)),
             admin=AdminConfig(socket=""),
             log=LogConfig(
                 size=options.log_size if primary else options.remote_log_size,

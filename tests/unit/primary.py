@@ -41,7 +41,7 @@ class Primary:
             group="g",
             node="a",
             state_dir="/state",
-            nbd=NbdConfig(),
+            nbd=NbdConfig(("unix:/nbd",)),
             admin=AdminConfig(socket=""),
             log=LogConfig(size=1 << 20, hot_extents=61),
             volumes=tuple(

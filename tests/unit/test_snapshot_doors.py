@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from nbdmirror.codec.nbd import ExportInfo
 from nbdmirror.codec.nbdhandshake import Forbidden
-from nbdmirror.config import AccessConfig
+from nbdmirror.config import AccessConfig, NbdConfig
 from nbdmirror.engine.access import Client, Rules
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.methods import METHODS
-from nbdmirror.errors import Refused, UsageError
+from nbdmirror.errors import NbdmirrorError, Refused, UsageError
 from tests.unit import nbdclient as c
 from tests.unit.primary import Primary, primary
 
@@ -56,6 +57,22 @@ def test_diff_of_a_volume_that_is_not_there_is_not_empty() -> None:
         for name, words in (("x", "no volume 'x'"), ("w", "volume w is not in snapshot 1")):
             with pytest.raises(UsageError, match=words):
                 world.node.people.diff("1", None, name)
+
+    primary(test)
+
+
+def test_one_that_no_client_can_attach_is_not_made_writable() -> None:
+    """V9: what the command says it cannot do is not done; to look is no failure."""
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        world.node.config = replace(world.config, nbd=NbdConfig())
+        people = world.node.people
+        with pytest.raises(NbdmirrorError, match="no address at which clients attach"):
+            await people.export("1", True)
+        assert await people.export("1", False) == {"writable": False, "uris": []}
+        await world.restart(cut=True)
+        assert [found["writable"] for found in world.node.people.list()] == [False]
 
     primary(test)
 
