@@ -14,7 +14,7 @@ from tests.sim.plays.clients import (
     LEFT_WHILE_FORCED,
     LEFT_WHILE_GIVEN_UP,
 )
-from tests.sim.plays.facets import OFFLINE_WHILE_IT_FAILS
+from tests.sim.plays.facetcommands import OFFLINE_WHILE_IT_FAILS
 from tests.sim.plays.remotes import PAUSED_AND_LOST
 from tests.sim.plays.standins import FLUSHED_BESIDE_ANOTHER
 

@@ -8,7 +8,11 @@ from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from tests.sim.mutation import Assign, mutant
-from tests.sim.plays.facets import BACK_WHILE_REPLACED, LAST_TAKEN, OUT_AND_FAILED
+from tests.sim.plays.facetcommands import (
+    BACK_WHILE_REPLACED,
+    LAST_TAKEN,
+    OUT_AND_FAILED,
+)
 from tests.sim.plays.standins import REMOVED_UNPASSED, REPLACED_UNPASSED
 
 

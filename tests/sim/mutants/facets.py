@@ -34,6 +34,7 @@ from nbdmirror.errors import DiskFailed
 from tests.sim.faults import Timing
 from tests.sim.mutants.aims import LOST, lost_spilled
 from tests.sim.mutation import Assign, aimed, mutant, nothing
+from tests.sim.plays.facetcommands import TAKEN_OUT_OF_TWO
 from tests.sim.plays.facets import (
     ADDED_AND_FAILED,
     ASKED_FOR_TWICE,
@@ -45,7 +46,6 @@ from tests.sim.plays.facets import (
     HURRIED_UNNOTED,
     REMOVED_WHILE_SYNCED,
     SENT_FROM_WHAT_LOST,
-    TAKEN_OUT_OF_TWO,
 )
 from tests.sim.plays.remotes import PAUSED_AND_LOST, PAUSED_BOTH
 from tests.sim.plays.standins import (
