@@ -25,6 +25,12 @@ class FacetCommands:
         self._facets = facets
         self._disk = disk
         self._lock = asyncio.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """No facet begins to return any more: nobody would end that, whatever becomes of a command
+        that is under way."""
+        self._stopped = True
 
     async def do(self, action: str, path: str, other: str | None) -> None:
         """One of the commands; ``other`` is the volume to add to, or the path of the new facet."""
@@ -58,7 +64,7 @@ class FacetCommands:
         try:
             self._check_last(member)  # another one may have failed meanwhile
         except Refused:
-            facets.serve(member, pause=0.0)
+            self._serve(member)
             raise
         # Both or neither, whenever somebody saves.
         member.saved["offline"] = True
@@ -102,7 +108,7 @@ class FacetCommands:
             return
         member.saved.update(offline=False, why=None)
         await self._facets.store.save()
-        self._facets.serve(member, pause=0.0)
+        self._serve(member)
 
     async def _add(self, volume_name: str, path: str) -> None:
         """A further facet for a volume in use (M17); what is there is compared, not trusted."""
@@ -131,7 +137,7 @@ class FacetCommands:
         facets.store.state["volumes"][volume.index]["facets"].append(saved)
         await facets.store.save()
         facets.events.emit("facet-added", volume=volume.name, facet=path)
-        facets.serve(member, pause=0.0)
+        self._serve(member)
 
     async def _remove(self, path: str) -> None:
         """Forgets a facet; its file stays (M17). Refused if it is the last in service."""
@@ -178,7 +184,7 @@ class FacetCommands:
             member.saved["offline"] = False
             await self._facets.store.save()
         finally:  # its attempts to return were ended above, whatever has become of the command
-            self._facets.serve(member, pause=0.0)
+            self._serve(member)
 
     async def _settle(self, member: Member) -> bool:
         """Before a facet out of service gets another file: that it failed may still be about to be
@@ -189,8 +195,12 @@ class FacetCommands:
             await self._facets.lost(member.volume, facet)
         await self._facets.end(member)
         if facet.writable and not facet.in_service:
-            self._facets.serve(member, pause=0.0)
+            self._serve(member)
         return not facet.writable
+
+    def _serve(self, member: Member) -> None:
+        if not self._stopped:
+            self._facets.serve(member, pause=0.0)
 
     async def _make_file(self, path: str, size: int) -> None:
         """A file that is not there is made, as large as the volume."""

@@ -12,6 +12,7 @@ from tests.sim.plays.facetcommands import (
     BACK_WHILE_REPLACED,
     LAST_TAKEN,
     OUT_AND_FAILED,
+    STOPPED_AND_REPLACED,
 )
 from tests.sim.plays.standins import REMOVED_UNPASSED, REPLACED_UNPASSED
 
@@ -65,3 +66,13 @@ def _(assign: Assign) -> None:
             await original(self, path)
 
     assign(FacetCommands, "_remove", remove)
+
+
+@mutant("M8 a facet begins to return after a stop", run=STOPPED_AND_REPLACED)
+def _(assign: Assign) -> None:
+    assign(FacetCommands, "stop", lambda self: None)
+
+
+@mutant("M8 a replacement that is refused ends a facet's return", run=REPLACED_UNPASSED)
+def _(assign: Assign) -> None:
+    assign(FacetCommands, "_serve", lambda self, member: None)

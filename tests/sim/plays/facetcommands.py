@@ -105,8 +105,37 @@ async def _back_while_replaced(s: Script) -> None:
     await s.in_sync()
 
 
+async def _stopped_and_replaced(s: Script) -> None:
+    """A stop cuts the command by which a person replaces a facet's disk: that facet does not begin
+    to return, for nobody would end that any more."""
+    a, path = s.world.a, "/facets/v0.0"
+    s.spoil(path)
+    await s.write(0, 0)
+    await s.until(lambda node: len(node.volumes[0].in_service()) == 1)
+    s.mend(path)
+    node, making = await s.primary(), slow(a, "sync", path, 2 * SLOW_SECONDS)
+    assert node.facets is not None
+    member, ends = node.facets.member(path), node.doors.end_control
+    asked = s.world.loop.spawn(a.life, node.facet("replace", path))
+
+    async def end_control() -> None:
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        await ends()
+
+    setattr(node.doors, "end_control", end_control)  # noqa: B010
+    await making.wait()
+    await s.stop(a)
+    if member.task is not None and not member.task.done():
+        raise Violation("a facet begins to return after a stop (M8)")
+    await s.world.start(a)
+    await s.facets_back()
+    await s.in_sync()
+
+
 OFFLINE_WHILE_IT_FAILS = directed(_offline_while_it_fails, facets=2)
 BACK_WHILE_REPLACED = directed(_back_while_replaced, last_facet=True)
+STOPPED_AND_REPLACED = directed(_stopped_and_replaced, facets=2)
 LAST_TAKEN = directed(_last_taken, facets=2)
 OUT_AND_FAILED = directed(_out_and_failed, facets=2)
 TAKEN_OUT_OF_TWO = directed(_taken_out_of_two, spill=8 * KIB, facets=2)
