@@ -118,8 +118,7 @@ async def redo(
     in_doubt = power_loss or memory_lost
     unfinished = not in_doubt and await _is_unfinished(log, forks, volumes)
     behind = await _behind(store, log, forks, in_doubt=in_doubt or unfinished)
-    if behind:
-        healing = []
+    healing = [] if behind else healing
     if not (memory_lost or volatile):
         held = only_healing or (behind and state["role"] == "primary")
         await _forget(healing if held else [f for v in volumes for f in v.facets])
