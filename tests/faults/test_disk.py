@@ -2,9 +2,9 @@
 
 After a sync of what nobody else holds failed, no success is replied any more, not even if the
 next sync says "ok"; the daemon ends with exit code 1 and says which file and what to do; started
-again, it is as after any death: nothing is lost that is still in the page cache or on the disk.
-Where somebody else holds it the node goes on: ``test_facets``, ``test_no_facet`` and
-``test_log_loss``.
+again, it is as after any death: nothing is lost that the log has, or the disk. Where somebody else
+holds it the node goes on: ``test_facets``, ``test_no_facet`` and ``test_log_loss``; what ext4 makes
+of what is written again: ``test_thin``.
 """
 
 from __future__ import annotations
