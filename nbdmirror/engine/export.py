@@ -208,7 +208,9 @@ class ExportConnection(asyncio.BufferedProtocol):
         requests = session.received(nbytes) if not self._leaving else []
         if self._volume is None:
             self._haggle()
-        if requests:
+        if self._gone:
+            self._backlog += requests
+        elif requests:
             self._execute(requests)
         if session.need > SLAB_BYTES or self._long:
             self._hold_long(session.need)
@@ -240,7 +242,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._starved = not self._held.receiving(need if self._long else 0)
 
     def _room_again(self) -> None:
-        if self._transport is None:
+        if self._volume is None:
             return
         if self._starved:
             self._hold_long(self._session.need)
@@ -259,6 +261,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         transport, session = self._transport, self._session
         if transport is None:
             session.take_output()
+            if self._volume is not None and not self._outstanding:
+                self._leave()
             return
         output = session.take_output()
         if output:
@@ -268,12 +272,19 @@ class ExportConnection(asyncio.BufferedProtocol):
                 transport.writelines(output)
             if not self._writable:
                 self._held.unread(transport.get_write_buffer_size())
-        if session.closing or (
-            session.disconnect_requested and not self.underway.tasks and not self._backlog
-        ):
+        if session.closing or (session.disconnect_requested and not self._outstanding):
             transport.close()
         else:
             self._throttle()
+
+    @property
+    def _outstanding(self) -> bool:
+        return bool(self.underway.tasks or self._backlog)
+
+    @property
+    def _vanished(self) -> bool:
+        """It has hung up, and no goodbye has been found."""
+        return self._gone and not self._session.disconnect_requested
 
     def pause_writing(self) -> None:
         """The client does not read its replies."""
@@ -291,37 +302,48 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     def _throttle(self) -> None:
         """Takes more from the client only while its replies go out, its requests are few, and there
-        is memory for what waits; what it has room for already, it may send to its end."""
+        is memory for what waits; what it has room for already, it may send to its end. Behind a
+        goodbye nothing is read: an end that is seen there cuts the replies off."""
         tasks = self.underway.tasks
         if self._backlog and not tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
         limit = self._server.limits.requests_max
         few = len(tasks) < limit or self._long
-        reading = self._writable and few and (not self._backlog or self._long)
-        reading = reading and not self._starved and not self._leaving
+        able = self._writable and not self._starved and not self._leaving
+        reading = able and few and (not self._backlog or self._long)
+        reading = reading and not self._session.disconnect_requested
         if reading and self._budget.free <= 0 and self._held.bytes and not self._long:
             self._held.wait()
             reading = False
+        if self._vanished and not reading:
+            reading = able and len(self._backlog) <= limit
+            if not reading:
+                self._abort()
         if reading != self._reading and self._transport is not None:
             self._reading = reading
             if reading:
                 self._transport.resume_reading()
             else:
                 self._transport.pause_reading()
-        if self._gone and not reading and not self._session.disconnect_requested:
-            self._abort()
 
     def _hung_up(self) -> None:
-        """Where it is read from, that comes to its end by itself. Else what waits is not made any
-        more, as in ``connection_lost``; but who has said goodbye does not send it again."""
+        """What it had sent is received to its end, as far as there is room: where a goodbye comes
+        of it, all is done in its turn. Until then nothing more is begun."""
         self._gone = True
         self._throttle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """What is not made yet is not made any more: the client has none of it confirmed, sends it
-        again elsewhere, and what it writes after that must not be under it."""
+        again elsewhere, and what it writes after that must not be under it (I3). Who has said
+        goodbye does not: all that it asked for is done, though nobody hears of it."""
         self._transport = None
         self._unwatch()
+        if self._session.disconnect_requested and self._outstanding:
+            self.resume_writing()
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
         self.underway.leave()
         self._arrival.leave()
         if self._volume is not None:
@@ -344,6 +366,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._send()
             if self._transport is not None:
                 self._transport.close()
+        self._leave()
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -392,7 +415,7 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     def _work_off(self) -> None:
         """Goes on with requests that had to wait for others to be answered."""
-        if self._backlog and self._volume is not None:
+        if self._backlog and self._volume is not None and not self._vanished:
             if not self._full(0):
                 requests, self._backlog = self._backlog, []
                 self._execute(requests)

@@ -253,6 +253,42 @@ def test_what_comes_before_a_disconnect_is_done(
     assert handle.pread(4096, 63 * MIB) == b"W" * 4096
 
 
+@pytest.mark.parametrize(("count", "more"), [(3, 0), (4, 0), (4, 3)])
+def test_who_says_goodbye_and_hangs_up_has_its_requests_made(
+    make_cluster: MakeCluster, attached: Attach, count: int, more: int
+) -> None:
+    """NBD_CMD_DISC, I6: though no reply can reach it. Where four writes wait nothing more is read,
+    neither the goodbye nor what comes before it. Then its place and its memory are free."""
+    cluster = make_cluster(on_full="block", log_size=16 * MIB)
+    cluster.primary.keys["limits"] = ["requests_max = 4"]
+    cluster.primary.write_config()
+    cluster.start()
+    cluster.proxy.refuse()
+    cluster.primary.until("is away", lambda one: one["link"] == "disconnected")
+    fill_log(attached(cluster), 32 * KIB)
+    places = [PLACE + number * MIB // 4 for number in range(count + more)]
+    gone = attached(cluster)
+    for cookie, place in enumerate(places[:count]):
+        gone.send(write(cookie, place, b"d" * 33 * KIB, FUA))
+        time.sleep(0.1)
+    rest = [write(count + n, place, b"d" * KIB) for n, place in enumerate(places[count:])]
+    gone.send(b"".join(rest) + request(DISC, 99, 0, 0))
+    time.sleep(0.3)
+    gone.socket.close()
+    time.sleep(1)
+    cluster.proxy.heal()
+    cluster.wait_in_sync()
+
+    def held() -> tuple[int, int]:
+        connections = cluster.primary.status()["connections"]
+        return connections["nbd"]["open"], connections["memory"]["used"]
+
+    wait_until("nothing is kept of it", lambda: held() == (1, 0) or None)
+    handle = connect(cluster.primary.uri())
+    assert [handle.pread(1, place) for place in places] == [b"d"] * len(places)
+    cluster.check_in_sync()
+
+
 def test_who_waits_for_memory_is_woken(make_cluster: MakeCluster, attached: Attach) -> None:
     """I6: others have all of it, and give it back little by little, while a request waits and a
     long one is half received."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,8 @@ from tests.unit.primary import Primary, primary
 
 FLAGS = b"\0\0\0\3"
 READ = struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, 0, 512)
+WRITE = struct.pack(">IHHQQI", 0x25609513, 1, 1, 8, 0, 512) + b"w" * 512
+DISC = struct.pack(">IHHQQI", 0x25609513, 0, 2, 9, 0, 0)
 
 
 class Wire(Recorder):
@@ -59,6 +62,74 @@ def test_a_request_that_meets_a_defect_is_answered(monkeypatch: pytest.MonkeyPat
         assert len(errors) == 1 and "nobody thought of this" in str(errors)
         errors.clear()
         protocol.connection_lost(None)
+
+    primary(test)
+
+
+@pytest.mark.parametrize("goodbye", [False, True])
+def test_what_is_read_of_who_has_hung_up_waits_for_its_goodbye(goodbye: bool) -> None:
+    """NBD_CMD_DISC, I3: it comes last, if it comes. Without it nothing is begun."""
+
+    async def test(world: Primary) -> None:
+        volume, server = world.node.volumes[0], world.node.exports
+        assert server is not None
+        told: list[Callable[[], object]] = []
+
+        def watch(
+            transport: asyncio.BaseTransport, gone: Callable[[], object]
+        ) -> Callable[[], None]:
+            told.append(gone)
+            return told.clear
+
+        server.watch = watch
+        protocol, wire = server.connection(), Wire()
+        protocol.connection_made(wire)
+        feed(protocol, FLAGS + go(b"v"))
+        told[0]()
+        feed(protocol, WRITE)
+        await asyncio.sleep(0.1)
+        assert not wire.closed and bytes(await volume.read(0, 1)) == b"\0"
+        if goodbye:
+            feed(protocol, DISC)
+            await asyncio.sleep(0.1)
+            assert wire.closed
+        protocol.connection_lost(None)
+        await asyncio.sleep(0.1)
+        assert bytes(await volume.read(0, 1)) == (b"w" if goodbye else b"\0")
+        assert not server.connections and not volume.clients and not server.budget.used
+
+    primary(test)
+
+
+@pytest.mark.parametrize("goodbye", [False, True])
+def test_what_waits_when_a_connection_is_lost(
+    monkeypatch: pytest.MonkeyPatch, goodbye: bool
+) -> None:
+    """NBD_CMD_DISC, I3, I6: behind a goodbye it is done, and it is counted until then."""
+
+    async def test(world: Primary) -> None:
+        volume, server = world.node.volumes[0], world.node.exports
+        assert server is not None
+        room, made = asyncio.Event(), asyncio.Event()
+
+        async def write(*_: Any, **__: Any) -> None:
+            await room.wait()
+            made.set()
+
+        monkeypatch.setattr(server.group, "write", write)
+        protocol, wire = server.connection(), Wire()
+        protocol.connection_made(wire)
+        feed(protocol, FLAGS + go(b"v"))
+        feed(protocol, WRITE + DISC * goodbye)
+        await asyncio.sleep(0.1)
+        protocol.connection_lost(None)
+        await asyncio.sleep(0.1)
+        assert bool(server.connections) == bool(server.budget.used) == bool(volume.clients)
+        assert bool(volume.clients) == goodbye
+        room.set()
+        await asyncio.sleep(0.1)
+        assert made.is_set() == goodbye
+        assert not server.connections and not volume.clients and not server.budget.used
 
     primary(test)
 
