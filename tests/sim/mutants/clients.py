@@ -9,6 +9,7 @@ from nbdmirror.engine import activemap, facet, facets, snapshots
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.rescue import Rescue
 from tests.sim.mutation import Assign, mutant
+from tests.sim.plays.awaited import FLUSHED_BESIDE_ANOTHER
 from tests.sim.plays.clients import (
     LEFT_WHILE_FACET_FAILS,
     LEFT_WHILE_FORCED,
@@ -16,7 +17,6 @@ from tests.sim.plays.clients import (
 )
 from tests.sim.plays.facetcommands import OFFLINE_WHILE_IT_FAILS
 from tests.sim.plays.remotes import PAUSED_AND_LOST
-from tests.sim.plays.standins import FLUSHED_BESIDE_ANOTHER
 
 
 async def _cut(task: asyncio.Task[None]) -> None:

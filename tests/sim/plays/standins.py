@@ -189,48 +189,9 @@ async def _flushed_by_one_of_two(s: Script) -> None:
     s.mend("/facets/v0.0")
 
 
-async def _flushed_beside_another(s: Script) -> None:
-    """Both volumes have lost their facets, the log is in memory. Two remotes have the first volume,
-    the second one alone has the other, as after a verify that found what differs; its link is lost
-    for a moment, in which the first volume is flushed: that waits for it."""
-    net, path = s.world.net, "/facets/v1.0"
-    await without_log(s)
-    await s.in_sync()
-    await without_facet(s)
-    s.spoil(path)
-    await s.write(1, 0)
-    await s.until(lambda node: not node.volumes[1].in_service())
-    await s.flush()
-    node = await s.primary()
-    assert node.primary is not None
-    first, second = node.primary.remotes
-    net.reset("a", first.name)
-    net.cut("a", first.name)
-    await s.until(lambda node: first.reads is None)
-    first.mark(1, 0, BLOCK)
-    first.doubt("a verify found 1 regions that differ")
-    await first.sync_maps()
-    net.reset("a", second.name)
-    net.cut("a", second.name)
-    net.heal("a", first.name)
-    await s.until(lambda node: first.reads is not None)
-    await s.write(0, 2)
-    flushing = s.world.spawn(s.flush())
-    await asyncio.sleep(SLOW_SECONDS)
-    net.heal("a", second.name)
-    await flushing
-    before = s.succeeded
-    await s.read(1, 0, 1)
-    if s.succeeded == before:
-        raise Violation("a volume lost the only remote that has it for a flush of another (M11)")
-    s.mend(path)
-    s.mend("/facets/v0.0")
-    await s.facets_back()
-
-
 async def _flushed_while_forced_out(s: Script) -> None:
-    """The same, when both had all; but the first remote is about to leave the log, which is not
-    durable yet, as something is flushed."""
+    """The same, but the first remote is about to leave the log, which is not durable yet, as
+    something is flushed."""
     world, a = s.world, s.world.a
     await without_log(s)
     await s.in_sync()
@@ -480,7 +441,6 @@ FLUSHED_WHILE_REDONE = directed(_flushed_while_redone, last_facet=True)
 BACK_WHILE_FLUSHED = directed(_back_while_flushed, last_facet=True)
 PASSED_AND_FLUSHED = directed(_passed_and_flushed, last_facet=True)
 FLUSHED_BY_ONE_OF_TWO = directed(_flushed_by_one_of_two, last_facet=True, remotes=2)
-FLUSHED_BESIDE_ANOTHER = directed(_flushed_beside_another, last_facet=True, remotes=2)
 FLUSHED_WHILE_FORCED_OUT = directed(_flushed_while_forced_out, last_facet=True, remotes=2)
 FROZEN_AND_FULL = directed(_frozen_and_full, last_facet=True, remotes=2)
 FROZEN_AND_ALONE = directed(_frozen_and_alone, last_facet=True)

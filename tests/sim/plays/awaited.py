@@ -1,0 +1,53 @@
+"""Plays of a volume without a facet whose remote is out of reach: what waits for it, how long, and
+what is told (M11, X4)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.sim.directed import directed
+from tests.sim.oracle import Violation
+from tests.sim.plays.stage import SLOW_SECONDS, without_facet, without_log
+from tests.sim.script import BLOCK, Script
+
+
+async def _flushed_beside_another(s: Script) -> None:
+    """Both volumes have lost their facets, the log is in memory. Two remotes have the first volume,
+    the second one alone has the other, as after a verify that found what differs; its link is lost
+    for a moment, in which the first volume is flushed: that waits for it."""
+    net, path = s.world.net, "/facets/v1.0"
+    await without_log(s)
+    await s.in_sync()
+    await without_facet(s)
+    s.spoil(path)
+    await s.write(1, 0)
+    await s.until(lambda node: not node.volumes[1].in_service())
+    await s.flush()
+    node = await s.primary()
+    assert node.primary is not None
+    first, second = node.primary.remotes
+    net.reset("a", first.name)
+    net.cut("a", first.name)
+    await s.until(lambda node: first.reads is None)
+    first.mark(1, 0, BLOCK)
+    first.doubt("a verify found 1 regions that differ")
+    await first.sync_maps()
+    net.reset("a", second.name)
+    net.cut("a", second.name)
+    net.heal("a", first.name)
+    await s.until(lambda node: first.reads is not None)
+    await s.write(0, 2)
+    flushing = s.world.spawn(s.flush())
+    await asyncio.sleep(SLOW_SECONDS)
+    net.heal("a", second.name)
+    await flushing
+    before = s.succeeded
+    await s.read(1, 0, 1)
+    if s.succeeded == before:
+        raise Violation("a volume lost the only remote that has it for a flush of another (M11)")
+    s.mend(path)
+    s.mend("/facets/v0.0")
+    await s.facets_back()
+
+
+FLUSHED_BESIDE_ANOTHER = directed(_flushed_beside_another, last_facet=True, remotes=2)
