@@ -64,9 +64,10 @@ class Rescue:
         following = self.following(volume)
         if not following:
             return nobody(volume)
-        what = f"no facet of volume {volume.name} is in service, and remote {following[0].name}"
-        if not self.goes_on(volume) and following[0].facts["paused"]:
-            hint = f"nbdmirror resume {following[0].name} goes on with it, if it holds that still"
+        remote = next((one for one in following if not one.facts["paused"]), following[0])
+        what = f"no facet of volume {volume.name} is in service, and remote {remote.name}"
+        if not self.goes_on(volume) and remote.facts["paused"]:
+            hint = f"nbdmirror resume {remote.name} goes on with it, if it holds that still"
             return VolumeFailed(f"{what} is paused", hint=hint)
         why = self._unanswered.get(volume, "could not be asked")
         hint = "bring the remote back, or a facet: see nbdmirror status"
@@ -206,9 +207,10 @@ class Rescue:
             late = loop.time() >= end
             if any(remote.durable_seq >= seq for remote in self.following(volume)):
                 for remote in self._lacking(seq):
-                    if self.needed(remote):  # another volume has nobody else (M11)
+                    other = self._leaning_on(remote)
+                    if other is not None:  # another volume has nobody else (M11)
                         if late:
-                            raise DiskFailed(volume.no_facet().message)
+                            raise DiskFailed(other.no_facet().message)
                     elif late or remote.reads is None:
                         await remote.overflow("what was flushed is on another remote only")
                 if self.holds(volume, seq):
@@ -227,13 +229,16 @@ class Rescue:
         return [volume for volume in self._volumes if not volume.in_service()]
 
     def needed(self, remote: Remote) -> bool:
-        """Whether a volume without local facets has no other remote that can be asked: one that is
-        paused follows, and answers nobody."""
+        """Whether a volume without local facets has no other remote that can be asked."""
+        return self._leaning_on(remote) is not None
+
+    def _leaning_on(self, remote: Remote) -> Volume | None:
+        """Such a volume: a remote that is paused follows, and answers nobody."""
         for volume in self.leaning():
             following = self.following(volume)
             if [one for one in following if one is remote or not one.facts["paused"]] == [remote]:
-                return True
-        return False
+                return volume
+        return None
 
     async def _from_remote(self, volume: Volume, offset: int, length: int) -> Buffer | None:
         """The range from a remote that follows; ``None`` if there is none, or if none can be

@@ -128,9 +128,10 @@ def test_an_answer_older_than_the_log_is_not_taken() -> None:
 class Following:
     """A remote that follows, and is out of reach."""
 
-    name, reads, applied_seq = "site2", None, 0
+    reads, applied_seq = None, 0
 
-    def __init__(self, *, paused: bool = False) -> None:
+    def __init__(self, name: str = "site2", *, paused: bool = False) -> None:
+        self.name = name
         self.changed = asyncio.Event()
         self.facts = {"paused": paused}
 
@@ -192,14 +193,14 @@ def test_what_a_volume_without_a_facet_lacks_is_told() -> None:
         assert (
             refused.value.hint == "nbdmirror resume site2 goes on with it, if it holds that still"
         )
-        remote = Following()
-        Rescue([volume], [remote], events, lost)  # type: ignore[list-item]
+        remotes = [Following("paused", paused=True), Following()]
+        Rescue([volume], remotes, events, lost)  # type: ignore[arg-type]
         reading = asyncio.ensure_future(volume.read(0, 512))
         while not (told := [e for e in events.since(0).events if e["kind"] == "remote-awaited"]):
             await asyncio.sleep(0.1)
         assert "site2: the link to the remote is lost" in told[0]["why"]
         volume.ended = True
-        with pytest.raises(VolumeFailed, match="site2 did not answer: site2: the link"):
+        with pytest.raises(VolumeFailed, match=r"remote site2 did not answer: .*site2: the link"):
             await reading
 
     run(main())

@@ -7,9 +7,11 @@ import asyncio
 
 from nbdmirror.engine import activemap, facet, facets, snapshots
 from nbdmirror.engine.group import Group
+from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.rescue import Rescue
+from nbdmirror.engine.volume import Volume
 from tests.sim.mutation import Assign, mutant
-from tests.sim.plays.awaited import FLUSHED_BESIDE_ANOTHER
+from tests.sim.plays.awaited import FLUSHED_BESIDE_A_LOSS, FLUSHED_BESIDE_ANOTHER
 from tests.sim.plays.clients import (
     LEFT_WHILE_FACET_FAILS,
     LEFT_WHILE_FORCED,
@@ -41,7 +43,17 @@ def _(assign: Assign) -> None:
 
 @mutant("M11 a flush has the only remote of another volume out", run=FLUSHED_BESIDE_ANOTHER)
 def _(assign: Assign) -> None:
-    assign(Rescue, "needed", lambda self, remote: False)
+    assign(Rescue, "_leaning_on", lambda self, remote: None)
+
+
+@mutant("X4 a node that ends for one volume names another", run=FLUSHED_BESIDE_A_LOSS)
+def _(assign: Assign) -> None:
+    original = Rescue._leaning_on
+
+    def leaning_on(self: Rescue, remote: Remote) -> Volume | None:
+        return self.leaning()[0] if original(self, remote) else None
+
+    assign(Rescue, "_leaning_on", leaning_on)
 
 
 @mutant("M8 work that fails at its end hides that its caller was ended", run=OFFLINE_WHILE_IT_FAILS)

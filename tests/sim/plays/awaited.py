@@ -4,17 +4,20 @@ what is told (M11, X4)."""
 from __future__ import annotations
 
 import asyncio
+import re
 
+from nbdmirror.engine.node import Node
+from nbdmirror.engine.rescue import REACH_SECONDS
 from tests.sim.directed import directed
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import SLOW_SECONDS, without_facet, without_log
 from tests.sim.script import BLOCK, Script
 
 
-async def _flushed_beside_another(s: Script) -> None:
+async def _leaned_on_beside(s: Script) -> Node:
     """Both volumes have lost their facets, the log is in memory. Two remotes have the first volume,
-    the second one alone has the other, as after a verify that found what differs; its link is lost
-    for a moment, in which the first volume is flushed: that waits for it."""
+    the second one alone has the other, as after a verify that found what differs; its link is lost,
+    and the first volume is written."""
     net, path = s.world.net, "/facets/v1.0"
     await without_log(s)
     await s.in_sync()
@@ -37,17 +40,41 @@ async def _flushed_beside_another(s: Script) -> None:
     net.heal("a", first.name)
     await s.until(lambda node: first.reads is not None)
     await s.write(0, 2)
+    return node
+
+
+async def _flushed_beside_another(s: Script) -> None:
+    """The first volume is flushed while the link of the second one's remote is lost for a moment:
+    that waits for it."""
+    await _leaned_on_beside(s)
     flushing = s.world.spawn(s.flush())
     await asyncio.sleep(SLOW_SECONDS)
-    net.heal("a", second.name)
+    s.world.net.heal_all()
     await flushing
     before = s.succeeded
     await s.read(1, 0, 1)
     if s.succeeded == before:
         raise Violation("a volume lost the only remote that has it for a flush of another (M11)")
-    s.mend(path)
+    s.mend("/facets/v1.0")
     s.mend("/facets/v0.0")
     await s.facets_back()
 
 
+async def _flushed_beside_a_loss(s: Script) -> None:
+    """The same for good: the node ends, and says which volume nobody is left for."""
+    node = await _leaned_on_beside(s)
+    assert node.failed is not None
+    await asyncio.wait([s.world.spawn(s.flush())], timeout=2 * REACH_SECONDS)
+    await asyncio.wait([node.failed], timeout=SLOW_SECONDS)
+    s.mend("/facets/v1.0")
+    s.mend("/facets/v0.0")
+    s.mend("/state/log")
+    s.world.net.heal_all()
+    if not node.failed.done():
+        raise Violation("a flush waits for ever for a remote that another volume needs (I8)")
+    if not re.search("volume v1 .*remote c did not answer", str(node.failed.result())):
+        raise Violation("a node that ends names what had not failed (X4)")
+
+
 FLUSHED_BESIDE_ANOTHER = directed(_flushed_beside_another, last_facet=True, remotes=2)
+FLUSHED_BESIDE_A_LOSS = directed(_flushed_beside_a_loss, last_facet=True, remotes=2)
