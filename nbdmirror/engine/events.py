@@ -75,7 +75,7 @@ class EventLog:
         return event
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Calls ``listener`` with every event from now on, at once: for the daemon's own log."""
+        """Calls ``listener`` with every event from now on, at once."""
         self._listeners.append(listener)
 
     def since(self, cursor: int, events_max: int = 100) -> Page:

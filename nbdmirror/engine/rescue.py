@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from nbdmirror.engine.events import EventLog
+from nbdmirror.engine.events import Event, EventLog
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.remoteread import Behind, read_through
@@ -55,6 +55,7 @@ class Rescue:
         self._unanswered: dict[Volume, str] = {}
         """Why nobody could be asked for a volume that is read from remotes, since when that is so.
         """
+        events.listen(self._forget)
         for volume in volumes:
             volume.rescue, volume.nobody = self.read, self.nobody
 
@@ -271,6 +272,12 @@ class Rescue:
         if volume not in self._unanswered:
             self._events.emit("remote-awaited", volume=volume.name, why=why)
         self._unanswered[volume] = why
+
+    def _forget(self, event: Event) -> None:
+        """A facet of a volume is in service again, or a remote in reach: what comes after that is
+        another loss, which is told anew, though nobody has read meanwhile (X4)."""
+        if event["kind"] in ("facet-synchronised", "connected"):
+            self._unanswered.clear()
 
     @staticmethod
     async def _change(remotes: list[Remote], seconds: float) -> None:

@@ -11,7 +11,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.rescue import Rescue
 from nbdmirror.engine.volume import Volume
 from tests.sim.mutation import Assign, mutant
-from tests.sim.plays.awaited import FLUSHED_BESIDE_A_LOSS, FLUSHED_BESIDE_ANOTHER
+from tests.sim.plays.awaited import AWAITED_AGAIN, FLUSHED_BESIDE_A_LOSS, FLUSHED_BESIDE_ANOTHER
 from tests.sim.plays.clients import (
     LEFT_WHILE_FACET_FAILS,
     LEFT_WHILE_FORCED,
@@ -54,6 +54,11 @@ def _(assign: Assign) -> None:
         return self.leaning()[0] if original(self, remote) else None
 
     assign(Rescue, "_leaning_on", leaning_on)
+
+
+@mutant("X4 of a remote that is waited for only the first time is told", run=AWAITED_AGAIN)
+def _(assign: Assign) -> None:
+    assign(Rescue, "_forget", lambda self, event: None)
 
 
 @mutant("M8 work that fails at its end hides that its caller was ended", run=OFFLINE_WHILE_IT_FAILS)

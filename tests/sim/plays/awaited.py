@@ -10,7 +10,7 @@ from nbdmirror.engine.node import Node
 from nbdmirror.engine.rescue import REACH_SECONDS
 from tests.sim.directed import directed
 from tests.sim.oracle import Violation
-from tests.sim.plays.stage import SLOW_SECONDS, without_facet, without_log
+from tests.sim.plays.stage import SLOW_SECONDS, moment, without_facet, without_log
 from tests.sim.script import BLOCK, Script
 
 
@@ -76,5 +76,37 @@ async def _flushed_beside_a_loss(s: Script) -> None:
         raise Violation("a node that ends names what had not failed (X4)")
 
 
+async def _told_what_it_waits_for(s: Script) -> None:
+    """The remote that stands in for a volume's only facet is lost, and a read waits for it."""
+    s.link(up=False)
+    told = moment(s, s.world.a, "remote-awaited")
+    await s.read(0, 0, 1)
+    if not told.is_set():
+        raise Violation("nobody is told what a read waits for (X4)")
+
+
+async def _awaited_again(s: Script) -> None:
+    """A read has waited for a remote, which was told. The facet is back until it is lost once more;
+    and the remote is back until that is lost once more. Nobody reads from it meanwhile."""
+    path = "/facets/v0.0"
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await without_facet(s, path)
+    await _told_what_it_waits_for(s)
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+    await without_facet(s, path)
+    await _told_what_it_waits_for(s)
+    s.link(up=True)
+    await s.in_sync()
+    await _told_what_it_waits_for(s)
+    s.link(up=True)
+    s.mend(path)
+    await s.facet("online", path)
+    await s.facets_back()
+
+
+AWAITED_AGAIN = directed(_awaited_again, last_facet=True)
 FLUSHED_BESIDE_ANOTHER = directed(_flushed_beside_another, last_facet=True, remotes=2)
 FLUSHED_BESIDE_A_LOSS = directed(_flushed_beside_a_loss, last_facet=True, remotes=2)
