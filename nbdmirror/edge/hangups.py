@@ -39,9 +39,14 @@ class Hangups:
 
     def _look(self) -> None:
         assert self._epoll is not None
+        loop = asyncio.get_running_loop()
         for fd, _ in self._epoll.poll(0):
-            if fd in self._watched:
-                self._watched[fd]()
+            if fd in self._watched:  # each by itself: none is told of twice
+                loop.call_soon(self._tell, fd, self._watched[fd])
+
+    def _tell(self, fd: int, gone: Callable[[], object]) -> None:
+        if self._watched.get(fd) is gone:
+            gone()
 
     def _forget(self, fd: int) -> None:
         assert self._epoll is not None
