@@ -20,7 +20,7 @@ from tests.faults.inject import (
 )
 from tests.faults.journal import Background, Journal, Load
 from tests.faults.test_disk import SIZE, MakeCluster, small_group
-from tests.integration.cluster import Cluster
+from tests.integration.cluster import Cluster, Volume
 from tests.integration.process import wait_until
 from tests.integration.tools import connect, nbd_error
 
@@ -212,4 +212,41 @@ def test_the_only_disk_is_missing_at_start(make_cluster: MakeCluster) -> None:
         node.ok("facet", "replace", str(path), "--wait", "--timeout", "60")
     assert not load.failures
     check_serves(cluster, journal)
+    check_equal(cluster)
+
+
+def test_a_paused_remote_does_not_stand_in(make_cluster: MakeCluster) -> None:
+    """M11, V14, I8: a disk is missing while the only remote is paused. The log is kept for it; once
+    that is full, other volumes are not served either, and the node ends. Resumed, all goes on.
+
+    Runbook: the last facet is lost, a remote follows."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE), Volume("other", SIZE)], log_size=4 << 20)
+    cluster.start().wait_in_sync()
+    node = cluster.primary
+    (path,) = node.facets("data")
+    connect(node.uri()).pwrite(b"d" * 4096, 0)
+    cluster.wait_in_sync()
+    node.ok("pause", "beta")
+    node.stop()
+    path.rename(path.with_suffix(".away"))
+    node.start()
+    with pytest.raises(nbd_error()):
+        connect(node.uri()).pread(512, 0)
+    other = connect(node.uri("other"))
+    began = time.monotonic()
+    with pytest.raises(nbd_error()):
+        for _ in range(100):
+            began = time.monotonic()
+            other.pwrite(b"o" * (256 << 10), 0)
+    assert REACH_SECONDS - 1 <= time.monotonic() - began < REACH_SECONDS + MORE_S
+    assert wait_death(node) == 1, node.daemon.output()
+    check_message(node, "no facet of volume data is in service, and remote beta is paused")
+    node.start()
+    node.ok("resume", "beta")
+    node.until("is connected", lambda one: one["link"] == "connected")
+    assert connect(node.uri()).pread(4096, 0) == b"d" * 4096
+    path.with_suffix(".away").rename(path)
+    node.ok("facet", "online", str(path), "--wait", "--timeout", "30")
+    connect(node.uri("other")).pwrite(b"o" * (256 << 10), 0)
+    cluster.wait_in_sync()
     check_equal(cluster)
