@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nbdmirror.codec import slots
+from nbdmirror.codec.mark import Mark
 from nbdmirror.config import Config
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Volume
@@ -35,6 +36,12 @@ class Host:
         """Those of the world who wait for work in this life: they hear of its end."""
         self.node: Node | None = None
         """The node while it serves."""
+        self.coming: Node | None = None
+        """The one that was started last, though it may not be up yet."""
+        self.end_seq = 0
+        """How far its log went when it said that it had started."""
+        self.early: list[Mark] = []
+        """What it marked by itself before anybody could write."""
         self.created = False
         self.lost_power = False
         self.restored = self.swapped = False

@@ -93,7 +93,7 @@ class SweepWitness(Witness):
         )
         lost_log, fuse.lost_log = fuse.lost_log and not power, False
         half = history.head - script.head
-        missing = node.log.next_seq - 1 - history.head
+        missing = host.end_seq - history.head
         if half >= 0 and 0 < missing <= len(script.last) - half:
             entries = [
                 Entry(volume, offset, length, payload or None)

@@ -112,6 +112,10 @@ class Witness:
     def _on_started(self, host: Host, event: dict[str, Any]) -> None:
         host.forked = event["power_loss"] or event["memory_lost"] or host.memory_gone
         host.memory_gone = False
+        node = host.coming
+        if node is not None and node.primary is not None:
+            host.end_seq, host.early = node.log.next_seq - 1, []
+            _keep_early(node.primary.group, host.early)
         lost, host.unsynced_lost = host.unsynced_lost, False
         if event["memory_lost"]:
             self._world.fired["mark a log in memory is lost"] += 1
@@ -153,7 +157,7 @@ class Witness:
         future starts from. ``restored``: what clients read of volumes whose restore is not copied
         yet; ``power``: it had lost its power."""
         world = self._world
-        head, end = world.history.head, node.log.next_seq - 1
+        head, end = world.history.head, host.end_seq
         if world.beside.pending:
             world.history.back_to(end)
         world.history.found(end)
@@ -189,7 +193,16 @@ class Witness:
                 )
         world.beside.died(head, end)
         self.check_facets(host, node)
+        self._marked_early(host, node)
         self.observe(node)
+
+    def _marked_early(self, host: Host, node: Node) -> None:
+        assert node.primary is not None
+        group, world = node.primary.group, self._world
+        del group.__dict__["mark"]
+        for seq, mark in enumerate(host.early, host.end_seq + 1):
+            world.album.marked(group.epoch, world.history.head, mark)
+            world.history.append(seq, [NOTHING])
 
     def _held(self, host: Host, node: Node) -> Held:
         local = host.local()
@@ -264,3 +277,14 @@ class Witness:
             return seq
 
         setattr(group, "mark", observed)  # noqa: B010
+
+
+def _keep_early(group: Group, early: list[Mark]) -> None:
+    """Marks are noted until the history goes on."""
+    log_mark = group.mark
+
+    def noted(mark: Mark) -> int:
+        early.append(mark)
+        return log_mark(mark)
+
+    group.__dict__["mark"] = noted

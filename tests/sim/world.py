@@ -268,7 +268,7 @@ class World:
             host.look_for_memory()
             if self.options.mode_changes:
                 self._edit(host)
-        node = Node(self.env(host), host.config)
+        node = host.coming = Node(self.env(host), host.config)
         node.events.listen(lambda event: self.witness.on_event(host, event))
         try:
             await self.in_life(host, node.start(nbd=False))
