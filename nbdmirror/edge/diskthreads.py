@@ -11,7 +11,10 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 
 THREADS_MAX = 32
-"""Of each kind and device; they start one by one, when they are needed."""
+"""For reads and large writes, of each device; they start one by one, when they are needed. The unit
+in deploy/ allows for a hundred devices."""
+SYNC_THREADS_MAX = 8
+"""A file has one sync at a time."""
 
 
 class DeviceThreads:
@@ -21,7 +24,8 @@ class DeviceThreads:
 
     def __init__(self, threads_max: int) -> None:
         self.io = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-io")
-        self.sync = ThreadPoolExecutor(threads_max, thread_name_prefix="disk-sync")
+        syncs = min(threads_max, SYNC_THREADS_MAX)
+        self.sync = ThreadPoolExecutor(syncs, thread_name_prefix="disk-sync")
         self.cache = ThreadPoolExecutor(1, thread_name_prefix="disk-cache")
 
     def close(self) -> None:
@@ -31,7 +35,7 @@ class DeviceThreads:
 
 
 class DiskThreads:
-    """Those of all devices; at most ``threads_max`` of each kind for one."""
+    """Those of all devices; at most ``threads_max`` of a kind for one."""
 
     def __init__(self, threads_max: int = THREADS_MAX) -> None:
         self._threads_max = threads_max

@@ -103,7 +103,7 @@ class FacetCommands:
         member = self._facets.member(path)
         if not member.facet.writable and await self._settle(member):
             with _in_hand(member):
-                await self._facets.attach(member)
+                await self._facets.open(member)
         if member.facet.in_service:
             return
         member.saved.update(offline=False, why=None)
@@ -128,7 +128,7 @@ class FacetCommands:
         try:
             member.fill()
             await member.sync_map()
-            await facets.attach(member)
+            await facets.open(member)
         except BaseException:  # also who is cancelled: nothing of it stays
             await member.forget()
             raise
@@ -180,7 +180,7 @@ class FacetCommands:
                 member.facet.close()  # an attempt to return may have opened what is there
                 await self._make_file(path, member.volume.size)
                 await member.distrust()
-                await self._facets.attach(member)
+                await self._facets.open(member)
             member.saved["offline"] = False
             await self._facets.store.save()
         finally:  # its attempts to return were ended above, whatever has become of the command

@@ -56,6 +56,7 @@ class Facets:
         self.beside: dict[int, list[tuple[int, int]]] = {}
         """What is being changed beside the log, by volume (see ``engine.bypass``)."""
         self._last_id = 0
+        self._stopped = False
         self.members: list[Member] = []
         for volume, saved in zip(group.volumes, store.state["volumes"], strict=True):
             for facet, entry in zip(volume.facets, saved["facets"], strict=True):
@@ -132,7 +133,8 @@ class Facets:
                 self.serve(member, pause=0.0)
 
     async def stop(self) -> None:
-        """Ends what is being copied; it goes on after the next start."""
+        """Ends what is being copied, and begins nothing more; it goes on after the next start."""
+        self._stopped = True
         tasks = [member.task for member in self.members if member.task is not None]
         for task in tasks:
             task.cancel()
@@ -242,11 +244,12 @@ class Facets:
     # -- the way back --------------------------------------------------------------------------
 
     async def attach(self, member: Member) -> None:
-        """Opens the facet's file, to be what its disk has; StateError says why it cannot be."""
-        await self._open(member)
+        """As ``open``, and from then on it is what its disk has: that may hang."""
+        await self.open(member)
         await member.facet.forget()
 
-    async def _open(self, member: Member) -> None:
+    async def open(self, member: Member) -> None:
+        """Opens the facet's file; StateError says why it cannot be."""
         facet = member.facet
         facet.close()
         end = asyncio.get_running_loop().time() + RELEASE_SECONDS
@@ -270,7 +273,9 @@ class Facets:
     def serve(self, member: Member, pause: float) -> None:
         """Begins to bring it back, after a pause in seconds, unless that goes on already, or a
         person has it out of service, or in hand."""
-        if member.saved["offline"] or member.in_hand or member not in self.members:
+        if self._stopped or member.saved["offline"] or member.in_hand:
+            return
+        if member not in self.members:
             return
         if not member.facet.in_service and (member.task is None or member.task.done()):
             member.task = asyncio.ensure_future(self._guard(member, pause))

@@ -119,9 +119,9 @@ async def redo(
     unfinished = not in_doubt and await _is_unfinished(log, forks, volumes)
     behind = await _behind(store, log, forks, in_doubt=in_doubt or unfinished)
     healing = [] if behind else healing
-    if not (memory_lost or volatile):
-        held = only_healing or (behind and state["role"] == "primary")
-        await _forget(healing if held else [f for v in volumes for f in v.facets])
+    only_there = memory_lost or volatile  # in the page cache
+    relied_on = only_there or only_healing or (behind and state["role"] == "primary")
+    await _forget(volumes, [] if only_there else healing, in_service=not relied_on)
     if not (memory_lost or behind) and (not clean or healing):
         await _apply(store, log, until, volumes, healing, before, only_healing=only_healing)
     if memory_lost or log_lost:
@@ -154,12 +154,15 @@ async def redo(
     )
 
 
-async def _forget(facets: list[LocalFacet]) -> None:
+async def _forget(volumes: list[Volume], healing: list[LocalFacet], *, in_service: bool) -> None:
     """A former process may have seen a sync of theirs fail. What that left in the page cache only,
-    the log has, as far as it was promised (O16)."""
-    for facet in facets:
-        if facet.is_open:
-            await facet.forget()
+    the log has, as far as it was promised (O16); of one that is being synchronised, after whatever
+    end, its map. The others are forgotten when they return."""
+    for volume in volumes:
+        for facet in volume.facets:
+            joined = facet.writable and not facet.in_service
+            if joined or facet in healing or (in_service and facet.in_service):
+                await facet.forget()
 
 
 def _is_whole(store: Store, log: Log, forks: Forks) -> bool:

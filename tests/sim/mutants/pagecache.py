@@ -8,11 +8,16 @@ from typing import Any
 from nbdmirror.engine import doubt, node, recovery
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facets import Facets
+from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.recovery import Recovered
 from nbdmirror.engine.store import Store
+from nbdmirror.engine.volume import Volume
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.facets import CLEARED_AND_FAILED, COMPARED_AND_KILLED, FAILED_AND_COMPARED
 from tests.sim.plays.pagecache import (
+    JOINED_AND_KILLED,
+    OUT_AND_HANGING,
+    RESTORED_AND_STOPPED,
     WRITTEN_AND_BACK,
     WRITTEN_AND_REDONE,
     WRITTEN_ANEW,
@@ -30,7 +35,7 @@ def _not_at_all(assign: Assign) -> None:
 
 
 def _not_on_return(assign: Assign) -> None:
-    assign(Facets, "attach", Facets._open)
+    assign(Facets, "attach", Facets.open)
 
 
 for rule, run in (
@@ -72,3 +77,27 @@ def _(assign: Assign) -> None:
         await original(store, remotes, facets, recovered, active)
 
     assign(node, "mark_doubtful", mark_doubtful)
+
+
+mutant("O16 a facet that is being synchronised is gone on with as it is", run=JOINED_AND_KILLED)(
+    _not_at_start
+)
+
+
+@mutant("O16 a stop does not hear of what a copy's sync has lost", run=RESTORED_AND_STOPPED)
+def _(assign: Assign) -> None:
+    original = Housekeeper.sync_facets
+
+    async def sync_facets(self: Housekeeper, *, everything: bool = False) -> None:
+        await original(self)
+
+    assign(Housekeeper, "sync_facets", sync_facets)
+
+
+@mutant("I8 a start waits for a facet that is out of service", run=OUT_AND_HANGING)
+def _(assign: Assign) -> None:
+    async def forget(volumes: list[Volume], healing: list[LocalFacet], *, in_service: bool) -> None:
+        for facet in (one for volume in volumes for one in volume.facets if one.is_open):
+            await facet.forget()
+
+    assign(recovery, "_forget", forget)
