@@ -25,12 +25,6 @@ class FacetCommands:
         self._facets = facets
         self._disk = disk
         self._lock = asyncio.Lock()
-        self._stopped = False
-
-    def stop(self) -> None:
-        """No facet begins to return any more: nobody would end that, whatever becomes of a command
-        that is under way."""
-        self._stopped = True
 
     async def do(self, action: str, path: str, other: str | None) -> None:
         """One of the commands; ``other`` is the volume to add to, or the path of the new facet."""
@@ -199,8 +193,7 @@ class FacetCommands:
         return not facet.writable
 
     def _serve(self, member: Member) -> None:
-        if not self._stopped:
-            self._facets.serve(member, pause=0.0)
+        self._facets.serve(member, pause=0.0)
 
     async def _make_file(self, path: str, size: int) -> None:
         """A file that is not there is made, as large as the volume."""

@@ -306,8 +306,7 @@ class Node:
             await self.exports.stop(STOP_SECONDS)
         if self.primary is not None:
             await self.primary.stop(for_good=True)
-        if self.facets is not None and self._facet_commands is not None:
-            self._facet_commands.stop()
+        if self.facets is not None:
             await self.rescue.stop()
             await self.facets.stop()
         await self.doors.end_upstreams()

@@ -70,7 +70,13 @@ def _(assign: Assign) -> None:
 
 @mutant("M8 a facet begins to return after a stop", run=STOPPED_AND_REPLACED)
 def _(assign: Assign) -> None:
-    assign(FacetCommands, "stop", lambda self: None)
+    original = Facets.stop
+
+    async def stop(self: Facets) -> None:
+        await original(self)
+        self._stopped = False
+
+    assign(Facets, "stop", stop)
 
 
 @mutant("M8 a replacement that is refused ends a facet's return", run=REPLACED_UNPASSED)
