@@ -16,6 +16,7 @@ from nbdmirror.engine.batch import Batch, Records
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.groupcommit import GroupCommit
+from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import RING_AT, Log
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.remote import Remote
@@ -119,6 +120,7 @@ def _(assign: Assign) -> None:
         return head_seq if self.marked_seq is None else self.marked_seq
 
     assign(Remote, "floor", floor)
+    assign(Housekeeper, "_place", lambda self, one: getattr(one, "received_seq", one.durable_seq))
 
 
 @mutant("O5 a sync covers what was written while it ran")
