@@ -9,8 +9,9 @@ The file::
 A region and its slot are written together and made durable by one sync, in whatever order the disk
 likes; so the slot carries the region's checksum, and until it was written again without the mark
 ``TENTATIVE`` a restart believes it only if the content bears it out. A region whose slot is not
-borne out was not durable, so the write that wanted it kept has not happened. The checksum also
-finds what rots later (X6).
+borne out was not durable, so the write that wanted it kept has not happened. What counts is what
+the disk has: the page cache may show what a sync failed to write (O16). The checksum also finds
+what rots later (X6).
 
 What a person wrote into a snapshot (V9, writable) lies in a file of the same kind without
 checksums, because it changes in place.
@@ -76,8 +77,9 @@ class LayerFile:
         return self
 
     @classmethod
-    def open(cls, disk: Disk, path: str, uuid: str, size: int, region_size: int) -> LayerFile:
-        """Opens one and loads its slots. O(sectors written).
+    async def open(cls, disk: Disk, path: str, uuid: str, size: int, region_size: int) -> LayerFile:
+        """Opens one and loads its slots, as the disk has them: on what a former process could not
+        sync nothing relies, and what is written over it would not last (O16). O(sectors written).
 
         StateError or FormatError if it is not what it has to be: its snapshot is lost then."""
         if not disk.exists(path):
@@ -85,6 +87,7 @@ class LayerFile:
         file = disk.open(path)
         self = cls(file, size, region_size)
         try:
+            await file.forget()
             if file.size() != self._data_at + size:
                 raise FormatError(f"{path} was cut short")
             found = _HEAD.unpack(file.pread(0, _HEAD.size))
@@ -120,8 +123,7 @@ class LayerFile:
 
     async def prove(self) -> None:
         """At start: takes tentative slots for what the content says, durably, before any write
-        may rely on them. Written anew, because a former process may have seen a sync fail (O16).
-        """
+        may rely on them."""
         for number in list(self._tentative):
             for region, slot in list(self.map.regions_of(number)):
                 if not slot & TENTATIVE:
@@ -132,8 +134,6 @@ class LayerFile:
                 data = await self._file.read(self._at(region), length) if summed else b""
                 if not summed or layers.slot_of(xxh3_64_intdigest(data)) == slot:
                     self.map.set(region, slot)
-                    if data:
-                        self._file.pwrite(self._at(region), data)
                 else:
                     self.map.set(region, ABSENT)
                     self.map.kept.unmark(region)

@@ -33,11 +33,11 @@ class LayerFiles:
         """Whether a layer is on disk."""
         return self._disk.exists(self.path(uuid, volume, own=own))
 
-    def open(self, uuid: str, volume: int, *, own: bool = False) -> LayerFile:
+    async def open(self, uuid: str, volume: int, *, own: bool = False) -> LayerFile:
         """Opens a layer; StateError, FormatError or OSError if it cannot be used."""
         place = self._volumes[volume]
         path = self.path(uuid, volume, own=own)
-        return LayerFile.open(self._disk, path, uuid, place.size, place.region_size)
+        return await LayerFile.open(self._disk, path, uuid, place.size, place.region_size)
 
     async def create(self, uuid: str, volume: int) -> LayerFile:
         """Makes an empty layer; its name is durable after ``sync_names``."""
@@ -56,7 +56,7 @@ class LayerFiles:
         made.close()
         self._disk.rename(path + UNFINISHED, path)
         await self.sync_names()
-        return self.open(uuid, volume, own=True)
+        return await self.open(uuid, volume, own=True)
 
     async def sync_names(self) -> None:
         """Makes the names of layers durable."""

@@ -46,6 +46,14 @@ class DcmFile:
         except OSError as error:
             raise self._failed("opening", error) from error
 
+    async def forget(self) -> None:
+        """Before ``open``, where writes go by what is cleared on the disk: in the page cache may be
+        more that is, which a sync failed to write (O16). Never raises."""
+        with contextlib.suppress(OSError):  # ``open`` tells of it
+            file = self._disk.open(self.path)
+            with contextlib.closing(file):
+                await file.forget()
+
     def _open(self, default: bool, *, read_only: bool) -> None:
         created = not self._disk.exists(self.path)
         if not read_only:

@@ -69,9 +69,11 @@ class Restorer:
         for key, uuids in state["sources"].items():
             index = int(key)
             left = self._map(index)
+            await left.forget()
             left.open(False)
             if left.damage is not None:
                 raise StateError(f"a restore was under way and its map is lost: {left.damage}")
+            await left.sync()  # before a write goes on where a region is copied
             members = [await self._member(index, uuid) for uuid in uuids]
             self._running.append(self._volume_restore(index, members, left))
         for one in self._running:

@@ -105,11 +105,11 @@ class Snapshots:
 
     async def open_member(self, uuid: str, volume: int) -> Member:
         """Opens and proves a snapshot's layers of a volume. StateError, FormatError or OSError."""
-        member = Member(uuid, self.files.open(uuid, volume))
+        member = Member(uuid, await self.files.open(uuid, volume))
         try:
             await member.layer.prove()
             if self.files.there(uuid, volume, own=True):
-                member.own = self.files.open(uuid, volume, own=True)
+                member.own = await self.files.open(uuid, volume, own=True)
         except BaseException:
             member.close()
             raise

@@ -1,5 +1,5 @@
-"""A thin disk that is full (faults 10, 13; O16, M8, M12, I3): what is written is taken, and lost
-when it is to be written out.
+"""A thin disk that is full (faults 10, 13; O16, M8, M12, V9, I3): what is written is taken, and
+lost when it is to be written out.
 
 The sync that tells of it leaves the pages in the cache, marked clean, and ext4 counts their blocks
 as allocated and not written yet. What is written over such pages reaches the disk, and its blocks
@@ -13,10 +13,18 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbd
 import pytest
 
 from tests.faults.blocktrace import mounted
-from tests.faults.inject import needs_root, requires_programs, tmpfs, wait_death
+from tests.faults.inject import (
+    needs_root,
+    requires_programs,
+    start_under,
+    strace,
+    tmpfs,
+    wait_death,
+)
 from tests.integration.cluster import MIB, Cluster, Node, Volume
 from tests.integration.process import wait_until
 from tests.integration.tools import connect
@@ -149,3 +157,35 @@ def test_a_secondary_has_it_on_its_disk(make_cluster: MakeCluster, thin: Thin) -
     secondary.stop()
     forget()
     assert lost(thin.file.read_bytes(), content) == 0
+
+
+@requires_programs("strace")
+def test_a_snapshot_has_it_on_its_disk(make_cluster: MakeCluster, thin: Thin) -> None:
+    """A layer's sync fails, and the process dies as it gives back what that had taken; started
+    again, it keeps what is overwritten then."""
+    cluster = make_cluster(volumes=[Volume(size=SIZE)], remotes=(), log_size=4 * MIB)
+    node, layers = cluster.primary, thin.file.parent / "snapshots"
+    node.write_config(f'[snapshots]\npath = "{layers}"\n')
+    old, new = (random.Random(seed).randbytes(WRITTEN) for seed in (4, 5))
+    cluster.create()
+    node.start()
+    write(node, old)
+    node.rpc("snapshot.create")
+    (layer,) = layers.rglob("*.data")
+    node.stop()
+    assert start_under(node, strace("fallocate", "signal=KILL", path=layer))
+    thin.fill()
+    with pytest.raises(nbd.Error):
+        write(node, new)
+    wait_death(node)
+    thin.free()
+    node.start()
+    write(node, new)
+    for _ in range(2):
+        client = connect(node.uri("data@1"))
+        assert lost(client.pread(WRITTEN, 0), old) == 0
+        client.shutdown()
+        node.stop()
+        forget()
+        node.start()
+    node.stop()

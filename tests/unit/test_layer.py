@@ -29,7 +29,7 @@ def content(region: int) -> bytes:
 
 
 async def reopened(disk: SimDisk) -> LayerFile:
-    layer = LayerFile.open(disk, PATH, UUID, SIZE, REGION)
+    layer = await LayerFile.open(disk, PATH, UUID, SIZE, REGION)
     await layer.prove()
     return layer
 
@@ -150,12 +150,12 @@ def test_a_damaged_sector_or_another_snapshots_file_is_refused() -> None:
         await layer.keep([(1, content(1))])
         layer.close()
         with pytest.raises(FormatError, match="not the layer"):
-            LayerFile.open(disk, PATH, UUID[::-1], SIZE, REGION)
+            await LayerFile.open(disk, PATH, UUID[::-1], SIZE, REGION)
         file = disk.open(PATH)
         file.pwrite(4096 + 100, b"\1")
         file.close()
         with pytest.raises(FormatError, match="map page 0"):
-            LayerFile.open(disk, PATH, UUID, SIZE, REGION)
+            await LayerFile.open(disk, PATH, UUID, SIZE, REGION)
 
     run(main())
 

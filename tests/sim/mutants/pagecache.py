@@ -9,13 +9,20 @@ from nbdmirror.engine import doubt, node, recovery
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.housekeeper import Housekeeper
+from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.recovery import Recovered
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
+from tests.sim.file import SimFile
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.facets import CLEARED_AND_FAILED, COMPARED_AND_KILLED, FAILED_AND_COMPARED
 from tests.sim.plays.pagecache import (
+    COPIED_AND_FAILED,
+    COPIED_AND_KILLED,
+    INSCRIBED_AND_KILLED,
     JOINED_AND_KILLED,
+    KEPT_AND_KILLED,
+    KEPT_AND_STOPPED,
     OUT_AND_HANGING,
     RESTORED_AND_STOPPED,
     WRITTEN_AND_BACK,
@@ -57,6 +64,44 @@ for rule, run in (
     ("O16 what a failed facet has in the page cache counts as equal", FAILED_AND_COMPARED),
 ):
     mutant(rule, run=run)(_not_at_all)
+
+
+def _not_of(assign: Assign, directory: str) -> None:
+    original = SimFile.forget
+
+    async def forget(self: SimFile) -> None:
+        if not self.path.startswith(directory):
+            await original(self)
+
+    assign(SimFile, "forget", forget)
+
+
+for rule, run in (
+    ("O16 what a snapshot's layer has in the page cache counts after a death", KEPT_AND_KILLED),
+    ("O16 what a snapshot's layer has in the page cache counts after a stop", KEPT_AND_STOPPED),
+    ("O16 what was written into a snapshot counts as on the disk", INSCRIBED_AND_KILLED),
+):
+
+    @mutant(rule, run=run)
+    def _(assign: Assign) -> None:
+        _not_of(assign, "/state/snapshots/")
+
+
+@mutant("V12 what could not be written of a restore's map counts", run=COPIED_AND_FAILED)
+def _(assign: Assign) -> None:
+    assign(DcmFile, "forget", nothing)
+
+
+@mutant("V12 what is found of a restore's map is not made durable", run=COPIED_AND_KILLED)
+def _(assign: Assign) -> None:
+    original = DcmFile.open
+
+    def opened(self: DcmFile, default: bool, **how: bool) -> None:
+        original(self, default, **how)
+        self._unsynced = self._unsynced and not self.path.startswith("/state/restore")
+
+    assign(DcmFile, "forget", nothing)
+    assign(DcmFile, "open", opened)
 
 
 @mutant("O16 what is written anew is written into the page cache only", run=WRITTEN_ANEW)

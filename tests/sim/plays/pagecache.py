@@ -10,23 +10,29 @@ from tests.sim.faults import Fault, Kind
 from tests.sim.options import KIB
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
+    NEVER_SECONDS,
+    SLOW,
     SLOW_SECONDS,
     alike_without_power,
     dies_of,
+    either,
     full_log,
     loses,
     moment,
     power_loss,
     released,
+    slow,
     strikes,
     without_log,
 )
-from tests.sim.script import BLOCK, Script
+from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
 
 NEVER = Fault(Kind.STALL, seconds=60.0)
 
 STRETCH = range(0, 8 * BLOCK, BLOCK)
 """Nothing was written there before."""
+ONE_BY_ONE = {**OPTIONS.constants, "engine.restore.COPY_BYTES": OPTIONS.region}
+"""Constants with which a restore copies region by region."""
 
 
 async def _written_and_back(s: Script) -> None:
@@ -131,6 +137,131 @@ async def _out_and_hanging(s: Script) -> None:
     a.disk.faults = None
 
 
+async def _taken(s: Script) -> str:
+    """A snapshot of what was written there; its uuid."""
+    await s.write(0, *STRETCH, count=BLOCK)
+    uuid = await s.snapshot()
+    await s.in_sync()
+    await s.flush()
+    return uuid
+
+
+async def _overwritten(s: Script) -> None:
+    """What the snapshot was taken of is overwritten, and no redo comes by that any more; then power
+    fails."""
+    a = s.world.a
+    await s.write(0, *STRETCH, count=BLOCK, fua=True)
+    await s.in_sync()
+    await s.stop(a)
+    await s.world.start(a)
+    await power_loss(s, a)
+    await s.in_sync()
+
+
+async def _kept_and_killed(s: Script) -> None:
+    """A sync of a snapshot's layer fails, and the process dies before that costs the snapshot."""
+    a = s.world.a
+    uuid = await _taken(s)
+    died = dies_of(s, a, (await s.primary()).snapshots.chains[0].members[-1].layer, "release")
+    loses(a, f"/state/snapshots/{uuid}.v0")
+    s.world.spawn(s.write(0, *STRETCH, count=BLOCK))
+    await died.wait()
+    await s.world.start(a)
+    await _overwritten(s)
+
+
+async def _kept_and_stopped(s: Script) -> None:
+    """A sync of a snapshot's layer takes longer than a stop waits for it, and fails before that is
+    through; the superblock says that it was a clean one."""
+    a = s.world.a
+    path = f"/state/snapshots/{await _taken(s)}.v0"
+    keeping = asyncio.Event()
+    fails = Fault(Kind.LOSE, seconds=NEVER_SECONDS)
+    a.disk.faults = either(
+        strikes("sync", path, fails, keeping),
+        strikes(
+            "sync",
+            "/state/superblock",
+            Fault(Kind.STALL, seconds=NEVER_SECONDS),
+            asyncio.Event(),
+            lambda: a.node is None,
+        ),
+    )
+    s.world.spawn(s.write(0, *STRETCH, count=BLOCK))
+    await keeping.wait()
+    await s.stop(a)
+    a.disk.faults = None
+    await s.world.start(a)
+    await _overwritten(s)
+
+
+async def _inscribed(s: Script, uuid: str) -> None:
+    """Somebody writes all over the snapshot, and flushes now and then."""
+    for _ in range(12):
+        await s.inscribe(uuid)
+
+
+async def _inscribed_and_killed(s: Script) -> None:
+    """The same with what is written into the snapshot itself, and again after that."""
+    a = s.world.a
+    uuid = await _taken(s)
+    path = f"/state/snapshots/{uuid}.v0@own"
+    died = dies_of(s, a, (await s.primary()).snapshots, "lose")
+    a.disk.faults = strikes(
+        "sync", path, Fault(Kind.LOSE), asyncio.Event(), lambda: a.disk.exists(path)
+    )
+    s.world.spawn(_inscribed(s, uuid))
+    await died.wait()
+    await s.world.start(a)
+    await _inscribed(s, uuid)
+    await power_loss(s, a)
+    await s.in_sync()
+
+
+async def _restored(s: Script, fault: Fault) -> asyncio.Event:
+    """What was overwritten is restored; the first sync of the map of what is left to copy has a
+    fault. Set when it begins."""
+    a, syncing = s.world.a, asyncio.Event()
+    uuid = await _taken(s)
+    await s.write(0, *STRETCH, count=BLOCK)
+    await s.in_sync()
+    restored = moment(s, a, "restored")
+    a.disk.faults = strikes("sync", "/state/restore", fault, syncing, restored.is_set)
+    await s.restore(uuid)
+    return syncing
+
+
+async def _written_where_copied(s: Script) -> None:
+    """Before that map is synced again somebody writes where it was cleared, and flushes; then power
+    fails."""
+    await s.write(0, 0, count=BLOCK)
+    await s.flush()
+    await power_loss(s, s.world.a)
+    await s.read(0, 0, BLOCK)
+
+
+async def _copied_and_failed(s: Script) -> None:
+    """A sync of the map fails, and the node ends and is started again."""
+    a = s.world.a
+    life = a.life
+    await _restored(s, Fault(Kind.LOSE))
+    while a.life is life:
+        await asyncio.sleep(POLL_S)
+    slow(a, "sync", "/facets/v0.0")  # the copy's next one
+    await s.up(a)
+    await _written_where_copied(s)
+
+
+async def _copied_and_killed(s: Script) -> None:
+    """The process dies while the map is synced."""
+    a = s.world.a
+    await (await _restored(s, SLOW)).wait()
+    s.kill(a)
+    slow(a, "sync", "/facets/v0.0")  # the copy's next one
+    await s.world.start(a)
+    await _written_where_copied(s)
+
+
 JOINED_AND_KILLED = directed(_joined_and_killed, spill=8 * KIB, facets=2)
 RESTORED_AND_STOPPED = directed(_restored_and_stopped)
 OUT_AND_HANGING = directed(_out_and_hanging, facets=2)
@@ -138,3 +269,8 @@ WRITTEN_AND_BACK = directed(_written_and_back, facets=2)
 WRITTEN_AND_REDONE = directed(_written_and_killed, facets=2)
 WRITTEN_WITHOUT_LOG = directed(_written_without_log, facets=2)
 WRITTEN_ANEW = directed(_written_and_killed, spill=8 * KIB, facets=2)
+KEPT_AND_KILLED = directed(_kept_and_killed)
+KEPT_AND_STOPPED = directed(_kept_and_stopped)
+INSCRIBED_AND_KILLED = directed(_inscribed_and_killed)
+COPIED_AND_FAILED = directed(_copied_and_failed, constants=ONE_BY_ONE)
+COPIED_AND_KILLED = directed(_copied_and_killed, constants=ONE_BY_ONE)

@@ -7,11 +7,9 @@ import contextlib
 import errno
 from collections.abc import Callable
 
-from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
-from nbdmirror.errors import DiskFailed
 from tests.sim.astray import PATH as SUPERBLOCK
 from tests.sim.astray import newest_slot
 from tests.sim.disk import SimDisk
@@ -117,9 +115,9 @@ def loses(host: Host, path: str) -> None:
     host.disk.faults = strikes("sync", path, Fault(Kind.LOSE), asyncio.Event())
 
 
-def dies_of(s: Script, host: Host, facet: LocalFacet) -> asyncio.Event:
-    """The process dies in the step in which it sees this facet fail: nobody has noted it. Set when
-    it has."""
+def dies_of(s: Script, host: Host, what: object, step: str = "fail") -> asyncio.Event:
+    """The process dies in the step in which it sees this facet fail, or comes to another ``step``
+    of something: nobody has noted why. Set when it has."""
     died = asyncio.Event()
 
     def die() -> None:
@@ -127,11 +125,11 @@ def dies_of(s: Script, host: Host, facet: LocalFacet) -> asyncio.Event:
         host.disk.faults = None
         died.set()
 
-    def fail(what: str, error: OSError) -> DiskFailed:
+    def dies(*_: object) -> None:
         s.world.loop.call_soon(die)
         raise asyncio.CancelledError
 
-    setattr(facet, "fail", fail)  # noqa: B010
+    setattr(what, step, dies)
     return died
 
 
