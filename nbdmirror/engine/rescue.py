@@ -87,6 +87,9 @@ class Rescue:
             data = await self._from_remote(volume, offset, length)
             if data is None:  # a facet may have come back while a remote was waited for
                 data = await self._from_facets(volume, None, offset, length)
+            if data is None and volume.in_service():
+                problem = f"no facet of volume {volume.name} could read {length} bytes at {offset}"
+                raise VolumeFailed(f"{problem}, nor a remote", hint="see their disks and links")
             if data is None:
                 raise volume.no_facet()
             return data

@@ -51,7 +51,8 @@ async def read_all(node: Node) -> list[Found]:
             # What lies below a restore is in facets only; and a disk may refuse when nobody else
             # has it: then the error says so.
             lost = any(not v.in_service() or v.overlay is not None for v in node.volumes)
-            lost = lost or "could not be read for it" in str(error) or "simulated" in str(error)
+            words = ("could not be read for it", "simulated", "nor a remote")
+            lost = lost or any(word in str(error) for word in words)
             if node.snapshots.shown(entry) and not lost:
                 raise Violation(f"snapshot {entry['uuid']} cannot be read: {error}") from error
             continue
