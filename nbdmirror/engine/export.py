@@ -38,6 +38,8 @@ from nbdmirror.ports import TlsServer
 
 SPARSE_READ_MIN = 64 << 10
 """Structured reads from here on are answered with holes where the facet has them."""
+_LOOKS = (nbd.READ, nbd.BLOCK_STATUS, nbd.CACHE)
+"""What changes nothing, and is nothing without its reply."""
 
 
 class ExportServer:
@@ -176,8 +178,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._group: Writer | None = None
         self.underway = Underway(server, self._session, self._held, self._ended)
         self._backlog: list[Request | Writes] = []
-        self._writable = True
-        self._reading = True
+        self._writable = self._reading = True
         self._leaving = self._gone = False
         self._unwatch: Callable[[], None] = lambda: None
         self._looking = asyncio.Lock()
@@ -210,6 +211,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._haggle()
         if self._gone:
             self._backlog += requests
+            self._wind_up()
         elif requests:
             self._execute(requests)
         if session.need > SLAB_BYTES or self._long:
@@ -258,13 +260,12 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._volume.clients += 1
 
     def _send(self) -> None:
-        transport, session = self._transport, self._session
+        transport, session, tasks = self._transport, self._session, self.underway.tasks
+        output = session.take_output()
         if transport is None:
-            session.take_output()
-            if self._volume is not None and not self._outstanding:
+            if self._volume is not None and not tasks:
                 self._leave()
             return
-        output = session.take_output()
         if output:
             if len(output) == 1:
                 transport.write(output[0])
@@ -272,14 +273,11 @@ class ExportConnection(asyncio.BufferedProtocol):
                 transport.writelines(output)
             if not self._writable:
                 self._held.unread(transport.get_write_buffer_size())
-        if session.closing or (session.disconnect_requested and not self._outstanding):
+        done = session.disconnect_requested and not tasks and not self._backlog
+        if session.closing or done:
             transport.close()
         else:
             self._throttle()
-
-    @property
-    def _outstanding(self) -> bool:
-        return bool(self.underway.tasks or self._backlog)
 
     @property
     def _vanished(self) -> bool:
@@ -327,20 +325,29 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._transport.pause_reading()
 
     def _hung_up(self) -> None:
-        """What it had sent is received to its end, as far as there is room: where a goodbye comes
-        of it, all is done in its turn. Until then nothing more is begun."""
+        """What it had sent is received to its end, as far as there is room: a goodbye may be there.
+        Until then nothing more is begun. One still unread when a reply fails is not found."""
         self._gone = True
-        self._throttle()
+        self._wind_up()
+        self._send()
+
+    def _wind_up(self) -> None:
+        """Changes of who has said goodbye and gone are begun at once, however many wait: they must
+        not come over what others begin later (I3). It may read still: reads have their turn."""
+        if self._backlog and self._gone and self._session.disconnect_requested:
+            waiting, self._backlog = self._backlog, [r for r in self._backlog if r.type in _LOOKS]
+            self._execute([r for r in waiting if r.type not in _LOOKS], at_once=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """What is not made yet is not made any more: the client has none of it confirmed, sends it
         again elsewhere, and what it writes after that must not be under it (I3). Who has said
-        goodbye does not: all that it asked for is done, though nobody hears of it."""
-        self._transport = None
+        goodbye does not: its changes are made, though nobody hears of it."""
+        self._transport, self._gone = None, True
         self._unwatch()
-        if self._session.disconnect_requested and self._outstanding:
-            self.resume_writing()
-        else:
+        self._wind_up()
+        self._backlog = []
+        self._held.unread(0)
+        if not self._session.disconnect_requested or not self.underway.tasks:
             self._leave()
 
     def _leave(self) -> None:
@@ -370,7 +377,7 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     # -- requests ----------------------------------------------------------------------------
 
-    def _execute(self, requests: list[Request | Writes]) -> None:
+    def _execute(self, requests: list[Request | Writes], *, at_once: bool = False) -> None:
         volume, group = self._volume, self._group
         assert volume is not None and group is not None
         self._server.batches += 1
@@ -384,13 +391,13 @@ class ExportConnection(asyncio.BufferedProtocol):
             elif kind == nbd.WRITE and request.length:
                 change = Change(record.WRITE, 0, request.offset, request.length, request.payload)
                 if request.flags & nbd.FUA:
-                    self.underway.start([request], self._write(volume, [request], [change], True))
+                    self.underway.start([request], self._write(volume, group, request, change))
                 else:
                     writes.append(request)
                     changes.append(change)
             elif not request.length and kind != nbd.FLUSH:
                 self._session.reply(request)
-            elif self._full(answered):
+            elif not at_once and self._full(answered):
                 self._backlog = requests[index:]
                 if self._budget.free <= 0:
                     self._held.wait()
@@ -442,14 +449,10 @@ class ExportConnection(asyncio.BufferedProtocol):
         await rest
         self._session.reply_many(writes)
 
-    async def _write(
-        self, volume: Volume, writes: list[Request], changes: list[Change], durable: bool
-    ) -> None:
-        assert self._group is not None
-        rest = self._group.write(volume, changes, durable=durable)
-        if rest is not None:
+    async def _write(self, volume: Volume, group: Writer, request: Request, change: Change) -> None:
+        if (rest := group.write(volume, [change], durable=True)) is not None:
             await rest
-        self._session.reply_many(writes)
+        self._session.reply_many([request])
 
     def _read_now(self, volume: Volume, request: Request) -> None:
         if request.length <= SPARSE_READ_MIN or request.flags & nbd.DF:
@@ -472,20 +475,18 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._session.reply_read_extents(request, pieces)
 
     async def _other(self, volume: Volume, group: Writer, request: Request) -> None:
-        kind, flags = request.type, request.flags
+        kind, flags, where = request.type, request.flags, (request.offset, request.length)
         durable = bool(flags & nbd.FUA)
         if kind == nbd.FLUSH:
             await group.flush()
         elif kind == nbd.TRIM:
-            await operations.trim(group, volume, request.offset, request.length, durable=durable)
+            await operations.trim(group, volume, *where, durable=durable)
         elif kind == nbd.WRITE_ZEROES:
             keep = bool(flags & nbd.NO_HOLE)
-            where = request.offset, request.length
             await operations.zero(group, volume, *where, keep_space=keep, durable=durable)
         else:
             async with self._looking:  # one after the other, and others in between
                 await asyncio.sleep(0)
-                where = request.offset, request.length
                 if kind == nbd.BLOCK_STATUS:
                     asked = self._session.contexts, self._server.remotes
                     found = await block_status(volume, *asked, *where)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import select
+import socket
 import struct
 import threading
 import time
@@ -232,10 +233,12 @@ def test_a_clean_stop_under_load_refuses_nothing(
     assert errno.ESHUTDOWN not in errors and not any(errors)
 
 
+@pytest.mark.parametrize("more", [True, False])
 def test_what_comes_before_a_disconnect_is_done(
-    make_cluster: MakeCluster, attached: Attach
+    make_cluster: MakeCluster, attached: Attach, more: bool
 ) -> None:
-    """NBD_CMD_DISC: all outstanding requests are handled, those too that had to wait for others."""
+    """NBD_CMD_DISC: all outstanding requests are handled, those too that had to wait for others.
+    A client may say that it sends no ``more``, as libnbd does, and still read."""
     cluster = make_cluster(remotes=()).start()
     handle = connect(cluster.primary.uri())
     for number in range(64):
@@ -246,6 +249,8 @@ def test_what_comes_before_a_disconnect_is_done(
         + write(reads, 63 * MIB, b"W" * 4096, FUA)
         + request(DISC, 0, 0, 0)
     )
+    if not more:
+        client.socket.shutdown(socket.SHUT_WR)
     got = 0
     while piece := client.socket.recv(MIB):
         got += len(piece)
@@ -287,6 +292,58 @@ def test_who_says_goodbye_and_hangs_up_has_its_requests_made(
     handle = connect(cluster.primary.uri())
     assert [handle.pread(1, place) for place in places] == [b"d"] * len(places)
     cluster.check_in_sync()
+
+
+@pytest.mark.parametrize("length", [KIB, 33 * KIB])
+def test_what_waits_behind_a_goodbye_is_not_made_later(
+    make_cluster: MakeCluster, attached: Attach, length: int
+) -> None:
+    """I3: four requests are under way and a fifth waits for its turn when its client hangs up; the
+    next client has a write to the same place confirmed. The log has room for the short one."""
+    cluster = make_cluster(on_full="block", log_size=16 * MIB)
+    cluster.primary.keys["limits"] = ["requests_max = 4"]
+    cluster.primary.write_config()
+    cluster.start()
+    cluster.proxy.refuse()
+    cluster.primary.until("is away", lambda one: one["link"] == "disconnected")
+    fill_log(attached(cluster), 32 * KIB)
+    gone, again = attached(cluster), attached(cluster)
+    for cookie in range(4):
+        gone.send(write(cookie, PLACE + (cookie + 1) * MIB // 4, b"d" * 33 * KIB, FUA))
+        time.sleep(0.1)
+    gone.send(write(4, PLACE, b"1" * length, FUA) + request(DISC, 99, 0, 0))
+    time.sleep(0.3)
+    gone.socket.close()
+    time.sleep(QUIET_S)
+    again.send(write(5, PLACE, b"2" * length, FUA))
+    time.sleep(QUIET_S)
+    cluster.proxy.heal()
+    assert reply(again) == (0, 5)
+    cluster.wait_in_sync()
+    assert connect(cluster.primary.uri()).pread(4, PLACE) == b"2222"
+    cluster.check_in_sync()
+
+
+def test_who_hangs_up_without_reading_its_replies_is_gone(
+    make_cluster: MakeCluster, attached: Attach
+) -> None:
+    """I6: it asked for more than may be on the way to it, and for a write, and said goodbye."""
+    cluster = make_cluster(remotes=()).start()
+    handle = connect(cluster.primary.uri())
+    for number in range(16):
+        handle.pwrite(pattern(64 * KIB, number), number * 64 * KIB)
+    gone = attached(cluster)
+    reads = [request(READ, number, number % 16 * 64 * KIB, 64 * KIB) for number in range(4000)]
+    gone.send(b"".join(reads) + write(4000, PLACE, b"W" * 4096) + request(DISC, 0, 0, 0))
+    time.sleep(0.3)
+    gone.socket.close()
+
+    def held() -> tuple[int, int]:
+        connections = cluster.primary.status()["connections"]
+        return connections["nbd"]["open"], connections["memory"]["used"]
+
+    wait_until("nothing is kept of it", lambda: held() == (1, 0) or None)
+    assert handle.pread(4096, PLACE) == b"W" * 4096
 
 
 def test_who_waits_for_memory_is_woken(make_cluster: MakeCluster, attached: Attach) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.config import Limits
+from nbdmirror.engine.export import ExportServer
+from nbdmirror.engine.volume import Change
 from tests.fuzz.nodes import Recorder, go
 from tests.sim.loop import SimLoop
 from tests.unit.primary import Primary, primary
@@ -20,6 +23,13 @@ FLAGS = b"\0\0\0\3"
 READ = struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, 0, 512)
 WRITE = struct.pack(">IHHQQI", 0x25609513, 1, 1, 8, 0, 512) + b"w" * 512
 DISC = struct.pack(">IHHQQI", 0x25609513, 0, 2, 9, 0, 0)
+
+
+def request(kind: int, offset: int = 0) -> bytes:
+    """With FUA."""
+    length = 0 if kind == 3 else 512
+    data = b"w" * length if kind == 1 else b""
+    return struct.pack(">IHHQQI", 0x25609513, 1, kind, offset, offset, length) + data
 
 
 class Wire(Recorder):
@@ -38,6 +48,18 @@ def feed(protocol: asyncio.BufferedProtocol, data: bytes) -> None:
     room = memoryview(protocol.get_buffer(-1))
     room[: len(data)] = data
     protocol.buffer_updated(len(data))
+
+
+def watched(server: ExportServer) -> list[Callable[[], object]]:
+    """What is called when a client hangs up."""
+    told: list[Callable[[], object]] = []
+
+    def watch(transport: asyncio.BaseTransport, gone: Callable[[], object]) -> Callable[[], None]:
+        told.append(gone)
+        return lambda: told.remove(gone)
+
+    server.watch = watch
+    return told
 
 
 def test_a_request_that_meets_a_defect_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,15 +95,7 @@ def test_what_is_read_of_who_has_hung_up_waits_for_its_goodbye(goodbye: bool) ->
     async def test(world: Primary) -> None:
         volume, server = world.node.volumes[0], world.node.exports
         assert server is not None
-        told: list[Callable[[], object]] = []
-
-        def watch(
-            transport: asyncio.BaseTransport, gone: Callable[[], object]
-        ) -> Callable[[], None]:
-            told.append(gone)
-            return told.clear
-
-        server.watch = watch
+        told = watched(server)
         protocol, wire = server.connection(), Wire()
         protocol.connection_made(wire)
         feed(protocol, FLAGS + go(b"v"))
@@ -130,6 +144,84 @@ def test_what_waits_when_a_connection_is_lost(
         await asyncio.sleep(0.1)
         assert made.is_set() == goodbye
         assert not server.connections and not volume.clients and not server.budget.used
+
+    primary(test)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_what_waits_for_its_turn_is_begun_when_its_client_goes(
+    monkeypatch: pytest.MonkeyPatch, seen: bool
+) -> None:
+    """NBD_CMD_DISC, I3: before anything that another client begins then, though more is under way
+    than may be. ``seen``: that it has gone is noticed while its requests are still received."""
+
+    async def test(world: Primary) -> None:
+        volume, server = world.node.volumes[0], world.node.exports
+        assert server is not None
+        server.limits = replace(server.limits, requests_max=1)
+        told = watched(server)
+        begun: list[tuple[str, int]] = []
+        room = asyncio.Event()
+
+        async def wait(what: str, change: Change) -> None:
+            begun.append((what, change.offset))
+            await room.wait()
+
+        async def flush() -> None:
+            begun.append(("flush", 0))
+
+        def write(volume: object, changes: list[Change], *, durable: bool = False) -> object:
+            return wait("write", changes[0])
+
+        async def clear(volume: object, change: Change, *, durable: bool = False) -> None:
+            await wait("clear", change)
+
+        for name, stub in (("write", write), ("clear", clear), ("flush", flush)):
+            monkeypatch.setattr(server.group, name, stub)
+        protocol, wire = server.connection(), Wire()
+        protocol.connection_made(wire)
+        feed(protocol, FLAGS + go(b"v"))
+        feed(protocol, request(1, 0) + READ)
+        if seen:
+            told[0]()
+        feed(protocol, request(4, 512) + request(1, 1024) + request(3) + request(6, 1536) + DISC)
+        protocol.connection_lost(None)
+        again = server.connection()
+        again.connection_made(Wire())
+        feed(again, FLAGS + go(b"v"))
+        feed(again, request(1, 0))
+        await asyncio.sleep(0.1)
+        first = [("write", 0), ("clear", 512), ("write", 1024), ("flush", 0), ("clear", 1536)]
+        assert begun == [*first, ("write", 0)] and volume.clients == 2
+        room.set()
+        await asyncio.sleep(0.1)
+        assert volume.clients == 1
+        again.connection_lost(None)
+        assert not server.connections and not volume.clients and not server.budget.used
+
+    primary(test)
+
+
+def test_who_has_gone_waits_for_no_room_for_replies() -> None:
+    """I6: it said goodbye behind more reads than there may be replies to, and read none of them.
+    What changes the volume is made, and nothing of it is kept."""
+
+    async def test(world: Primary) -> None:
+        volume, server = world.node.volumes[0], world.node.exports
+        assert server is not None
+        server.limits = replace(server.limits, reply_bytes_max=4096)
+        protocol, wire = server.connection(), Wire()
+        protocol.connection_made(wire)
+        feed(protocol, FLAGS + go(b"v"))
+        wire.get_write_buffer_size = lambda: 4096  # type: ignore[method-assign]
+        feed(protocol, READ * 100 + WRITE + DISC)
+        protocol.pause_writing()
+        await asyncio.sleep(0.1)
+        assert server.budget.used and volume.clients
+        protocol.connection_lost(None)
+        await asyncio.sleep(0.1)
+        assert not server.connections and not volume.clients and not server.budget.used
+        assert bytes(await volume.read(0, 1)) == b"w"
 
     primary(test)
 
