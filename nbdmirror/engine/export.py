@@ -79,8 +79,7 @@ class ExportServer:
     @property
     def session_limits(self) -> Limits:
         """A client that lists the exports asks for each of them, and means no harm by it."""
-        volumes = len(self.group.volumes) if self.group else 0
-        exports = volumes + self.snapshots.count_max
+        exports = self.snapshots.count_max + (len(self.group.volumes) if self.group else 0)
         return replace(self.limits, options_max=self.limits.options_max + 4 * exports)
 
     def connection(self) -> asyncio.BufferedProtocol:
@@ -94,8 +93,7 @@ class ExportServer:
 
     def find_for(self, client: Client, name: str) -> ExportInfo | Forbidden | None:
         """The export of that name, as this client finds it."""
-        volume = self.volume(name)
-        if volume is None:
+        if (volume := self.volume(name)) is None:
             return None
         why = self._refusal(client, volume)
         return self._info(volume) if why is None else Forbidden(why)
@@ -244,12 +242,11 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._starved = not self._held.receiving(need if self._long else 0)
 
     def _room_again(self) -> None:
-        if self._volume is None:
-            return
-        if self._starved:
-            self._hold_long(self._session.need)
-        self._work_off()
-        self._throttle()
+        if self._volume is not None:
+            if self._starved:
+                self._hold_long(self._session.need)
+            self._work_off()
+            self._throttle()
 
     def _begin(self, name: str) -> None:
         """By the name that the client found it by: of two that share a number, a uuid names one."""
@@ -332,11 +329,16 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._send()
 
     def _wind_up(self) -> None:
-        """Changes of who has said goodbye and gone are begun at once, however many wait: they must
-        not come over what others begin later (I3). It may read still: reads have their turn."""
+        """Changes of who has said goodbye and gone are begun at once, however many wait, and so
+        before what others begin later (I3). It may read still: reads have their turn."""
         if self._backlog and self._gone and self._session.disconnect_requested:
             waiting, self._backlog = self._backlog, [r for r in self._backlog if r.type in _LOOKS]
             self._execute([r for r in waiting if r.type not in _LOOKS], at_once=True)
+
+    def eof_received(self) -> None:
+        """No goodbye comes any more, and it may leave replies unread, and stay, for long (I6)."""
+        if self._vanished:
+            self._backlog = []
 
     def connection_lost(self, exc: Exception | None) -> None:
         """What is not made yet is not made any more: the client has none of it confirmed, sends it
@@ -468,21 +470,19 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     async def _read(self, volume: Volume, request: Request) -> None:
         if request.flags & nbd.DF or request.length <= SPARSE_READ_MIN:
-            data = await volume.read(request.offset, request.length)
-            self._session.reply_read(request, data)
+            self._session.reply_read(request, await volume.read(request.offset, request.length))
             return
         pieces = await operations.read(volume, request.offset, request.length)
         self._session.reply_read_extents(request, pieces)
 
     async def _other(self, volume: Volume, group: Writer, request: Request) -> None:
         kind, flags, where = request.type, request.flags, (request.offset, request.length)
-        durable = bool(flags & nbd.FUA)
+        durable, keep = bool(flags & nbd.FUA), bool(flags & nbd.NO_HOLE)
         if kind == nbd.FLUSH:
             await group.flush()
         elif kind == nbd.TRIM:
             await operations.trim(group, volume, *where, durable=durable)
         elif kind == nbd.WRITE_ZEROES:
-            keep = bool(flags & nbd.NO_HOLE)
             await operations.zero(group, volume, *where, keep_space=keep, durable=durable)
         else:
             async with self._looking:  # one after the other, and others in between

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -198,6 +199,30 @@ def test_what_waits_for_its_turn_is_begun_when_its_client_goes(
         assert volume.clients == 1
         again.connection_lost(None)
         assert not server.connections and not volume.clients and not server.budget.used
+
+    primary(test)
+
+
+def test_what_waits_for_a_goodbye_is_given_up_when_none_can_come() -> None:
+    """I6: nobody counts it, and who sends no more may have replies unread for as long as it
+    likes."""
+
+    async def test(world: Primary) -> None:
+        server = world.node.exports
+        assert server is not None
+        told = watched(server)
+        protocol = server.connection()
+        protocol.connection_made(Wire())
+        feed(protocol, FLAGS + go(b"v"))
+        told[0]()
+        feed(protocol, WRITE)
+        (waiting,) = cast(Any, protocol)._backlog
+        kept = weakref.ref(waiting.payload)
+        del waiting
+        assert kept() is not None
+        assert not protocol.eof_received()
+        assert kept() is None
+        protocol.connection_lost(None)
 
     primary(test)
 
