@@ -205,7 +205,7 @@ class Restorer:
         before, and it goes; where it may have begun, durably, that stays."""
         try:
             yield
-        except BaseException:
+        except (Exception, asyncio.CancelledError):  # not where the loop itself is gone
             begun = self._store.state.get("restore") or {}
             if undo is not None and begun.get("undo") != undo["uuid"]:
                 self._take_back(undo)
