@@ -74,6 +74,17 @@ def fill_log(client: RawClient, length: int) -> None:
         client.send(write(number, number % 100 * 256 * KIB, b"f" * length))
 
 
+def send_waiting(cluster: Cluster, client: RawClient, data: bytes) -> None:
+    """Sends a request, and returns when it waits by itself: it holds memory then."""
+
+    def used() -> int:
+        return int(cluster.primary.status()["connections"]["memory"]["used"])
+
+    before = used()
+    client.send(data)
+    wait_until("it waits", lambda: used() > before or None)
+
+
 def test_a_write_of_a_closed_connection_is_not_made_later(
     make_cluster: MakeCluster, attached: Attach
 ) -> None:
@@ -274,13 +285,11 @@ def test_who_says_goodbye_and_hangs_up_has_its_requests_made(
     places = [PLACE + number * MIB // 4 for number in range(count + more)]
     gone = attached(cluster)
     for cookie, place in enumerate(places[:count]):
-        gone.send(write(cookie, place, b"d" * 33 * KIB, FUA))
-        time.sleep(0.1)
+        send_waiting(cluster, gone, write(cookie, place, b"d" * 33 * KIB, FUA))
     rest = [write(count + n, place, b"d" * KIB) for n, place in enumerate(places[count:])]
     gone.send(b"".join(rest) + request(DISC, 99, 0, 0))
-    time.sleep(0.3)
     gone.socket.close()
-    time.sleep(1)
+    time.sleep(QUIET_S)  # room comes behind its end; nothing tells when that is seen
     cluster.proxy.heal()
     cluster.wait_in_sync()
 
@@ -309,14 +318,13 @@ def test_what_waits_behind_a_goodbye_is_not_made_later(
     fill_log(attached(cluster), 32 * KIB)
     gone, again = attached(cluster), attached(cluster)
     for cookie in range(4):
-        gone.send(write(cookie, PLACE + (cookie + 1) * MIB // 4, b"d" * 33 * KIB, FUA))
-        time.sleep(0.1)
+        place = PLACE + (cookie + 1) * MIB // 4
+        send_waiting(cluster, gone, write(cookie, place, b"d" * 33 * KIB, FUA))
     gone.send(write(4, PLACE, b"1" * length, FUA) + request(DISC, 99, 0, 0))
-    time.sleep(0.3)
     gone.socket.close()
-    time.sleep(QUIET_S)
+    time.sleep(QUIET_S)  # nothing tells when its end is seen
     again.send(write(5, PLACE, b"2" * length, FUA))
-    time.sleep(QUIET_S)
+    time.sleep(QUIET_S)  # nor when a write waits for others that are at work
     cluster.proxy.heal()
     assert reply(again) == (0, 5)
     cluster.wait_in_sync()
@@ -335,7 +343,6 @@ def test_who_hangs_up_without_reading_its_replies_is_gone(
     gone = attached(cluster)
     reads = [request(READ, number, number % 16 * 64 * KIB, 64 * KIB) for number in range(4000)]
     gone.send(b"".join(reads) + write(4000, PLACE, b"W" * 4096) + request(DISC, 0, 0, 0))
-    time.sleep(0.3)
     gone.socket.close()
 
     def held() -> tuple[int, int]:
