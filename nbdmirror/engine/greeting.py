@@ -38,6 +38,22 @@ def misfit(
     return _other_volumes(hello.get("volumes"), node, volumes)
 
 
+def second_name(hello: dict[str, Any], current: dict[str, Any], node: str) -> Refusal | None:
+    """Why a HELLO may not replace the connection that began with ``current``: it is the same run of
+    the same primary, which has ``node`` under another name too. The names would end each other's
+    connections for ever (T1). A remote that was renamed is let in once its former link has ended.
+    """
+    former, name = current.get("remote"), hello.get("remote")
+    if (hello.get("node"), hello.get("run")) != (current.get("node"), current.get("run")):
+        return None
+    if former == name:
+        return None
+    return "T1", (
+        f"the node there is {node}, and that is remote {former} of {hello.get('node')}; "
+        f"correct the address of {name}, or remove one of the two"
+    )
+
+
 def _check(hello: dict[str, Any]) -> None:
     """PeerError unless everything that a secondary stores is of its type and size (I9)."""
     for key in ("uuid", "generation", "node", "run"):

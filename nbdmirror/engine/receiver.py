@@ -68,6 +68,8 @@ class Receiver:
         self._started = False
         self._sizes = b"".join(v.size.to_bytes(8, "little") for v in secondary.volumes)
         self.peer = "?"
+        self.hello: dict[str, Any] = {}
+        """What the primary said of itself, once it is let in."""
         self._acked = (-1, -1, -1)
         self._acked_at = 0.0
         self._ack_due: asyncio.TimerHandle | None = None
@@ -182,7 +184,7 @@ class Receiver:
             self.link.close(PeerError(why), flush=True)
             raise PeerError(why)
         self.peer = str(hello["node"])
-        self._hello = hello
+        self.hello = hello
         # The former session ends before this one may write: a stale one never comes after.
         await self.secondary.enter(self)
         # What is told as durable is durable (O4).
@@ -223,7 +225,7 @@ class Receiver:
         self.secondary.eager = start.get("eager") is True
         reset_seq = seq if action == "reset" else None
         put_off = start.get("put_off") is True
-        await self.secondary.adopt(self._hello, reset_seq, bool(resync), marks, put_off=put_off)
+        await self.secondary.adopt(self.hello, reset_seq, bool(resync), marks, put_off=put_off)
         self._started = True
         self._eager = start.get("eager") is True
         self.link.begin(started=True)
@@ -249,7 +251,7 @@ class Receiver:
 
     def _checked(self, view: memoryview, next_seq: int) -> list[Portion]:
         """The records that are new here, all verified (X6)."""
-        epochs = self.secondary.log.ring.epoch, int(self._hello["epoch"])
+        epochs = self.secondary.log.ring.epoch, int(self.hello["epoch"])
         plain = batch.check_writes(view, next_seq, *epochs, self._sizes)
         if plain is not None and len(view) <= self.secondary.log.capacity // 4:
             start, places, largest, epoch = plain
@@ -273,7 +275,7 @@ class Receiver:
         """The same for records of any kind, and with what is wrong with them; and their bytes."""
         records: list[Record] = []
         start = at = 0
-        epoch, epoch_max = self.secondary.log.ring.epoch, int(self._hello["epoch"])
+        epoch, epoch_max = self.secondary.log.ring.epoch, int(self.hello["epoch"])
         while at < len(view):
             record = codec.parse(view, at)
             at += codec.stored_size(record.kind, record.length)

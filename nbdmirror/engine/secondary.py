@@ -25,7 +25,7 @@ from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
-from nbdmirror.engine.greeting import misfit
+from nbdmirror.engine.greeting import misfit, second_name
 from nbdmirror.engine.leftout import LeftOut
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.rejoin import altered, trust
@@ -189,9 +189,13 @@ class Secondary:
             return "failed", f"{self.node_name} failed: {self.failed.message}"
         if self.detached or self.store.state.get("restore") is not None:
             return "V14", f"a snapshot is being restored on {self.node_name}"
-        return misfit(
+        refusal = misfit(
             hello, self.node_name, self.group_name, self.store.state["uuid"], self.volumes
         )
+        current = self.current
+        if refusal is None and current is not None and current.link.cause is None:
+            return second_name(hello, current.hello, self.node_name)
+        return refusal
 
     def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
         """What this node says of itself (WELCOME), in the highest version that both speak."""

@@ -247,8 +247,8 @@ def test_one_node_is_one_remote(make_cluster: MakeCluster) -> None:
     assert itself.code == 2 and "this node itself" in itself.err
     node.ok("remote", "add", "delta", f"tcp:127.0.0.1:{beta.replication_port}")
     found = node.until("is refused", lambda one: one["state"] == "refused", remote="delta")
-    assert "is beta, and that is remote beta" in found["why"]
-    assert node.remote()["link"] == "connected"
+    assert "is beta, and that is remote beta of alpha" in found["why"]
+    assert not [one for one in node.events() if one["kind"] == "disconnected"]
     for name in ("delta", "beta"):
         node.ok("remote", "remove", name)
     edit(node, (cluster.remote_address(cluster.secondaries[1]), "@"))
