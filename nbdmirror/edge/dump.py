@@ -12,7 +12,7 @@ from nbdmirror.edge.files import LinuxDisk
 from nbdmirror.engine import activemap
 from nbdmirror.engine.create import log_path
 from nbdmirror.engine.log import Log
-from nbdmirror.engine.maps import DcmFile
+from nbdmirror.engine.maps import DcmFile, map_name
 from nbdmirror.engine.store import Store
 from nbdmirror.errors import FormatError, StateError, UsageError
 
@@ -66,7 +66,7 @@ def _dcm(disk: LinuxDisk, config: Config, state: Json) -> Iterator[Json]:
     for remote, facts in state["remotes"].items():
         for volume in state["volumes"]:
             name, size, region_size = volume["name"], volume["size"], volume["region_size"]
-            path = f"{config.state_dir}/dcm/{remote}.{name}"
+            path = f"{config.state_dir}/dcm/{map_name(remote, name)}"
             if not disk.exists(path):
                 raise StateError(f"the map {path} is missing")
             dcm = DcmFile(disk, path, -(-size // region_size), region_size)

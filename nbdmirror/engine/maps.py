@@ -18,6 +18,12 @@ from nbdmirror.errors import DiskFailed, FormatError
 from nbdmirror.ports import Disk, File
 
 
+def map_name(remote: str, volume: str) -> str:
+    """The file of a remote's map of a volume. Names may have dots in them, but no colon: remote
+    ``a`` with volume ``b.c`` is not remote ``a.b`` with volume ``c``."""
+    return f"{remote}:{volume}" if "." in remote else f"{remote}.{volume}"
+
+
 class DcmFile:
     """One DCM with its file."""
 

@@ -46,7 +46,7 @@ from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.leftout import DELETIONS_MAX, deletion
 from nbdmirror.engine.log import Cursor
-from nbdmirror.engine.maps import DcmFile, dirty_runs
+from nbdmirror.engine.maps import DcmFile, dirty_runs, map_name
 from nbdmirror.engine.remotestatus import remote_state, remote_status
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
@@ -96,7 +96,7 @@ class Remote:
         self._store = store
         self._events = events
         self.dcms: list[DcmFile] = [
-            DcmFile(disk, f"{directory}/dcm/{name}.{v.name}", v.regions, v.region_size)
+            DcmFile(disk, f"{directory}/dcm/{map_name(name, v.name)}", v.regions, v.region_size)
             for v in group.volumes
         ]
         log = group.log

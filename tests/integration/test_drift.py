@@ -266,3 +266,17 @@ def test_one_node_is_one_remote(make_cluster: MakeCluster) -> None:
     assert [one["name"] for one in node.status()["remotes"]] == ["gamma"]
     node.ok("remote", "add", "beta", address)
     check_content(cluster)
+
+
+def test_names_with_dots_have_maps_of_their_own(make_cluster: MakeCluster) -> None:
+    """V1, M17: remote ``a`` with volume ``b.c`` is not remote ``a.b`` with volume ``c``; and
+    ``dump`` finds what a start finds."""
+    volumes = [Volume("c", SIZE), Volume("b.c", SIZE)]
+    cluster = started(make_cluster, volumes=volumes, remotes=("a", "a.b"))
+    node = cluster.primary
+    assert len(list((node.directory / "state" / "dcm").iterdir())) == 4
+    node.stop()
+    dumped = nbdmirror("dump", "dcm", str(node.config), "--json")
+    assert dumped.code == 0, dumped
+    node.start()
+    check_content(cluster)
