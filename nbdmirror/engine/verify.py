@@ -417,7 +417,8 @@ def is_due(remote: Remote, now_ns: int) -> bool:
     interval = facts.get("verify_interval") or 0.0
     if facts.get("verify") is None and interval:
         last = (facts.get("verified") or {}).get("finished_ns", 0)
-        if now_ns - last >= interval * 1e9:
+        # One that ended while the clock was far ahead does not put off the next for so long.
+        if abs(now_ns - last) >= interval * 1e9:
             facts["verify"] = request(bool(facts.get("verify_repair")), now_ns)
     return facts.get("verify") is not None
 
