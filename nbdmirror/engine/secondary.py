@@ -154,10 +154,16 @@ class Secondary:
                 await self.current.progress()
 
     async def drain(self) -> None:
-        """Returns when everything in the log is durable, applied, and durable in the facets."""
-        await self.log.sync(self.log.next_seq - 1)
-        await self.applier.drain()
-        await self.sync_facets()
+        """Returns when everything in the log is durable, applied, and durable in the facets.
+
+        A disk that fails in it ends the node, be it a command that asked (O16); then raises."""
+        try:
+            await self.log.sync(self.log.next_seq - 1)
+            await self.applier.drain()
+            await self.sync_facets()
+        except (NbdmirrorError, OSError) as error:
+            self.fail(error)
+            raise
 
     # -- sessions ----------------------------------------------------------------------------
 

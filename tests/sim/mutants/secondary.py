@@ -22,6 +22,7 @@ from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.secondary import (
     DRAINED_TWICE,
     FAILED_AND_FROZEN,
+    FAILED_FOR_A_COMMAND,
     LOST_IN_PART,
     MOVED_AND_CUT,
     MOVED_AND_FROZEN,
@@ -244,6 +245,16 @@ def _trust_memory(assign: Assign) -> None:
         await original(self, until)
 
     assign(Applier, "_apply_until", apply_until)
+
+
+@mutant("O16 a facet that fails for a command leaves the node running", run=FAILED_FOR_A_COMMAND)
+def _(assign: Assign) -> None:
+    async def drain(self: Secondary) -> None:
+        await self.log.sync(self.log.next_seq - 1)
+        await self.applier.drain()
+        await self.sync_facets()
+
+    assign(Secondary, "drain", drain)
 
 
 @mutant("V8 a thaw is followed that could not be saved", run=THAWED_AND_FAILED)

@@ -4,8 +4,10 @@ O5, O10, O16, V8)."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from nbdmirror.engine.node import Node
+from nbdmirror.errors import NbdmirrorError
 from tests.sim.directed import directed
 from tests.sim.faults import Fault, Kind
 from tests.sim.host import Host
@@ -35,6 +37,7 @@ from tests.sim.plays.stage import (
     strikes,
 )
 from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
+from tests.sim.world import Gone
 
 DELAY_SECONDS = 0.2
 
@@ -345,6 +348,32 @@ async def _stopped_late(s: Script) -> None:
     await s.in_sync()
 
 
+async def _failed_for_a_command(s: Script) -> None:
+    """A person restores a snapshot on a delayed secondary, for which all that it holds back is
+    applied, and its facet fails: that ends the node, as any other time. The primary's records would
+    go into no facet, and the log be kept for ever."""
+    a, (b,) = await s.primary(), s.world.remotes
+    await s.write(0, 0)
+    uuid = await s.snapshot()
+    await s.in_sync()
+    await s.world.in_life(b, follower(b).applier.change(delay=600.0))
+    await s.write(0, 0, BLOCK, count=BLOCK)
+    await s.until(all_is_there)
+    assert b.node is not None
+    await s.world.in_life(s.world.a, a.pause(b.name))
+    while follower(b).current is not None:
+        await asyncio.sleep(POLL_S)
+    failed = asyncio.Event()
+    b.disk.faults = strikes("pwrite", "/facets", Fault(Kind.ERROR), failed)
+    with contextlib.suppress(NbdmirrorError, Gone):
+        await s.world.in_life(b, b.node.people.restore(uuid, None, True, False, True))
+    assert failed.is_set()
+    await s.world.in_life(s.world.a, a.resume(b.name))
+    await s.up(b)
+    await s.in_sync()
+    b.images()
+
+
 PUNCHED = directed(_punched)
 HOLES_REVERT = directed(_holes_revert)
 COPIES_REVERT = directed(_copies_revert, region=4 * BLOCK * OPTIONS.cell)
@@ -360,3 +389,4 @@ FAILED_AND_FROZEN = directed(_failed_and_frozen, facets=2)
 SYNCED_BEFORE = directed(_synced_before)
 OLD_TAIL = directed(_old_tail, remote_log_size=260 * KIB)
 STOPPED_LATE = directed(_stopped_late)
+FAILED_FOR_A_COMMAND = directed(_failed_for_a_command)
