@@ -56,6 +56,8 @@ _SUM = struct.Struct("<Q")
 assert _BODY.size + _SUM.size == HEADER_SIZE
 
 _ZEROS = bytes(ALIGNMENT)
+_TIMES_NS = (10**18, 5 * 10**18)
+"""Of records: 2001 to 2128."""
 
 
 class Record(NamedTuple):
@@ -167,14 +169,17 @@ def parse(data: memoryview, at: int, *, verify_payload: bool = True) -> Record:
 
 def was_header(data: bytes, seq: int) -> bool:
     """Whether 64 bytes are what damage left of the header of record ``seq``: no header any more,
-    and still with the magic or that seq. (Damage to both is not told from what was never one.)"""
+    and still with the magic, or with that seq where it was and a kind or a time of this age. (The
+    seq alone may be any number in what an older record carried. Damage to all of them is not told
+    from what was never one.)"""
     if len(data) < HEADER_SIZE:
         return False
     with contextlib.suppress(FormatError):
         parse_header(memoryview(data), 0)
         return False
-    fields = _BODY.unpack_from(data)
-    return bool(fields[0] == _MAGIC or fields[7] == seq)
+    magic, _, kind, _, _, _, _, found, _, _, time_ns, _ = _BODY.unpack_from(data)
+    likely = kind in KIND_NAMES or _TIMES_NS[0] < time_ns < _TIMES_NS[1]
+    return bool(magic == _MAGIC or (found == seq and likely))
 
 
 def find_headers(data: bytes) -> Iterator[tuple[int, Record]]:

@@ -91,3 +91,17 @@ def test_parse_all_walks_records_of_every_kind() -> None:
 def test_padding(length: int, padded: int) -> None:
     assert length + len(codec.padding(length)) == padded
     assert codec.stored_size(codec.WRITE, length) == codec.HEADER_SIZE + padded
+
+
+@pytest.mark.parametrize("at", range(0, codec.HEADER_SIZE, 8))
+def test_what_damage_left_of_a_header_is_known(at: int) -> None:
+    """X6: eight bytes anywhere; the seq itself may be among them."""
+    data = encoded(WRITE)
+    data[at : at + 8] = b"\xa5" * 8
+    assert codec.was_header(bytes(data[: codec.HEADER_SIZE]), WRITE.seq)
+
+
+def test_numbers_in_an_older_record_are_no_header() -> None:
+    """I4: what a record of an earlier lap carried may have the next seq where a header would have
+    it; a start within one boot would take that for damage, and compare everything."""
+    assert not codec.was_header(WRITE.seq.to_bytes(8, "little") * 8, WRITE.seq)
