@@ -182,6 +182,8 @@ class Checks:
                 volume, 0, data, since=0, crashed=True, what="a clone of the primary (I3)"
             )
         for name, other in remotes.items():
+            if other.node.store.state.get("damaged") and world.hosts[name].lost_unnoted:
+                continue
             rule = cover.check(
                 image.node,
                 name,

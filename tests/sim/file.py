@@ -91,10 +91,11 @@ class SimFile:
 
     async def write(self, offset: int, data: Buffer) -> None:
         fault = self._admit("write")
-        if (
-            fault is None and data and self._disk.random.random() < 0.5
-        ):  # a kill may find it half done
-            self._write_now(None, offset, bytes(data[: self._disk.random.randrange(len(data))]))
+        if fault is None and data and self._disk.random.random() < 0.5:
+            # A kill may find it half done: between two pages, for within one the kernel looks at
+            # nothing. Sectors are harder.
+            length = _whole(SECTOR, offset, self._disk.random.randrange(len(data)))
+            self._write_now(None, offset, bytes(data[:length]))
         # The caller's buffer is read when the time has come: it must not change meanwhile.
         await self._later(
             self._disk.timing.write, fault, lambda: self._write_now(fault, offset, bytes(data))

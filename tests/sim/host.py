@@ -103,6 +103,13 @@ class Host:
         """The facets of each volume."""
         return [list(volume.facets) for volume in self.config.volumes]
 
+    @property
+    def lost_unnoted(self) -> bool:
+        """A sync of its log may have lost records, and one of its superblock the note of that: no
+        start can tell what is missing there from damage (O16)."""
+        fired = self.disk.fired
+        return sum(fired[kind] for kind in fired if kind.startswith("sync lose")) > 1
+
     def local(self) -> list[bytes | None]:
         """What the first facet of each volume that is in service holds now; None: there is none."""
         volumes: Sequence[Volume] = self.node.volumes if self.node is not None else ()

@@ -130,7 +130,7 @@ class Witness:
         for volume, (leader, line) in list(self._unsettled.items()):
             if leader == name:
                 self._settle(volume, self._clones()[name], line)
-        if event["rule"] == "T5" and self._world.astray_on is not None:
+        if event["rule"] == "T5" and (self._world.astray_on is not None or remote.lost_unnoted):
             return
         if remote.restored and "was restored on" in event["why"]:
             return
