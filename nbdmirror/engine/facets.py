@@ -117,8 +117,6 @@ class Facets:
 
     async def _mark_log(self, member: Member) -> None:
         """Whether putting the log into the map was finished or not: it is done again."""
-        if member.facet.writable:
-            return  # it has the log's records: they were redone
         log = self.group.log
         cursor = Cursor(log.ring.tail_seq)
         while cursor.seq < log.next_seq:

@@ -36,6 +36,11 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
         in_use: BlockingIOError | None = None
         for entry in saved["facets"]:
             state = facet_state(entry["state"])
+            if state is FacetState.BEING_SYNCHRONISED and store.state["role"] == "primary":
+                # Its map and the log say what it lacks, also of what is in the page cache only: it
+                # returns as after any other absence, and no start waits for its disk (O16, I8).
+                state = FacetState.NOT_SYNCHRONISED
+                entry["state"] = state.value
             try:
                 facet = LocalFacet.open(disk, entry["path"], saved["size"], state)
             except (StateError, OSError) as error:

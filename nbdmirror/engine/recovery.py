@@ -156,12 +156,10 @@ async def redo(
 
 async def _forget(volumes: list[Volume], healing: list[LocalFacet], *, in_service: bool) -> None:
     """A former process may have seen a sync of theirs fail. What that left in the page cache only,
-    the log has, as far as it was promised (O16); of one that is being synchronised, after whatever
-    end, its map. The others are forgotten when they return."""
+    the log has, as far as it was promised (O16). The others are forgotten when they return."""
     for volume in volumes:
         for facet in volume.facets:
-            joined = facet.writable and not facet.in_service
-            if joined or facet in healing or (in_service and facet.in_service):
+            if facet in healing or (in_service and facet.writable):
                 await facet.forget()
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nbdmirror.engine import doubt, node, recovery
-from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine import doubt, node, opening, recovery
+from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.facets import Facets
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.recovery import Recovered
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
+from nbdmirror.ports import Disk
 from tests.sim.file import SimFile
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.facets import CLEARED_AND_FAILED, COMPARED_AND_KILLED, FAILED_AND_COMPARED
@@ -20,7 +21,9 @@ from tests.sim.plays.pagecache import (
     COPIED_AND_FAILED,
     COPIED_AND_KILLED,
     INSCRIBED_AND_KILLED,
+    JOINED_AND_HANGING,
     JOINED_AND_KILLED,
+    JOINED_AND_LOG_LOST,
     KEPT_AND_KILLED,
     KEPT_AND_STOPPED,
     OUT_AND_HANGING,
@@ -124,9 +127,49 @@ def _(assign: Assign) -> None:
     assign(node, "mark_doubtful", mark_doubtful)
 
 
-mutant("O16 a facet that is being synchronised is gone on with as it is", run=JOINED_AND_KILLED)(
-    _not_at_start
-)
+def _joined_at_start(assign: Assign, *, forgotten: bool) -> None:
+    """One that was being synchronised takes the writes of the start, and all that follow."""
+    original = recovery._forget
+
+    async def forget(volumes: list[Volume], healing: list[LocalFacet], *, in_service: bool) -> None:
+        for facet in (one for volume in volumes for one in volume.facets if one in joined):
+            facet.state, facet.writable = FacetState.BEING_SYNCHRONISED, True
+            if forgotten:
+                await facet.forget()
+        await original(volumes, healing, in_service=in_service)
+
+    joined = set[LocalFacet]()
+    opened = opening.open_volumes
+
+    def open_volumes(disk: Disk, store: Store) -> list[Volume]:
+        state = FacetState.BEING_SYNCHRONISED.value
+        paths = {
+            entry["path"]
+            for volume in store.state["volumes"]
+            for entry in volume["facets"]
+            if entry["state"] == state
+        }
+        volumes = opened(disk, store)
+        joined.update(f for v in volumes for f in v.facets if f.path in paths and f.is_open)
+        return volumes
+
+    assign(recovery, "_forget", forget)
+    assign(node, "open_volumes", open_volumes)
+
+
+@mutant("O16 a facet that is being synchronised is gone on with as it is", run=JOINED_AND_KILLED)
+def _(assign: Assign) -> None:
+    _joined_at_start(assign, forgotten=False)
+
+
+@mutant("I8 a start waits for a facet that is being synchronised", run=JOINED_AND_HANGING)
+def _(assign: Assign) -> None:
+    _joined_at_start(assign, forgotten=True)
+
+
+@mutant("I5 a facet that was being synchronised lacks what was not redone", run=JOINED_AND_LOG_LOST)
+def _(assign: Assign) -> None:
+    assign(Facets, "_mark_log", nothing)
 
 
 @mutant("O16 a stop does not hear of what a copy's sync has lost", run=RESTORED_AND_STOPPED)

@@ -88,6 +88,61 @@ async def _joined_and_killed(s: Script) -> None:
     await alike_without_power(s)
 
 
+async def _joined(s: Script) -> None:
+    """Facet 1 of volume 0 is being synchronised, and its disk takes its time for that."""
+    a, path = s.world.a, "/facets/v0.1"
+    await s.write(0, *STRETCH, count=BLOCK)
+    await s.facet("offline", path)
+    await full_log(s)
+    await s.in_sync()
+    await released(s, a)
+    returns = moment(s, a, "facet-returns")
+    a.disk.faults = strikes("sync", path, NEVER, asyncio.Event(), returns.is_set)
+    await s.facet("online", path)
+    await returns.wait()
+
+
+async def _joined_and_log_lost(s: Script) -> None:
+    """What is written beside the copy is durable in the log, and active no more, when a sync of the
+    log fails as the node is stopped: so nothing is redone. And what is in the facet's page cache is
+    not on its disk."""
+    a, path = s.world.a, "/facets/v0.1"
+    await _joined(s)
+    await s.write(0, *(first + len(STRETCH) * BLOCK for first in STRETCH[:2]), count=BLOCK)
+    await s.flush()
+    node, life = await s.primary(), a.life
+    assert node.primary is not None
+    active = node.primary.group.active
+    await s.world.in_life(a, node._make_safe())
+    await s.world.in_life(a, active.drop_safe())
+    await s.write(1, 0)
+
+    def inject(operation: str, name: str, nth: int) -> Fault | None:
+        if a.life is not life:
+            return Fault(Kind.ERROR) if (operation, name) == ("forget", path) else None
+        if operation != "sync":
+            return None
+        return (
+            Fault(Kind.LOSE) if name.startswith("/state/log") else NEVER if name == path else None
+        )
+
+    a.disk.faults = inject
+    await s.stop(a)
+    if not a.alive:
+        await s.world.start(a)
+    await s.up(a)
+    await s.facets_back()
+    a.disk.faults = None
+    await alike_without_power(s)
+
+
+async def _joined_and_hanging(s: Script) -> None:
+    """A facet is being synchronised when the process dies, and its disk hangs: the next start does
+    not wait for it (I8)."""
+    await _joined(s)
+    await _started_beside(s, "/facets/v0.1")
+
+
 async def _restored_and_stopped(s: Script) -> None:
     """The node is stopped while a sync of what a restore copied is about to fail: nobody waits for
     that any more, and nothing of it is in the log."""
@@ -119,12 +174,9 @@ async def _restored_and_stopped(s: Script) -> None:
     await s.read(0, 0, regions)
 
 
-async def _out_and_hanging(s: Script) -> None:
-    """A facet is out of service, by a person, and its disk hangs: the next start, and who does
-    something with another facet, do not wait for it (I8)."""
-    a, path = s.world.a, "/facets/v0.1"
-    await s.facet("offline", path)
-    await full_log(s)
+async def _started_beside(s: Script, path: str) -> None:
+    """The process dies, and is started again while the disk of that facet hangs."""
+    a = s.world.a
     s.kill(a)
     a.disk.faults = lambda operation, name, nth: (
         NEVER if name == path and NEVER.suits(operation) else None
@@ -135,6 +187,16 @@ async def _out_and_hanging(s: Script) -> None:
         raise Violation("a start waits for a facet that nobody wants (I8)")
     await s.write(0, 0)
     a.disk.faults = None
+    await asyncio.sleep(NEVER.seconds)
+
+
+async def _out_and_hanging(s: Script) -> None:
+    """A facet is out of service, by a person, and its disk hangs: the next start, and who does
+    something with another facet, do not wait for it (I8)."""
+    path = "/facets/v0.1"
+    await s.facet("offline", path)
+    await full_log(s)
+    await _started_beside(s, path)
 
 
 async def _taken(s: Script) -> str:
@@ -263,6 +325,8 @@ async def _copied_and_killed(s: Script) -> None:
 
 
 JOINED_AND_KILLED = directed(_joined_and_killed, spill=8 * KIB, facets=2)
+JOINED_AND_LOG_LOST = directed(_joined_and_log_lost, facets=2)
+JOINED_AND_HANGING = directed(_joined_and_hanging, facets=2)
 RESTORED_AND_STOPPED = directed(_restored_and_stopped)
 OUT_AND_HANGING = directed(_out_and_hanging, facets=2)
 WRITTEN_AND_BACK = directed(_written_and_back, facets=2)
