@@ -53,6 +53,8 @@ class LocalFacet:
         """Every record up to here is durable in this facet (O5)."""
         self.pending: dict[int, None] = {}
         """Records being applied off the loop: a sync does not cover them."""
+        self._beside = self._beside_synced = 0
+        """How often something was written beside the log, and how often that a sync covers."""
         self._streams = 0
         """Of records, that there were: a sync says nothing of one that began after it."""
         self._under_way: dict[asyncio.Task[None], None] = {}
@@ -69,7 +71,7 @@ class LocalFacet:
         """Goes on with this open file; what failed before was another one's."""
         self._file = file
         self.unnoted = False
-        self.pwrite = file.pwrite
+        self._pwrite = file.pwrite
         self.try_pread = file.try_pread
         self.failed = None
         self.read_errors = 0
@@ -99,6 +101,12 @@ class LocalFacet:
     def dirty(self) -> bool:
         """Whether it takes writes, and a sync has not covered all of them."""
         return self.writable and (self.written_seq > self.synced_seq or bool(self.pending))
+
+    @property
+    def unsynced(self) -> bool:
+        """As ``dirty``, and what a copy, a restore or a mend wrote counts too: no log redoes that,
+        and whoever would have synced it may be gone."""
+        return self.dirty or (self.writable and self._beside > self._beside_synced)
 
     def leave(self) -> None:
         """Takes no more writes; from this step on the log is kept for what it lacks."""
@@ -163,8 +171,21 @@ class LocalFacet:
     async def _off_loop(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._under_way[task] = None
-        task.add_done_callback(lambda done: self._under_way.pop(done, None))
+        task.add_done_callback(self._landed)
         await to_the_end(task)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._under_way.pop(task, None)
+        self.changed_beside()  # not sooner: a sync that began before does not cover it
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Writes beside the log; OSError if the disk refuses."""
+        self.changed_beside()
+        self._pwrite(offset, data)
+
+    def changed_beside(self) -> None:
+        """Something was written beside the log, perhaps by somebody else."""
+        self._beside += 1
 
     async def forget(self) -> None:
         """What is read from now on is what the disk has, whatever a failed sync left in the page
@@ -178,7 +199,7 @@ class LocalFacet:
 
     def write(self, seq: int, offset: int, payload: Buffer) -> None:
         """Carries the data of record ``seq`` into the facet; OSError if the disk refuses."""
-        self.pwrite(offset, payload)
+        self._pwrite(offset, payload)
         if seq > self.written_seq:
             self.written_seq = seq
 
@@ -209,7 +230,7 @@ class LocalFacet:
         if self.failed is not None:
             raise self.failed
         upto = min([self.written_seq, *(seq - 1 for seq in self.pending)])
-        file, stream = self._file, self._streams
+        file, stream, beside = self._file, self._streams, self._beside
         if file is None:
             # It left while its turn was waited for, after the others'.
             raise DiskFailed(f"sync of facet {self.path} failed: it was closed")
@@ -221,6 +242,7 @@ class LocalFacet:
             raise DiskFailed(f"sync of facet {self.path} failed: it was closed") from error
         if file is self._file and stream == self._streams:
             self.synced_seq = max(self.synced_seq, upto)
+            self._beside_synced = max(self._beside_synced, beside)
 
     def close(self) -> None:
         """Closes the file, if it is open."""

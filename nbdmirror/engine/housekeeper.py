@@ -229,12 +229,14 @@ class Housekeeper:
         return left
 
     async def sync_facets(self, *, everything: bool = False) -> None:
-        """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did."""
+        """Syncs what is dirty; who fails goes out of service. DiskFailed if a volume's last did.
+        ``everything``: also what was written beside the log. A disk that hangs is waited for only
+        where something was written to it (I8)."""
         dirty = [
             (volume, facet)
             for volume in self._volumes
             for facet in volume.writable()
-            if everything or facet.dirty
+            if (facet.unsynced if everything else facet.dirty)
         ]
         syncs = (facet.sync() for _, facet in dirty)
         results = await asyncio.gather(*syncs, return_exceptions=True)

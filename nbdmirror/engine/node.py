@@ -327,8 +327,8 @@ class Node:
     async def _settle(self) -> None:
         """Everything durable, the log released as far as remotes allow, marked clean."""
         await self.log.sync(self.log.next_seq - 1)
-        # Also where no record was applied: what a copy wrote a sync may have lost, and whoever
-        # waited for that was cancelled (O16).
+        # Also what was written beside the log: a sync may have lost it, and whoever waited for that
+        # was cancelled (O16).
         await self.housekeeper.sync_facets(everything=True)
         if self.primary is not None:
             await self.logkeeper.stop()

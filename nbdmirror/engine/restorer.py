@@ -454,6 +454,7 @@ class Restorer:
                 except OSError as error:
                     raise read_failed(source, offset, length, error) from error
                 for facet in volume.writable():
+                    facet.changed_beside()
                     if facet is source or not facet.writable:
                         continue  # it may have left while another one was read
                     try:

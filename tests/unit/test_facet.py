@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -104,6 +105,32 @@ def test_a_write_during_a_sync_is_not_covered() -> None:
         facet.written_seq = 2
         await syncing
         assert facet.synced_seq == 1 and facet.floor(2) == 1
+
+    run(main())
+
+
+def test_what_is_written_beside_the_log_is_unsynced_until_a_sync_that_began_after_it() -> None:
+    """O16: copies, restores and mends; none of it makes the log wait."""
+
+    async def main() -> None:
+        facet = make(make_disk())
+        writes: list[Callable[[], object]] = [
+            lambda: facet.copy(0, b"x"),
+            lambda: facet.punch(0, 4096),
+            lambda: facet.pwrite(0, b"x"),
+            facet.changed_beside,
+        ]
+        for write_beside in writes:
+            assert not facet.unsynced
+            syncing = asyncio.ensure_future(facet.sync())
+            await asyncio.sleep(0)
+            written = write_beside()
+            if asyncio.iscoroutine(written):
+                await written
+            await syncing
+            assert facet.unsynced and not facet.dirty
+            await facet.sync()
+        assert not facet.unsynced
 
     run(main())
 

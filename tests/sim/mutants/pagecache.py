@@ -8,7 +8,6 @@ from typing import Any
 from nbdmirror.engine import doubt, node, opening, recovery
 from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.facets import Facets
-from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.recovery import Recovered
 from nbdmirror.engine.store import Store
@@ -28,6 +27,7 @@ from tests.sim.plays.pagecache import (
     KEPT_AND_STOPPED,
     OUT_AND_HANGING,
     RESTORED_AND_STOPPED,
+    SYNCED_AND_HANGING,
     WRITTEN_AND_BACK,
     WRITTEN_AND_REDONE,
     WRITTEN_ANEW,
@@ -174,12 +174,12 @@ def _(assign: Assign) -> None:
 
 @mutant("O16 a stop does not hear of what a copy's sync has lost", run=RESTORED_AND_STOPPED)
 def _(assign: Assign) -> None:
-    original = Housekeeper.sync_facets
+    assign(LocalFacet, "changed_beside", lambda self: None)
 
-    async def sync_facets(self: Housekeeper, *, everything: bool = False) -> None:
-        await original(self)
 
-    assign(Housekeeper, "sync_facets", sync_facets)
+@mutant("I8 a stop waits for a facet that has all, durably", run=SYNCED_AND_HANGING)
+def _(assign: Assign) -> None:
+    assign(LocalFacet, "unsynced", True)
 
 
 @mutant("I8 a start waits for a facet that is out of service", run=OUT_AND_HANGING)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.sim.directed import directed
-from tests.sim.faults import Fault, Kind
+from tests.sim.faults import Fault, Injector, Kind
 from tests.sim.options import KIB
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import (
@@ -174,13 +174,16 @@ async def _restored_and_stopped(s: Script) -> None:
     await s.read(0, 0, regions)
 
 
+def _hangs(path: str) -> Injector:
+    """All that the disk of this facet is asked to do off the loop."""
+    return lambda operation, name, nth: NEVER if name == path and NEVER.suits(operation) else None
+
+
 async def _started_beside(s: Script, path: str) -> None:
     """The process dies, and is started again while the disk of that facet hangs."""
     a = s.world.a
     s.kill(a)
-    a.disk.faults = lambda operation, name, nth: (
-        NEVER if name == path and NEVER.suits(operation) else None
-    )
+    a.disk.faults = _hangs(path)
     began = s.world.loop.time()
     await s.world.start(a)
     if s.world.loop.time() - began > NEVER.seconds / 2:
@@ -197,6 +200,23 @@ async def _out_and_hanging(s: Script) -> None:
     await s.facet("offline", path)
     await full_log(s)
     await _started_beside(s, path)
+
+
+async def _synced_and_hanging(s: Script) -> None:
+    """The disk of a facet hangs that has all that was written, durably: a stop does not wait for it
+    (I8)."""
+    a, node = s.world.a, await s.primary()
+    await s.write(0, *STRETCH, count=BLOCK)
+    await s.in_sync()
+    await s.world.in_life(a, node.housekeeper.sync_facets())
+    a.disk.faults = _hangs("/facets/v0.1")
+    began = s.world.loop.time()
+    await s.stop(a)
+    if s.world.loop.time() - began > NEVER.seconds / 2:
+        raise Violation("a stop waits for a facet that it needs nothing of (I8)")
+    a.disk.faults = None
+    await s.world.start(a)
+    await s.in_sync()
 
 
 async def _taken(s: Script) -> str:
@@ -329,6 +349,7 @@ JOINED_AND_LOG_LOST = directed(_joined_and_log_lost, facets=2)
 JOINED_AND_HANGING = directed(_joined_and_hanging, facets=2)
 RESTORED_AND_STOPPED = directed(_restored_and_stopped)
 OUT_AND_HANGING = directed(_out_and_hanging, facets=2)
+SYNCED_AND_HANGING = directed(_synced_and_hanging, facets=2)
 WRITTEN_AND_BACK = directed(_written_and_back, facets=2)
 WRITTEN_AND_REDONE = directed(_written_and_killed, facets=2)
 WRITTEN_WITHOUT_LOG = directed(_written_without_log, facets=2)
