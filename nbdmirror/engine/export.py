@@ -15,22 +15,22 @@ from typing import Any, cast
 
 from nbdmirror.codec import nbd, record
 from nbdmirror.codec.batch import Writes, singly
-from nbdmirror.codec.nbd import ExportInfo, Request
-from nbdmirror.codec.nbdhandshake import Forbidden
+from nbdmirror.codec.nbd import Request
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.codec.nbdslab import SLAB_BYTES
 from nbdmirror.config import Limits
 from nbdmirror.engine import operations
-from nbdmirror.engine.access import OPEN, Client, Rules
+from nbdmirror.engine.access import Rules
 from nbdmirror.engine.admission import Gate, Room
 from nbdmirror.engine.arrival import Arrival
 from nbdmirror.engine.batch import Batch, Changes, Received
-from nbdmirror.engine.blockstatus import ALLOCATION_CONTEXT, DIRTY_CONTEXT, block_status
+from nbdmirror.engine.blockstatus import block_status
 from nbdmirror.engine.budget import Budget, Holder
+from nbdmirror.engine.catalogue import Catalogue
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
-from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, Writer
+from nbdmirror.engine.snapshotexport import SnapshotExports, Writer
 from nbdmirror.engine.underway import Underway
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import VolumeFailed
@@ -42,7 +42,7 @@ _LOOKS = (nbd.READ, nbd.BLOCK_STATUS, nbd.CACHE)
 """What changes nothing, and is nothing without its reply."""
 
 
-class ExportServer:
+class ExportServer(Catalogue):
     """What all NBD connections of a node share: the exports and the limits."""
 
     def __init__(
@@ -60,13 +60,10 @@ class ExportServer:
     ) -> None:
         """``rules`` by volume name; ``refused`` is told of every client that is turned away;
         ``watch`` as in ``ports.Network``."""
-        self.group = group
-        self.remotes = remotes
-        self.snapshots = snapshots
+        super().__init__(group, remotes, snapshots, rules or {})
         self.limits = limits
         self.connections: list[ExportConnection] = []
         self.stopping = False
-        self.rules = rules or {}
         self.tls = tls
         self.refused = refused
         self.watch = watch
@@ -90,61 +87,6 @@ class ExportServer:
         """The same where nothing but TLS is spoken."""
         assert self.tls is not None
         return ExportConnection(self, self.tls)
-
-    def find_for(self, client: Client, name: str) -> ExportInfo | Forbidden | None:
-        """The export of that name, as this client finds it."""
-        if (volume := self.volume(name)) is None:
-            return None
-        why = self._refusal(client, volume)
-        return self._info(volume) if why is None else Forbidden(why)
-
-    def _refusal(self, client: Client, volume: Volume) -> str | None:
-        return volume.closed or self._rules(volume).refusal(client, volume.clients)
-
-    def _rules(self, volume: Volume) -> Rules:
-        """What follows an @ names a state of the volume, which is for the same clients."""
-        return self.rules.get(volume.name.partition("@")[0], OPEN)
-
-    def exports_for(self, client: Client) -> list[ExportInfo]:
-        """What this client may attach."""
-        return [self._info(v) for v in self._volumes() if self._refusal(client, v) is None]
-
-    def exports(self) -> list[ExportInfo]:
-        """What a client may attach: every volume of a primary, and every snapshot."""
-        return [self._info(volume) for volume in self._volumes()]
-
-    def _volumes(self) -> list[Volume]:
-        return [*(self.group.volumes if self.group else []), *self.snapshots.all()]
-
-    def volume(self, name: str) -> Volume | None:
-        """The volume, or snapshot of one, behind an export name."""
-        if "@" in name:
-            return self.snapshots.find(name)
-        volumes = self.group.volumes if self.group else []
-        if not name and volumes:
-            return volumes[0]
-        return next((v for v in volumes if v.name == name), None)
-
-    def writer(self, volume: Volume) -> Writer | None:
-        """What takes the changes of a volume's clients."""
-        return volume if isinstance(volume, SnapshotVolume) else self.group
-
-    def _info(self, volume: Volume) -> ExportInfo:
-        if isinstance(volume, SnapshotVolume):
-            return ExportInfo(
-                name=volume.name,
-                description=f"nbdmirror snapshot {volume.uuid}",
-                size=volume.size,
-                read_only=self._rules(volume).read_only or not volume.entry["writable"],
-            )
-        dirty = tuple(DIRTY_CONTEXT + remote.name for remote in self.remotes)
-        return ExportInfo(
-            name=volume.name,
-            description=f"nbdmirror volume {volume.name}",
-            size=volume.size,
-            read_only=self._rules(volume).read_only,
-            contexts=(ALLOCATION_CONTEXT, *dirty),
-        )
 
     async def stop(self, seconds: float) -> None:
         """Lets requests in flight finish, refuses all others, then closes every connection."""
