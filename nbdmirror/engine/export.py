@@ -271,11 +271,14 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._send()
 
     def _wind_up(self) -> None:
-        """Changes of who has said goodbye and gone are begun at once, however many wait, and so
-        before what others begin later (I3). It may read still: reads have their turn."""
+        """Changes of who has said goodbye and gone are begun at once, and so before what others
+        begin later (I3): as many more as may be under way, if there is memory. What is beyond is
+        not made (I6). It may read still: reads have their turn."""
         if self._backlog and self._gone and self._session.disconnect_requested:
             waiting, self._backlog = self._backlog, [r for r in self._backlog if r.type in _LOOKS]
-            self._execute([r for r in waiting if r.type not in _LOOKS], at_once=True)
+            if self._budget.free > 0 or not self._held.bytes:
+                changes = [r for r in waiting if r.type not in _LOOKS]
+                self._execute(changes[: self._server.limits.requests_max], at_once=True)
 
     def eof_received(self) -> None:
         """No goodbye comes any more, and it may leave replies unread, and stay, for long (I6)."""

@@ -14,6 +14,7 @@ import pytest
 from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.config import Limits
+from nbdmirror.engine.budget import Holder
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.volume import Change
 from tests.fuzz.nodes import Recorder, go
@@ -159,7 +160,7 @@ def test_what_waits_for_its_turn_is_begun_when_its_client_goes(
     async def test(world: Primary) -> None:
         volume, server = world.node.volumes[0], world.node.exports
         assert server is not None
-        server.limits = replace(server.limits, requests_max=1)
+        server.limits = replace(server.limits, requests_max=4)
         told = watched(server)
         begun: list[tuple[str, int]] = []
         room = asyncio.Event()
@@ -182,7 +183,7 @@ def test_what_waits_for_its_turn_is_begun_when_its_client_goes(
         protocol, wire = server.connection(), Wire()
         protocol.connection_made(wire)
         feed(protocol, FLAGS + go(b"v"))
-        feed(protocol, request(1, 0) + READ)
+        feed(protocol, request(1, 0) * 4 + READ)
         if seen:
             told[0]()
         feed(protocol, request(4, 512) + request(1, 1024) + request(3) + request(6, 1536) + DISC)
@@ -192,12 +193,49 @@ def test_what_waits_for_its_turn_is_begun_when_its_client_goes(
         feed(again, FLAGS + go(b"v"))
         feed(again, request(1, 0))
         await asyncio.sleep(0.1)
-        first = [("write", 0), ("clear", 512), ("write", 1024), ("flush", 0), ("clear", 1536)]
-        assert begun == [*first, ("write", 0)] and volume.clients == 2
+        first = [("clear", 512), ("write", 1024), ("flush", 0), ("clear", 1536)]
+        assert begun == [("write", 0)] * 4 + first + [("write", 0)] and volume.clients == 2
         room.set()
         await asyncio.sleep(0.1)
         assert volume.clients == 1
         again.connection_lost(None)
+        assert not server.connections and not volume.clients and not server.budget.used
+
+    primary(test)
+
+
+@pytest.mark.parametrize("spent", [False, True])
+def test_a_goodbye_opens_no_way_past_the_limits(
+    monkeypatch: pytest.MonkeyPatch, spent: bool
+) -> None:
+    """I6: one receive holds thousands of requests, and they may wait for long. As many more are
+    begun as may be under way, and none where others have all the memory."""
+
+    async def test(world: Primary) -> None:
+        volume, server = world.node.volumes[0], world.node.exports
+        assert server is not None
+        server.limits = replace(server.limits, requests_max=2)
+        begun: list[int] = []
+        room = asyncio.Event()
+
+        async def clear(volume: object, change: Change, *, durable: bool = False) -> None:
+            begun.append(change.offset)
+            await room.wait()
+
+        monkeypatch.setattr(server.group, "clear", clear)
+        protocol = server.connection()
+        protocol.connection_made(Wire())
+        feed(protocol, FLAGS + go(b"v"))
+        feed(protocol, b"".join(request(4, number * 512) for number in range(100)) + DISC)
+        other = Holder(server.budget, lambda: None, lambda: None)
+        if spent:
+            other.work(server.budget.free)
+        protocol.connection_lost(None)
+        await asyncio.sleep(0.1)
+        assert begun == [number * 512 for number in range(2 if spent else 4)]
+        room.set()
+        await asyncio.sleep(0.1)
+        other.leave()
         assert not server.connections and not volume.clients and not server.budget.used
 
     primary(test)
