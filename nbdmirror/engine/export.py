@@ -31,13 +31,15 @@ from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.snapshotexport import SnapshotExports, Writer
-from nbdmirror.engine.underway import Underway
+from nbdmirror.engine.underway import REQUEST_BYTES, Underway
 from nbdmirror.engine.volume import Change, Volume
 from nbdmirror.errors import VolumeFailed
 from nbdmirror.ports import TlsServer
 
 SPARSE_READ_MIN = 64 << 10
 """Structured reads from here on are answered with holes where the facet has them."""
+LATE_BYTES_MAX = 8 << 20
+"""What is received, and kept, of who has hung up: about what a socket's buffer holds."""
 _LOOKS = (nbd.READ, nbd.BLOCK_STATUS, nbd.CACHE)
 """What changes nothing, and is nothing without its reply."""
 
@@ -120,6 +122,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._backlog: list[Request | Writes] = []
         self._writable = self._reading = True
         self._leaving = self._gone = False
+        self._late = 0  # bytes kept of what was received since it has gone
         self._unwatch: Callable[[], None] = lambda: None
         self._looking = asyncio.Lock()
 
@@ -151,6 +154,7 @@ class ExportConnection(asyncio.BufferedProtocol):
             self._haggle()
         if self._gone:
             self._backlog += requests
+            self._late += nbytes + len(requests) * REQUEST_BYTES
             self._wind_up()
         elif requests:
             self._execute(requests)
@@ -239,21 +243,21 @@ class ExportConnection(asyncio.BufferedProtocol):
 
     def _throttle(self) -> None:
         """Takes more from the client only while its replies go out, its requests are few, and there
-        is memory for what waits; what it has room for already, it may send to its end. Behind a
-        goodbye nothing is read: an end that is seen there cuts the replies off."""
+        is memory for what waits; what it has room for already, it may send to its end. Who has hung
+        up sends no more: that is received, for the goodbye in it, whatever becomes of replies.
+        Behind a goodbye nothing is read: an end that is seen there cuts the replies off."""
         tasks = self.underway.tasks
         if self._backlog and not tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
-        limit = self._server.limits.requests_max
-        few = len(tasks) < limit or self._long
-        able = self._writable and not self._starved and not self._leaving
-        reading = able and few and (not self._backlog or self._long)
+        few = len(tasks) < self._server.limits.requests_max or self._long
+        able = not self._starved and not self._leaving
+        reading = able and self._writable and few and (not self._backlog or self._long)
         reading = reading and not self._session.disconnect_requested
         if reading and self._budget.free <= 0 and self._held.bytes and not self._long:
             self._held.wait()
             reading = False
         if self._vanished and not reading:
-            reading = able and len(self._backlog) <= limit
+            reading = able and self._late <= LATE_BYTES_MAX
             if not reading:
                 self._abort()
         if reading != self._reading and self._transport is not None:

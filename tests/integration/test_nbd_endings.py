@@ -244,29 +244,36 @@ def test_a_clean_stop_under_load_refuses_nothing(
     assert errno.ESHUTDOWN not in errors and not any(errors)
 
 
-@pytest.mark.parametrize("more", [True, False])
+@pytest.mark.parametrize(("more", "writes"), [(True, 1), (False, 1), (False, 8)])
 def test_what_comes_before_a_disconnect_is_done(
-    make_cluster: MakeCluster, attached: Attach, more: bool
+    make_cluster: MakeCluster, attached: Attach, more: bool, writes: int
 ) -> None:
     """NBD_CMD_DISC: all outstanding requests are handled, those too that had to wait for others.
-    A client may say that it sends no ``more``, as libnbd does, and still read."""
+    A client may say that it sends no ``more``, as libnbd does, and still read; of eight ``writes``
+    the last are unread by then, and so is the goodbye."""
     cluster = make_cluster(remotes=()).start()
     handle = connect(cluster.primary.uri())
     for number in range(64):
         handle.pwrite(pattern(MIB, number), number * MIB)
-    client, reads = attached(cluster), 60
-    client.send(
-        b"".join(request(READ, number, number * MIB, MIB) for number in range(reads))
-        + write(reads, 63 * MIB, b"W" * 4096, FUA)
-        + request(DISC, 0, 0, 0)
-    )
-    if not more:
-        client.socket.shutdown(socket.SHUT_WR)
+    client, reads, length = attached(cluster), 60, 100 * KIB
+    places = [62 * MIB + number * MIB // 8 for number in range(writes)]
+    data = b"".join(request(READ, number, number * MIB, MIB) for number in range(reads))
+    data += b"".join(write(reads, place, b"W" * length, FUA) for place in places)
+
+    def send() -> None:
+        client.send(data + request(DISC, 0, 0, 0))
+        if not more:
+            client.socket.shutdown(socket.SHUT_WR)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    time.sleep(QUIET_S)  # nothing tells when no more can be sent before it reads
     got = 0
     while piece := client.socket.recv(MIB):
         got += len(piece)
-    assert got == reads * (16 + MIB) + 16
-    assert handle.pread(4096, 63 * MIB) == b"W" * 4096
+    sending.join()
+    assert got == reads * (16 + MIB) + writes * 16
+    assert all(handle.pread(length, place) == b"W" * length for place in places)
 
 
 @pytest.mark.parametrize(("count", "more"), [(3, 0), (4, 0), (4, 3)])

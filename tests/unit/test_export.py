@@ -117,6 +117,37 @@ def test_what_is_read_of_who_has_hung_up_waits_for_its_goodbye(goodbye: bool) ->
     primary(test)
 
 
+@pytest.mark.parametrize("more", [100, 10_000])
+def test_a_goodbye_is_looked_for_though_replies_are_unread(more: int) -> None:
+    """NBD_CMD_DISC, I6: its client may yet read, as libnbd's does that sends no more. What is kept
+    of it until the goodbye is found is bounded in bytes, not by how many may be under way."""
+
+    async def test(world: Primary) -> None:
+        volume, server = world.node.volumes[0], world.node.exports
+        assert server is not None
+        server.limits = replace(server.limits, requests_max=2)
+        told = watched(server)
+        protocol, wire = server.connection(), Wire()
+        protocol.connection_made(wire)
+        feed(protocol, FLAGS + go(b"v"))
+        protocol.pause_writing()
+        told[0]()
+        wire.sent = b""
+        for _ in range(more // 100):
+            feed(protocol, READ * 100)
+        assert wire.closed == (more > 100)
+        if not wire.closed:
+            feed(protocol, WRITE + DISC)
+            protocol.resume_writing()
+            await asyncio.sleep(0.1)
+            assert len(wire.sent) == more * (16 + 512) + 16
+            assert bytes(await volume.read(0, 1)) == b"w"
+        protocol.connection_lost(None)
+        assert not server.connections and not volume.clients and not server.budget.used
+
+    primary(test)
+
+
 @pytest.mark.parametrize("goodbye", [False, True])
 def test_what_waits_when_a_connection_is_lost(
     monkeypatch: pytest.MonkeyPatch, goodbye: bool
