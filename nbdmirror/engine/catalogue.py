@@ -42,7 +42,9 @@ class Catalogue:
         return self._info(volume) if why is None else Forbidden(why)
 
     def _refusal(self, client: Client, volume: Volume) -> str | None:
-        return volume.closed or self._rules(volume).refusal(client, volume.clients)
+        """Who has departed keeps nobody out, however long its changes wait for a remote."""
+        attached = volume.clients - volume.departed
+        return volume.closed or self._rules(volume).refusal(client, attached)
 
     def _rules(self, volume: Volume) -> Rules:
         """What follows an @ names a state of the volume, which is for the same clients."""

@@ -121,7 +121,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self.underway = Underway(server, self._session, self._held, self._ended)
         self._backlog: list[Request | Writes] = []
         self._writable = self._reading = True
-        self._leaving = self._gone = False
+        self._leaving = self._gone = self._departed = False
         self._late = 0  # bytes kept of what was received since it has gone
         self._unwatch: Callable[[], None] = lambda: None
         self._looking = asyncio.Lock()
@@ -277,8 +277,15 @@ class ExportConnection(asyncio.BufferedProtocol):
     def _wind_up(self) -> None:
         """Changes of who has said goodbye and gone are begun at once, and so before what others
         begin later (I3): as many more as may be under way, if there is memory. What is beyond is
-        not made (I6). It may read still: reads have their turn."""
-        if self._backlog and self._gone and self._session.disconnect_requested:
+        not made (I6). It may read still: reads have their turn. Until all is done it counts as a
+        client, for no restore may come under it, and as a connection, which bounds what waits; but
+        it takes no place of those that the volume has for clients."""
+        if not (self._gone and self._session.disconnect_requested):
+            return
+        if self._volume is not None and not self._departed:
+            self._departed = True
+            self._volume.departed += 1
+        if self._backlog:
             waiting, self._backlog = self._backlog, [r for r in self._backlog if r.type in _LOOKS]
             if self._budget.free > 0 or not self._held.bytes:
                 changes = [r for r in waiting if r.type not in _LOOKS]
@@ -306,6 +313,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._arrival.leave()
         if self._volume is not None:
             self._volume.clients -= 1
+            self._volume.departed -= self._departed
             self._volume = None
         if self in self._server.connections:
             self._server.connections.remove(self)

@@ -88,6 +88,8 @@ class Volume:
         self.facets = facets
         self.locks: RangeLocks[asyncio.Future[None]] = RangeLocks()
         self.clients = 0
+        self.departed = 0
+        """Of these, who has said goodbye and hung up, and has changes under way yet."""
         self.closed: str | None = None
         """Why nobody may attach it now, if so."""
         self.ended = False

@@ -11,9 +11,11 @@ from typing import Any, cast
 
 import pytest
 
+from nbdmirror.codec.nbd import ExportInfo
 from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.codec.nbdserver import ServerSession
-from nbdmirror.config import Limits
+from nbdmirror.config import AccessConfig, Limits
+from nbdmirror.engine.access import Client, Rules
 from nbdmirror.engine.budget import Holder
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.volume import Change
@@ -148,11 +150,14 @@ def test_a_goodbye_is_looked_for_though_replies_are_unread(more: int) -> None:
     primary(test)
 
 
+@pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("goodbye", [False, True])
 def test_what_waits_when_a_connection_is_lost(
-    monkeypatch: pytest.MonkeyPatch, goodbye: bool
+    monkeypatch: pytest.MonkeyPatch, goodbye: bool, seen: bool
 ) -> None:
-    """NBD_CMD_DISC, I3, I6: behind a goodbye it is done, and it is counted until then."""
+    """NBD_CMD_DISC, I3, I6: behind a goodbye it is done, and it is counted until then, but it takes
+    no place of those that the volume has for clients. ``seen``: that it has hung up is seen, and
+    while nothing is read or written that is all of its end that is."""
 
     async def test(world: Primary) -> None:
         volume, server = world.node.volumes[0], world.node.exports
@@ -164,18 +169,24 @@ def test_what_waits_when_a_connection_is_lost(
             made.set()
 
         monkeypatch.setattr(server.group, "write", write)
+        server.rules = {"v": Rules(AccessConfig(connections_max=1))}
+        told = watched(server)
         protocol, wire = server.connection(), Wire()
         protocol.connection_made(wire)
         feed(protocol, FLAGS + go(b"v"))
         feed(protocol, WRITE + DISC * goodbye)
         await asyncio.sleep(0.1)
+        if seen:
+            told[0]()
+            assert isinstance(server.find_for(Client(), "v"), ExportInfo) == goodbye
         protocol.connection_lost(None)
         await asyncio.sleep(0.1)
         assert bool(server.connections) == bool(server.budget.used) == bool(volume.clients)
         assert bool(volume.clients) == goodbye
+        assert isinstance(server.find_for(Client(), "v"), ExportInfo)
         room.set()
         await asyncio.sleep(0.1)
-        assert made.is_set() == goodbye
+        assert made.is_set() == goodbye and not volume.departed
         assert not server.connections and not volume.clients and not server.budget.used
 
     primary(test)
