@@ -54,6 +54,22 @@ def second_name(hello: dict[str, Any], current: dict[str, Any], node: str) -> Re
     )
 
 
+def second_run(hello: dict[str, Any], current: dict[str, Any]) -> Refusal | None:
+    """Why a HELLO may not replace the connection that began with ``current``: a copy of the same
+    primary's state is in use elsewhere (a cloned machine, a backup that is tried out), and would
+    end that connection at each attempt, only to learn that it is not the one (T6). A restart is of
+    a later epoch, whatever was lost of the superblock."""
+    theirs, ours = hello["epoch"], current["epoch"]
+    if hello["generation"] != current["generation"] or hello["run"] == current["run"]:
+        return None
+    if theirs > ours:
+        return None
+    return "T6", (
+        f"{current['node']} is connected, in its run of epoch {ours}, and this is another run of "
+        f"it, of epoch {theirs}: a copy of its state is in use"
+    )
+
+
 def _check(hello: dict[str, Any]) -> None:
     """PeerError unless everything that a secondary stores is of its type and size (I9)."""
     for key in ("uuid", "generation", "node", "run"):

@@ -25,7 +25,7 @@ from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
-from nbdmirror.engine.greeting import misfit, second_name
+from nbdmirror.engine.greeting import misfit, second_name, second_run
 from nbdmirror.engine.leftout import LeftOut
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.rejoin import altered, trust
@@ -200,7 +200,9 @@ class Secondary:
         )
         current = self.current
         if refusal is None and current is not None and current.link.cause is None:
-            return second_name(hello, current.hello, self.node_name)
+            refusal = second_run(hello, current.hello) or second_name(
+                hello, current.hello, self.node_name
+            )
         return refusal
 
     def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:

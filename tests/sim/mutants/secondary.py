@@ -19,6 +19,7 @@ from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
 from tests.sim.mutants.aims import RESYNCS, TWO_THERE
 from tests.sim.mutation import Assign, mutant, nothing
+from tests.sim.plays.callers import SECOND_RUN
 from tests.sim.plays.secondary import (
     DRAINED_TWICE,
     FAILED_AND_FROZEN,
@@ -55,7 +56,7 @@ def _(assign: Assign) -> None:
 @mutant("O4 what is received is acknowledged as durable")
 def _(assign: Assign) -> None:
     def acknowledge(self: Receiver) -> None:
-        if not self._started or self.link.cause is not None:
+        if not self.started or self.link.cause is not None:
             return
         received = self.secondary.log.next_seq - 1
         state = (received, received, min(received, self.secondary.applied_seq))
@@ -308,3 +309,8 @@ def _(assign: Assign) -> None:
         await original(self, receiver)
 
     assign(Secondary, "enter", enter)
+
+
+@mutant("T6 a copy of the primary ends its link before it is refused", run=SECOND_RUN)
+def _(assign: Assign) -> None:
+    assign(secondary, "second_run", lambda hello, current: None)
