@@ -65,8 +65,9 @@ class Receiver:
         self._queued = 0
         self._arrived = asyncio.Event()
         self._streaming = False
-        self.started = False
-        """What START says was agreed upon."""
+        self._started = False
+        self.agreed = False
+        """The primary knows this node for the one that it means: START came."""
         self._sizes = b"".join(v.size.to_bytes(8, "little") for v in secondary.volumes)
         self.peer = "?"
         self.hello: dict[str, Any] = {}
@@ -118,7 +119,7 @@ class Receiver:
     def _on_frame(self, frame: Frame) -> None:
         if frame.type is Type.PING:
             return
-        if not self.started and self._frames:
+        if not self._started and self._frames:
             raise PeerError("more than one frame at a time during the handshake")
         self._frames.append(frame)
         self._queued += frame.size
@@ -206,6 +207,7 @@ class Receiver:
             raise PeerError(f"the primary refused: {why}")
         if frame.type is not Type.START:
             raise PeerError(f"{frame.type.name} came instead of START")
+        self.agreed = True
         start = frame.json()
         action, seq, resync = start.get("action"), start.get("seq"), start.get("resync")
         if (
@@ -227,7 +229,7 @@ class Receiver:
         reset_seq = seq if action == "reset" else None
         put_off = start.get("put_off") is True
         await self.secondary.adopt(self.hello, reset_seq, bool(resync), marks, put_off=put_off)
-        self.started = True
+        self._started = True
         self._eager = start.get("eager") is True
         self.link.begin(started=True)
         self.on_started()
@@ -308,7 +310,7 @@ class Receiver:
     def acknowledge(self) -> None:
         """Tells the primary what is received, durable and applied, if that has changed: at once
         where it asked for that, else soon."""
-        if not self.started or self._ack_due is not None:
+        if not self._started or self._ack_due is not None:
             return
         loop = asyncio.get_running_loop()
         wait = self._acked_at + ACK_PAUSE_SECONDS - loop.time()
@@ -396,4 +398,4 @@ class Receiver:
 
     def status(self) -> dict[str, Any]:
         """The ``upstream`` object of the status."""
-        return {"name": self.peer, "link": "connected" if self.started else "connecting"}
+        return {"name": self.peer, "link": "connected" if self._started else "connecting"}

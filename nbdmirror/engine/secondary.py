@@ -199,7 +199,8 @@ class Secondary:
             hello, self.node_name, self.group_name, self.store.state["uuid"], self.volumes
         )
         current = self.current
-        if refusal is None and current is not None and current.link.cause is None:
+        # One whose primary has not agreed may be the very one that is about to be refused.
+        if refusal is None and current and current.agreed and current.link.cause is None:
             refusal = second_run(hello, current.hello) or second_name(
                 hello, current.hello, self.node_name
             )

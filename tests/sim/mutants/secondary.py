@@ -19,7 +19,7 @@ from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
 from tests.sim.mutants.aims import RESYNCS, TWO_THERE
 from tests.sim.mutation import Assign, mutant, nothing
-from tests.sim.plays.callers import SECOND_RUN
+from tests.sim.plays.callers import SECOND_RUN, WRONG_NAME_FIRST
 from tests.sim.plays.secondary import (
     DRAINED_TWICE,
     FAILED_AND_FROZEN,
@@ -56,7 +56,7 @@ def _(assign: Assign) -> None:
 @mutant("O4 what is received is acknowledged as durable")
 def _(assign: Assign) -> None:
     def acknowledge(self: Receiver) -> None:
-        if not self.started or self.link.cause is not None:
+        if not self._started or self.link.cause is not None:
             return
         received = self.secondary.log.next_seq - 1
         state = (received, received, min(received, self.secondary.applied_seq))
@@ -314,3 +314,20 @@ def _(assign: Assign) -> None:
 @mutant("T6 a copy of the primary ends its link before it is refused", run=SECOND_RUN)
 def _(assign: Assign) -> None:
     assign(secondary, "second_run", lambda hello, current: None)
+
+
+@mutant("T1 a second name keeps the right one out from its handshake on", run=WRONG_NAME_FIRST)
+def _(assign: Assign) -> None:
+    original = Secondary.refusal
+
+    def refusal(self: Secondary, hello: dict[str, Any]) -> tuple[str, str] | None:
+        current = self.current
+        if current is None or not current.hello:
+            return original(self, hello)
+        was, current.agreed = current.agreed, True
+        try:
+            return original(self, hello)
+        finally:
+            current.agreed = was
+
+    assign(Secondary, "refusal", refusal)

@@ -10,7 +10,7 @@ from nbdmirror.engine.link import Link
 from tests.sim.directed import directed
 from tests.sim.oracle import Violation
 from tests.sim.plays.stage import follower, moment
-from tests.sim.script import Script
+from tests.sim.script import POLL_S, Script
 
 
 async def _knock(s: Script, hello: dict[str, Any]) -> tuple[Link, Frame]:
@@ -48,4 +48,23 @@ async def _second_run(s: Script) -> None:
     link.close()
 
 
+async def _wrong_name_first(s: Script) -> None:
+    """The primary has the secondary under a second name too, and that is the first to knock when
+    the link was down: before it is told that it is the wrong one, the right one is let in."""
+    hello, (b,) = _greeting(s), s.world.remotes
+    await s.pause(on=True)
+    while follower(b).current is not None:
+        await asyncio.sleep(POLL_S)
+    wrong, answer = await _knock(s, {**hello, "remote": "delta"})
+    assert answer.type is Type.WELCOME
+    refused = moment(s, s.world.a, "refused")
+    await s.pause(on=False)
+    await s.write(0, 0)
+    await s.in_sync()
+    if refused.is_set():
+        raise Violation("a second name that is in its handshake kept the right one out (T1)")
+    wrong.close()
+
+
 SECOND_RUN = directed(_second_run)
+WRONG_NAME_FIRST = directed(_wrong_name_first)
