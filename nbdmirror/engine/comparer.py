@@ -33,10 +33,9 @@ QUEUE_MAX = 4096
 class Comparer:
     """The comparisons of one connection."""
 
-    def __init__(self, secondary: Secondary, link: Link, compared: Callable[[int], None]) -> None:
+    def __init__(self, secondary: Secondary, link: Link) -> None:
         self._secondary = secondary
         self._link = link
-        self._compared = compared
         self._queue: deque[Hashes] = deque()
         self._arrived = asyncio.Event()
         self._applied = asyncio.Event()
@@ -61,15 +60,19 @@ class Comparer:
         """More records are applied."""
         self._applied.set()
 
-    async def run(self) -> None:
-        """Until cancelled; DiskFailed if this node's disk cannot be read."""
+    async def run(self, compared: Callable[[int], None]) -> None:
+        """Until cancelled; DiskFailed if this node's disk cannot be read. ``compared`` is called
+        with the token of each window."""
         while True:
             while not self._queue:
                 self._arrived.clear()
                 await self._arrived.wait()
             hashes = self._queue.popleft()
             await self._link.room()  # who does not read the answers gets no more of them
-            await (self._verify(hashes) if hashes.verify else self._compare(hashes))
+            if hashes.verify:
+                await self._verify(hashes)
+            elif await self._compare(hashes):
+                compared(hashes.token)
 
     async def _verify(self, hashes: Hashes) -> None:
         secondary = self._secondary
@@ -83,7 +86,8 @@ class Comparer:
             flags = different(ours, hashes.hashes)
             self._link.send(Type.VERIFIED, [repl.TOKEN.pack(hashes.token), flags])
 
-    async def _compare(self, hashes: Hashes) -> None:
+    async def _compare(self, hashes: Hashes) -> bool:
+        """Whether there was somebody to answer."""
         secondary, volume, region = self._secondary, hashes.volume, hashes.region_size
         flags = bytearray(b"\1" * hashes.count)
         if hashes.hashes:
@@ -96,9 +100,10 @@ class Comparer:
             length = min(hashes.offset + last * region, end) - at
             if block_hashes_size(length, region):
                 answer.append(await secondary.hashes(volume, at, length, BLOCK, hashes.key))
-        if self._link.cause is None:
-            self._link.send(Type.WANT, answer)
-            self._compared(hashes.token)
+        if self._link.cause is not None:
+            return False
+        self._link.send(Type.WANT, answer)
+        return True
 
 
 def _wanted(flags: bytearray) -> list[tuple[int, int]]:

@@ -80,13 +80,13 @@ class Receiver:
         self._sync_task: asyncio.Task[None] | None = None
         self._end_seq: int | None = None
         self._reads = ReadServer(secondary, self.link)
-        self._comparer = Comparer(secondary, self.link, self._sync_soon)
+        self._comparer = Comparer(secondary, self.link)
 
     async def run(self) -> None:
         """Handles frames until the link is gone; returns its cause."""
         tasks = [
             asyncio.ensure_future(self._pump()),
-            asyncio.ensure_future(self._comparer.run()),
+            asyncio.ensure_future(self._comparer.run(self._sync_soon)),
             asyncio.ensure_future(self.link.closed.wait()),
         ]
         try:
@@ -128,35 +128,35 @@ class Receiver:
         self._arrived.set()
 
     async def _pump(self) -> None:
-        async with asyncio.timeout(self.secondary.tuning.timeout_seconds) as deadline:
+        tuning = self.secondary.tuning
+        async with asyncio.timeout(tuning.timeout_seconds):
             await self._handshake(await self._next())
             await self._start(await self._next())
-            deadline.reschedule(None)
-            watch = asyncio.ensure_future(
-                self.link.watch(
-                    self.secondary.tuning.heartbeat_seconds, self.secondary.tuning.timeout_seconds
-                )
-            )
-            try:
-                while True:
-                    frame = await self._next()
-                    if frame.type is Type.RECORDS:
-                        await self._on_records(frame)
-                    elif frame.type is Type.REGION:
-                        await self._on_region(frame)
-                    elif frame.type in (Type.HASHES, Type.VERIFY):
-                        self._comparer.put(parse_hashes(frame))
-                    elif frame.type is Type.READ:
-                        await self._reads.on_frame(frame)
-                    elif frame.type is Type.START:
-                        await self._start(frame)
-                    elif frame.type is Type.RESYNC_END:
-                        (self._end_seq,) = frame.unpack(repl.SEQ)
-                        await self._check_end()
-                    else:
-                        raise PeerError(f"unexpected {frame.type.name}")
-            finally:
-                watch.cancel()
+        watch = asyncio.ensure_future(
+            self.link.watch(tuning.heartbeat_seconds, tuning.timeout_seconds)
+        )
+        try:
+            while True:
+                await self._handle(await self._next())
+        finally:
+            watch.cancel()
+
+    async def _handle(self, frame: Frame) -> None:
+        if frame.type is Type.RECORDS:
+            await self._on_records(frame)
+        elif frame.type is Type.REGION:
+            await self._on_region(frame)
+        elif frame.type in (Type.HASHES, Type.VERIFY):
+            self._comparer.put(parse_hashes(frame))
+        elif frame.type is Type.READ:
+            await self._reads.on_frame(frame)
+        elif frame.type is Type.START:
+            await self._start(frame)
+        elif frame.type is Type.RESYNC_END:
+            (self._end_seq,) = frame.unpack(repl.SEQ)
+            await self._check_end()
+        else:
+            raise PeerError(f"unexpected {frame.type.name}")
 
     async def _next(self) -> Frame:
         while not self._frames:
