@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nbdmirror.ports import Env, Listener, Network, Peers
+
+if TYPE_CHECKING:
+    from nbdmirror.engine.link import Link
+    from nbdmirror.engine.remote import Remote
 
 
 class OpenPeers:
@@ -38,3 +43,22 @@ class OpenPeers:
 def peers_of(env: Env) -> Peers:
     """How this world connects nodes."""
     return env.peers or OpenPeers(env.network)
+
+
+async def connect(env: Env, remote: Remote, link: Link, seconds: float) -> None:
+    """Connects to a remote in so long, unless the attempt is dropped: where nobody answers, the
+    kernel tries for minutes, with pauses, and neither a command nor a remote that is back by then
+    would be heard of."""
+    peers, address = peers_of(env), remote.facts["address"]
+    connecting = asyncio.ensure_future(peers.connect(address, remote.name, lambda: link))
+    dropped = asyncio.ensure_future(remote.drop.wait())
+    try:
+        tasks = (connecting, dropped)
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not connecting.done():
+            raise ConnectionResetError("ended to begin anew") if dropped.done() else TimeoutError
+        connecting.result()
+    finally:
+        connecting.cancel()
+        dropped.cancel()
+        await asyncio.gather(connecting, dropped, return_exceptions=True)

@@ -38,7 +38,7 @@ from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.leftout import told
 from nbdmirror.engine.link import Link
 from nbdmirror.engine.log import Cursor
-from nbdmirror.engine.peers import peers_of
+from nbdmirror.engine.peers import connect
 from nbdmirror.engine.remote import Remote, volume_map
 from nbdmirror.engine.remoteread import RemoteReads
 from nbdmirror.engine.resync import LOG_SHARE, Resync, Terms
@@ -105,9 +105,8 @@ class Session:
 
         Refused says that the handshake was turned down, by us or by the remote."""
         remote, context = self.remote, self.context
-        peers = peers_of(context.env)
-        await peers.connect(remote.facts["address"], remote.name, lambda: self.link)
         try:
+            await connect(context.env, remote, self.link, context.tuning.timeout_seconds)
             async with asyncio.timeout(context.tuning.timeout_seconds):
                 target = await self._greet()
                 decision = self._decide(target)

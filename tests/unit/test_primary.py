@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
+from typing import Any
 
 from nbdmirror.engine.create import create
 from nbdmirror.engine.node import Node
 from nbdmirror.ports import Env
-from tests.fuzz.nodes import Doorkeeper, config_of
+from tests.fuzz.nodes import Doorkeeper, Factory, config_of
 from tests.sim.clock import SimClock
 from tests.unit.world import make_disk, run
 
@@ -36,5 +38,61 @@ def test_no_link_begins_in_a_node_that_stops() -> None:
         assert await links(for_good=False)
         assert not await links(for_good=True)
         await node.stop()
+
+    run(main())
+
+
+class _Silence(Doorkeeper):
+    """A network where nobody answers who connects, and nobody says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began: list[float] = []
+        self.ended: list[float] = []
+
+    async def connect(self, address: str, protocol: Factory) -> asyncio.Transport:
+        time = asyncio.get_running_loop().time
+        self.began.append(time())
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            self.ended.append(time())
+        raise AssertionError("waited for as long as the kernel tries")
+
+
+async def _started(network: Any, **remote: Any) -> Node:
+    disk, config = make_disk(), config_of("primary")
+    config = replace(config, remotes=tuple(replace(one, **remote) for one in config.remotes))
+    clock = SimClock(asyncio.get_running_loop(), disk)  # type: ignore[arg-type]
+    env = Env(disk, network, clock, random.Random(0))
+    await create(env, config, "primary")
+    node = Node(env, config)
+    await node.start()
+    return node
+
+
+def test_an_attempt_to_connect_ends() -> None:
+    """M2: where the packets of who connects are dropped it is tried again in the time that a link
+    may be silent, and a command is followed at once."""
+
+    async def main() -> None:
+        network = _Silence()
+        node = await _started(network)
+        seconds = node.config.replication.timeout_seconds
+        await asyncio.sleep(3.5 * seconds)
+        assert len(network.began) >= 3
+        assert network.ended[0] - network.began[0] == seconds
+        while len(network.began) == len(network.ended):
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(seconds / 2)
+        attempts = len(network.began)
+        await node.pause("b")
+        await asyncio.sleep(1.0)
+        assert len(network.ended) == attempts == len(network.began)
+        await node.resume("b")
+        await asyncio.sleep(1.0)
+        assert len(network.began) == attempts + 1
+        await node.stop()
+        assert len(network.ended) == attempts + 1
 
     run(main())
