@@ -8,8 +8,9 @@ on disk. What holds while a remote cannot be reached is ``on_link_loss``:
     hold      writes wait until it is back
     fail      writes get EIO, before anything is changed
 
-Where this node itself ended the stream, to begin it anew (a restore, a resync), that is no loss:
-writes wait for the attempt that follows, and the policy is for what comes of it.
+Where this node itself ended the stream, to begin it anew (a restore, a resync), that is no loss;
+nor is it where nobody has tried yet (a start, a remote that is added, or resumed). Writes wait for
+the attempt that follows, which has an end, and the policy is for what comes of it.
 A remote that a person paused is waited for by nobody. A write from before the stream's beginning
 is at the remote when the resync that carries it has ended.
 """
@@ -44,8 +45,8 @@ class SyncGate:
         self.streaming = False
         self.engaged = False
         """Replies wait for it."""
-        self.renewing = False
-        """The stream was ended on this side, and is about to begin anew."""
+        self.renewing = True
+        """A stream is about to begin: none was tried yet, or this side ended the last one."""
         self.excused = False
         """Paused by a person, or removed."""
         self.consistent = True
@@ -94,6 +95,8 @@ class SyncGate:
     def excuse(self, excused: bool) -> None:
         """A person pauses the remote, or ends that."""
         self.excused = excused
+        if not excused:
+            self.renewing = True
         self._wake_all()
 
     def _engage(self) -> None:

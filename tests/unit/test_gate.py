@@ -137,6 +137,32 @@ def test_a_stream_that_is_begun_anew_is_no_loss() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_remote_that_nobody_has_tried_yet_is_not_lost(resumed: bool) -> None:
+    """M17, X7: as it is added, resumed, or the primary started, a client waits for the first
+    attempt; only what comes of that is what the policy is for."""
+
+    async def main() -> None:
+        gate = make("fail", opened=False)
+        if resumed:
+            gate.lost()
+            gate.excuse(True)
+            await gate.admit()
+            gate.excuse(False)
+        admitted = asyncio.ensure_future(gate.admit())
+        assert gate.shut and not await settled(admitted)
+        gate.opened(7, True)
+        assert await settled(admitted)
+        gate = make("fail", opened=False)
+        admitted = asyncio.ensure_future(gate.admit())
+        assert not await settled(admitted)
+        gate.lost()
+        with pytest.raises(VolumeFailed, match="cannot be reached"):
+            await admitted
+
+    run(main())
+
+
 @pytest.mark.parametrize("policy", ["hold", "fail"])
 def test_a_paused_remote_is_waited_for_by_nobody(policy: str) -> None:
     async def main() -> None:

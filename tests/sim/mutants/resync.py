@@ -14,6 +14,7 @@ from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine import session
 from nbdmirror.engine.batch import Batch, Records
 from nbdmirror.engine.copier import Copier
+from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
 from nbdmirror.engine.log import Cursor
@@ -29,7 +30,7 @@ from tests.sim.mutants.aims import DEATHS, INTERRUPTED, NEW_DISKS, REWRITTEN
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.options import storm
 from tests.sim.plays.log import LET_GO_TOO_SOON
-from tests.sim.plays.remotes import AHEAD, REMOVED_WHILE_FILLED, ROTTEN_IN_A_RESYNC
+from tests.sim.plays.remotes import AHEAD, REMOVED_WHILE_FILLED, ROTTEN_IN_A_RESYNC, TRIED_FIRST
 from tests.sim.plays.standins import CONSISTENT_AND_CUT
 
 
@@ -290,3 +291,14 @@ def _(assign: Assign) -> None:
 
     assign(Remote, "save_defaults", save_defaults)
     assign(Remote, "sync_maps", sync_maps)
+
+
+@mutant("I8 a remote that nobody has tried yet counts as lost", run=TRIED_FIRST)
+def _(assign: Assign) -> None:
+    original = SyncGate.excuse
+
+    def excuse(self: SyncGate, excused: bool) -> None:
+        original(self, excused)
+        self.renewing = False
+
+    assign(SyncGate, "excuse", excuse)

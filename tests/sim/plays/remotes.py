@@ -215,6 +215,28 @@ async def _often_without_power(s: Script) -> None:
     s.world.astray_on = None
 
 
+async def _tried_first(s: Script) -> None:
+    """A synchronous remote without which writes fail is well again as it is resumed, and as the
+    primary is started: no write fails before it was tried."""
+    a = s.world.a
+    remote = await only_remote(s)
+    await s.in_sync()
+    s.link(up=False)
+    await s.until(lambda _: remote.link != "connected")
+    await s.pause(on=True)
+    s.link(up=True)
+    before = s.succeeded
+    await s.pause(on=False)
+    await s.write(0, 0)
+    await s.in_sync()
+    await s.stop(a)
+    await s.world.start(a)
+    await s.write(0, 0)
+    if s.succeeded != before + 2:
+        raise Violation("writes fail for want of a remote that nobody has tried yet (M17, X7)")
+    await s.in_sync()
+
+
 FILLED_TWICE = directed(_filled_twice)
 ROTTEN_IN_A_RESYNC = directed(_rotten_in_a_resync, constants=READ_BACK, **LARGE)
 AHEAD = directed(_ahead)
@@ -222,6 +244,7 @@ ADDED_WHILE_MOVED = directed(_added_while_moved, remotes=2)
 PAUSED_AND_LOST = directed(_paused_and_lost, facets=1, last_facet=True)
 PAUSED_BOTH = directed(_paused_both, facets=1, last_facet=True, remotes=2)
 REMOVED_WHILE_FILLED = directed(_removed_while_filled)
+TRIED_FIRST = directed(_tried_first, mode="sync", on_link_loss="fail")
 OFTEN_WITHOUT_POWER = directed(
     _often_without_power,
     constants={
