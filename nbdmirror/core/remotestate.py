@@ -39,12 +39,12 @@ def state_of(facts: Facts) -> str:
     """One word of the design's list of states."""
     if facts.diverged:
         return "diverged"
-    if facts.refused is not None:
-        return "refused"
     if facts.failed is not None:
         return "failed"
     if facts.paused:
         return "paused"
+    if facts.refused is not None:
+        return "refused"
     if facts.resyncing:
         return "resyncing"
     if not facts.initialised:
@@ -65,12 +65,13 @@ def next_action(facts: Facts, name: str) -> str | None:
     """What a person should do next; ``None`` if nothing: it happens by itself."""
     if facts.diverged:
         return f"decide which side is right; see: nbdmirror events, and the log of {name}"
+    if facts.failed is not None:
+        then = f"; then nbdmirror resume {name}" if facts.paused else ""
+        return f"replace the disk of {name}, then restart it{then}"
+    if facts.paused:  # nothing is tried again by itself
+        return f"nbdmirror resume {name}"
     if facts.refused is not None:
         return f"correct what the message says on {name} or here; the link is tried again by itself"
-    if facts.failed is not None:
-        return f"replace the disk of {name}, then restart it"
-    if facts.paused:
-        return f"nbdmirror resume {name}"
     if not facts.connected:
         return f"start {name}, or mend the network to it; it catches up by itself"
     if facts.stall is not None:
