@@ -234,8 +234,11 @@ class Primary:
             remote.refused, remote.failed = (
                 (None, text) if text.startswith("failed:") else (text, None)
             )
-        elif isinstance(cause, FormatError):
-            remote.stall = Stall(str(cause), "bring a local facet back: nbdmirror facet list")
+        else:
+            if not remote.drop.is_set():  # else this attempt was ended here, and says nothing
+                remote.refused = None
+            if isinstance(cause, FormatError):
+                remote.stall = Stall(str(cause), "bring a local facet back: nbdmirror facet list")
         if was == "connected":
             self._events.emit("disconnected", remote=remote.name, why=str(cause))
         elif isinstance(cause, Refused):

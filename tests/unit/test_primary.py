@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdmirror.engine.create import create
 from nbdmirror.engine.node import Node
+from nbdmirror.errors import Refused
 from nbdmirror.ports import Env
 from tests.fuzz.nodes import Doorkeeper, Factory, config_of
 from tests.sim.clock import SimClock
@@ -94,5 +95,31 @@ def test_an_attempt_to_connect_ends() -> None:
         assert len(network.began) == attempts + 1
         await node.stop()
         assert len(network.ended) == attempts + 1
+
+    run(main())
+
+
+class _Turned(Doorkeeper):
+    """A network where a stranger turns the first attempts away; then nobody is there."""
+
+    async def connect(self, address: str, protocol: Factory) -> asyncio.Transport:
+        if asyncio.get_running_loop().time() < 60.0:
+            raise Refused("tls: wrong name")
+        raise ConnectionRefusedError(address)
+
+
+def test_a_refusal_is_told_of_as_long_as_it_is_the_cause() -> None:
+    """X4: what the last attempt came to is what a person reads."""
+
+    async def main() -> None:
+        node = await _started(_Turned())
+        await asyncio.sleep(50.0)
+        (shown,) = node.status()["remotes"]
+        assert (shown["state"], shown["why"]) == ("refused", "tls: wrong name")
+        await asyncio.sleep(50.0)
+        (shown,) = node.status()["remotes"]
+        assert (shown["state"], shown["why"]) == ("uninitialised", None)
+        assert "mend the network" in shown["next_action"]
+        await node.stop()
 
     run(main())
