@@ -31,6 +31,8 @@ class Facts:
     diverged: bool = False
     failed: str | None = None
     stall: Stall | None = None
+    shut: bool = False
+    """It is synchronous, and no write is carried out while it is away (``on_link_loss``)."""
     differing: int = 0
     """Regions that the last verify found to differ, and that were not repaired."""
 
@@ -65,15 +67,18 @@ def next_action(facts: Facts, name: str) -> str | None:
     """What a person should do next; ``None`` if nothing: it happens by itself."""
     if facts.diverged:
         return f"decide which side is right; see: nbdmirror events, and the log of {name}"
+    writes = f"; no write is carried out until then: nbdmirror pause {name} lets them go on"
+    writes = writes if facts.shut else ""
     if facts.failed is not None:
-        then = f"; then nbdmirror resume {name}" if facts.paused else ""
+        then = f"; then nbdmirror resume {name}" if facts.paused else writes
         return f"replace the disk of {name}, then restart it{then}"
     if facts.paused:  # nothing is tried again by itself
         return f"nbdmirror resume {name}"
     if facts.refused is not None:
-        return f"correct what the message says on {name} or here; the link is tried again by itself"
+        what = f"correct what the message says on {name} or here"
+        return f"{what}; the link is tried again by itself{writes}"
     if not facts.connected:
-        return f"start {name}, or mend the network to it; it catches up by itself"
+        return f"start {name}, or mend the network to it; it catches up by itself{writes}"
     if facts.stall is not None:
         return facts.stall.action
     if facts.differing:

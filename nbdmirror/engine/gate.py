@@ -57,8 +57,10 @@ class SyncGate:
         self._durable: _Heap = []
         self._number = itertools.count()
         self._changed = asyncio.Event()
+        self._told = False
         self.on_change: Callable[[bool], None] = lambda engaged: None
-        """Called when replies begin, or cease, to wait for it."""
+        """Called when replies begin, or cease, to wait for it; and when it is found to be lost as
+        it is tried first."""
 
     # -- what the link tells -------------------------------------------------------------------
 
@@ -87,8 +89,8 @@ class SyncGate:
         """The stream has ended, or did not begin; ``renewing``: another attempt follows at once,
         because this side wanted it so."""
         self.streaming, self.renewing = False, renewing
-        if self.engaged:
-            self.engaged = False
+        if self.engaged or not (self._told or renewing):
+            self.engaged, self._told = False, True
             self.on_change(False)
         self._wake_all()
 
@@ -103,7 +105,7 @@ class SyncGate:
         if self.streaming and self._behind(self._received_seq + 1) <= NEAR_BYTES:
             if not self.engaged:
                 self.on_change(True)
-            self.engaged = True
+            self.engaged = self._told = True
 
     def _wake_all(self) -> None:
         _wake(self._received, None)

@@ -70,6 +70,7 @@ def _facts(remote: Remote) -> Facts:
         refused=remote.refused,
         failed=remote.failed,
         stall=remote.stall,
+        shut=remote.gate is not None and remote.gate.shut,
         differing=_unrepaired(facts.get("verified")),
     )
 

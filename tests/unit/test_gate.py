@@ -163,6 +163,22 @@ def test_a_remote_that_nobody_has_tried_yet_is_not_lost(resumed: bool) -> None:
     run(main())
 
 
+def test_one_that_is_away_from_the_start_is_told_of_once() -> None:
+    """X4: writes may wait for it from then on."""
+    told: list[bool] = []
+    gate = make("hold", opened=False)
+    gate.on_change = told.append
+    gate.lost(renewing=True)
+    assert told == []
+    gate.lost()
+    gate.lost()
+    assert told == [False]
+    gate.opened(1, True)
+    gate.lost()
+    gate.lost()
+    assert told == [False, True, False]
+
+
 @pytest.mark.parametrize("policy", ["hold", "fail"])
 def test_a_paused_remote_is_waited_for_by_nobody(policy: str) -> None:
     async def main() -> None:

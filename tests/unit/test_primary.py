@@ -123,3 +123,21 @@ def test_a_refusal_is_told_of_as_long_as_it_is_the_cause() -> None:
         await node.stop()
 
     run(main())
+
+
+def test_writes_that_wait_from_the_start_on_are_told_of() -> None:
+    """X4, I8: a remote that writes wait for is away as the primary starts."""
+
+    async def main() -> None:
+        node = await _started(_Turned(), mode="sync", on_link_loss="hold")
+        await asyncio.sleep(5.0)
+        kinds = [event["kind"] for event in node.events.since(0).events]
+        assert kinds.count("out-of-step") == 1
+        (shown,) = node.status()["remotes"]
+        assert "no write is carried out until then: nbdmirror pause b" in shown["next_action"]
+        await node.pause("b")
+        (shown,) = node.status()["remotes"]
+        assert shown["next_action"] == "nbdmirror resume b"
+        await node.stop()
+
+    run(main())
