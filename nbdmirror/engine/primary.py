@@ -102,7 +102,9 @@ class Primary:
     # -- making remotes ----------------------------------------------------------------------
 
     def _merged_facts(self) -> dict[str, dict[str, Any]]:
-        """The remotes of the configuration and those added by command, with what is known."""
+        """The remotes of the configuration and those added by command, with what is known. One that
+        was removed by command is what commands made of it since, until the configuration names it
+        at another address: then somebody has gone over that."""
         state = self._store.state
         known: dict[str, dict[str, Any]] = state["remotes"]
         there = {(remote.name, remote.address) for remote in self._config.remotes}
@@ -111,7 +113,9 @@ class Primary:
         wanted = {}
         for remote in self._config.remotes:
             if remote.name in removed:
-                self._events.emit("remote-left-out", remote=remote.name, why="it was removed")
+                added = known.get(remote.name, {}).get("added")
+                why = "it was removed" + (", and added by a command" if added else "")
+                self._events.emit("remote-left-out", remote=remote.name, why=why)
                 continue
             facts = {**NEW_FACTS, "defaults": {}, **known.get(remote.name, {})}
             facts.update(
@@ -369,7 +373,6 @@ class Primary:
                     raise UsageError(f"{address} is the address of remote {other.name} already")
             remote = self._make(name, facts)
             self._store.state["remotes"][name] = facts
-            self._store.state["removed"].pop(name, None)
             await remote.sync_maps()
             await self._store.save()
             self._begin(remote)
@@ -406,7 +409,8 @@ class Primary:
             self.group.trackers.remove(remote)
         del self._store.state["remotes"][remote.name]
         if not remote.facts.get("added"):
-            # The configuration names it: a start must not bring it back.
+            # The configuration names it: a start must not bring it back, nor in the place of one
+            # that is added under its name.
             self._store.state["removed"][remote.name] = remote.facts["address"]
         remote.notify()
 

@@ -30,7 +30,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
                    changed beside the log (V13)
     remotes        {name: {address, mode, ...}}: see ``engine.remote.FACTS``
     configured     what the configuration said of paths: see ``engine.agreement``
-    removed        {name: address} of remotes that the configuration has and a command removed
+    removed        {name: address} of remotes that the configuration has and a command removed, and
+                   perhaps added again on its own terms
     log_path       where the log is, if it was moved; log_volatile: true while it is in memory only
     log_spill      true while the log's newest records may be in memory only: see ``engine.spill``
     redo_seq       no record up to here is redone: the facets were ahead of the log there

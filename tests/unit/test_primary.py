@@ -7,6 +7,8 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from nbdmirror.engine.create import create
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import Refused
@@ -138,6 +140,37 @@ def test_writes_that_wait_from_the_start_on_are_told_of() -> None:
         await node.pause("b")
         (shown,) = node.status()["remotes"]
         assert shown["next_action"] == "nbdmirror resume b"
+        await node.stop()
+
+    run(main())
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_start_does_not_undo_what_commands_made_of_a_remote(twice: bool) -> None:
+    """M17: removed, and added at another address; and perhaps removed there too. The configuration
+    is heard again when it names another address."""
+
+    async def main() -> None:
+        node = await _started(_Turned())
+        env = node.env
+        await node.remote_remove("b")
+        await node.remote_add("b", "unix:/elsewhere", "async", "continue")
+        if twice:
+            await node.remote_remove("b")
+
+        async def after(address: str) -> list[str]:
+            nonlocal node
+            await node.stop()
+            remotes = (replace(node.config.remotes[0], address=address),)
+            node = Node(env, replace(node.config, remotes=remotes))
+            await node.start()
+            return [remote["address"] for remote in node.status()["remotes"]]
+
+        for _ in range(2):
+            assert await after("unix:/b") == ([] if twice else ["unix:/elsewhere"])
+            assert [e["kind"] for e in node.events.since(0).events].count("remote-left-out") == 1
+        assert await after("unix:/third") == ["unix:/third"]
+        assert await after("unix:/b") == ["unix:/b"]
         await node.stop()
 
     run(main())
