@@ -83,6 +83,8 @@ class SyncGate:
     def completed(self) -> None:
         """The remote is consistent: it has all from before the stream."""
         self.consistent = True
+        if not self.engaged:
+            self._engage()
         self._wake_all()
 
     def lost(self, *, renewing: bool = False) -> None:
@@ -102,7 +104,8 @@ class SyncGate:
         self._wake_all()
 
     def _engage(self) -> None:
-        if self.streaming and self._behind(self._received_seq + 1) <= NEAR_BYTES:
+        caught_up = self.consistent or self.policy != "continue"
+        if self.streaming and caught_up and self._behind(self._received_seq + 1) <= NEAR_BYTES:
             if not self.engaged:
                 self.on_change(True)
             self.engaged = self._told = True

@@ -163,6 +163,30 @@ def test_a_remote_that_nobody_has_tried_yet_is_not_lost(resumed: bool) -> None:
     run(main())
 
 
+def test_continue_does_not_wait_for_the_rest_of_a_resync() -> None:
+    """A flush of what was written before the stream would: it is there when the resync has ended.
+    The remote counts from then on; with the other policies nothing goes on without it."""
+
+    async def main() -> None:
+        gate, told = make(opened=False), list[bool]()
+        gate.on_change = told.append
+        gate.opened(HEAD, False)
+        await gate.wait(HEAD - 1, True)
+        gate.moved(HEAD, HEAD)
+        assert not gate.engaged
+        await gate.wait(HEAD - 1, True)
+        gate.completed()
+        assert gate.engaged and told == [True]
+        await gate.wait(HEAD - 1, True)
+        assert not await settled(asyncio.ensure_future(gate.wait(HEAD + 1, False)))
+        gate = make("hold", opened=False)
+        gate.opened(HEAD, False)
+        assert gate.engaged
+        assert not await settled(asyncio.ensure_future(gate.wait(HEAD - 1, True)))
+
+    run(main())
+
+
 def test_one_that_is_away_from_the_start_is_told_of_once() -> None:
     """X4: writes may wait for it from then on."""
     told: list[bool] = []
