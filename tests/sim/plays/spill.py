@@ -212,6 +212,7 @@ async def _not_moved(s: Script) -> None:
     a, path, failed = s.world.a, "/facets/v0.0", asyncio.Event()
     node = await s.primary()
     a.disk.faults = strikes("sync", path, Fault(Kind.LOSE), failed, lambda: node.log.frozen)
+    await s.write(0, 0)
     await s.replace_log("/state/moved")
     a.disk.faults = None
     if not failed.is_set() or a.disk.exists("/state/moved"):
