@@ -116,6 +116,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         self._held = Holder(self._budget, self._abort, self._room_again)
         self._long = self._starved = False  # the request being received: is it, has it no room
         self._transport: asyncio.Transport | None = None
+        self._plain: asyncio.Transport | None = None  # what lies under TLS
         self._volume: Volume | None = None
         self._group: Writer | None = None
         self.underway = Underway(server, self._session, self._held, self._ended)
@@ -178,7 +179,7 @@ class ExportConnection(asyncio.BufferedProtocol):
         if self._transport is None:  # it was over meanwhile
             transport.abort()
         else:
-            self._transport = transport
+            self._plain, self._transport = self._transport, transport
             self._session.secured()
 
     def _hold_long(self, need: int) -> None:
@@ -245,7 +246,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         """Takes more from the client only while its replies go out, its requests are few, and there
         is memory for what waits; what it has room for already, it may send to its end. Who has hung
         up sends no more: that is received, for the goodbye in it, whatever becomes of replies.
-        Behind a goodbye nothing is read: an end that is seen there cuts the replies off."""
+        Behind a goodbye nothing is read: an end that is seen there cuts the replies off. TLS by
+        itself would read on, and with an end drop all that it has."""
         tasks = self.underway.tasks
         if self._backlog and not tasks and self._writable:
             asyncio.get_running_loop().call_soon(self._work_off)
@@ -262,10 +264,9 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._abort()
         if reading != self._reading and self._transport is not None:
             self._reading = reading
-            if reading:
-                self._transport.resume_reading()
-            else:
-                self._transport.pause_reading()
+            for transport in (self._plain, self._transport):
+                if transport is not None and not transport.is_closing():
+                    (transport.resume_reading if reading else transport.pause_reading)()
 
     def _hung_up(self) -> None:
         """What it had sent is received to its end, as far as there is room: a goodbye may be there.

@@ -20,7 +20,8 @@ import pytest
 from tests.integration.cluster import MIB, Cluster, nbdmirror
 from tests.integration.pki import Authority, tls_line
 from tests.integration.process import wait_until
-from tests.integration.rawnbd import REP_ACK, RawClient
+from tests.integration.rawnbd import DISC, FUA, READ, REP_ACK, RawClient
+from tests.integration.test_nbd_endings import request, write
 from tests.integration.tools import connect, nbd_error, pattern, requires, run
 
 MakeCluster = Callable[..., Cluster]
@@ -90,6 +91,29 @@ def test_a_client_with_a_certificate_is_served(served: Cluster, authority: Autho
     security = served.primary.status()["security"]["nbd"]
     assert security["mode"] == "tls"
     assert 824 < (security["expires"] - time.time()) / 86400 < 826
+
+
+def test_who_sends_no_more_behind_its_goodbye_is_answered(
+    served: Cluster, authority: Authority
+) -> None:
+    """NBD_CMD_DISC, over TLS too: it asks for more than may be on the way to it at a time, and its
+    end comes before it has read any of it."""
+    handle = connect(served.primary.uri())
+    for number in range(64):
+        handle.pwrite(pattern(MIB, number), number * MIB)
+    tls = context(authority.directory / "laptop")
+    tls.check_hostname = False
+    with raw(served) as client:
+        client.replies(STARTTLS)
+        client.wrap(tls, "alpha")
+        client.go("data")
+        reads = b"".join(request(READ, number, number * MIB, MIB) for number in range(60))
+        client.send(reads + write(60, 63 * MIB, b"W" * 4096, FUA) + request(DISC, 0, 0, 0))
+        with socket.socket(fileno=os.dup(client.socket.fileno())) as below:
+            below.shutdown(socket.SHUT_WR)
+        time.sleep(1)  # nothing tells when its end is seen
+        assert len(client.receive(60 * (16 + MIB) + 16)) == 60 * (16 + MIB) + 16
+    assert handle.pread(4096, 63 * MIB) == b"W" * 4096
 
 
 def test_nothing_is_told_in_plain_text(served: Cluster) -> None:
