@@ -16,10 +16,10 @@ Every frame is checked before it is used and bounded before it is stored. Little
 
 A session: HELLO (primary) - WELCOME or REFUSE (secondary) - START (primary) - READY or REFUSE
 (secondary, after what it decided is durable); then RECORDS, REGION, HASHES, VERIFY, RESYNC_END one
-way and ACK, WANT, DONE, VERIFIED, CONSISTENT the other, PING both ways; and READ, answered by DATA.
-A START (and its READY) may come again during a resync: the records of the stream begin anew there.
-The JSON payloads are described where they are made, in ``engine.session`` and ``engine.receiver``;
-the binary ones here.
+way and ACK, WANT, COPIES, DONE, VERIFIED, CONSISTENT the other, PING both ways; and READ, answered
+by DATA. A START (and its READY) may come again during a resync: the records of the stream begin
+anew there. The JSON payloads are described where they are made, in ``engine.session`` and
+``engine.receiver``; the binary ones here.
 
     RECORDS      whole records, seqs ascending without a gap
     ACK          received, durable, applied seq (8 bytes each)
@@ -36,6 +36,8 @@ the binary ones here.
                  up to there is applied
     VERIFIED     token 8; a byte for each region of that VERIFY: 1 differs, 0 is the same
     DONE         tokens (8 bytes each) of REGION and HASHES whose content is durable
+    COPIES       number 8: saved after the content of the DONE behind it was durable, it tells any
+                 older state of the secondary by a smaller one; sent where START names one
     RESYNC_END   seq 8: durable past it, the secondary is consistent again
     CONSISTENT   seq 8: and it says so, durably
     PING         nothing
@@ -80,6 +82,7 @@ HASHES = struct.Struct("<QIIQQ16s")
 VERIFY = struct.Struct("<QIIQQ16sQ")
 TOKEN = struct.Struct("<Q")
 SEQ = struct.Struct("<Q")
+COPIES = struct.Struct("<Q")
 READ = struct.Struct("<QIIQQ")
 DATA = struct.Struct("<QQQ")
 
@@ -105,6 +108,7 @@ class Type(IntEnum):
     DATA = 16
     VERIFY = 17
     VERIFIED = 18
+    COPIES = 19
 
 
 class Frame:

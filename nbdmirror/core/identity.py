@@ -57,6 +57,8 @@ class Source:
     """(epoch, last record) of each former run that did not end in a fork. A secondary of that
     epoch, or of one before, that holds more followed what is not in the history: the primary was
     set back to a copy of its running self, and may have written as much since."""
+    copies: int = 0
+    """The number that the remote saved before the last region copy that it acknowledged."""
     needed: bool = False
     """A volume has no facet here, and no other remote (M11): there is nothing to compare with."""
 
@@ -82,6 +84,8 @@ class Target:
     patient: bool = False
     """``rejoined``, and nothing else: other facets have all of each volume, and it goes on to say
     so until it was compared."""
+    copies: int | None = None
+    """It grows, durably, before region copies are acknowledged; ``None``: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,12 @@ def _run_doubt(source: Source, target: Target) -> Decision | None:
         f"the secondary followed a run of epoch {target.epoch} that is not in the primary's "
         "history: the primary was restored from a backup",
     )
+
+
+def _set_back(source: Source, target: Target) -> bool:
+    """Whether region copies that it acknowledged are missing: it was set back to before them. No
+    record need have travelled since, and within a resync it is not consistent either way (I5)."""
+    return target.copies is not None and target.copies < source.copies
 
 
 def decide(source: Source, target: Target) -> Decision:
@@ -180,7 +190,7 @@ def _decide(source: Source, target: Target) -> Decision:
                 f"ends at {end} here: the primary lost history (a restored backup, a volume that "
                 "was set back, or a disk that lied)",
             )
-        if source.met_epoch > fork.epoch:
+        if source.met_epoch > fork.epoch or _set_back(source, target):
             return _full(f"the secondary is back at epoch {target.epoch}: an old copy of it")
         if not source.tracking and end + 1 < source.tail_seq:
             return _full(f"the log begins at {source.tail_seq}, the common history ends at {end}")
@@ -197,6 +207,8 @@ def _decide(source: Source, target: Target) -> Decision:
             f"the secondary ends at record {target.durable_seq}, the map begins at "
             f"{source.base_seq}: nothing proves what is the same in between"
         )
+    if _set_back(source, target):
+        return _full("the secondary lacks what was copied to it: an old copy of it")
     if source.consistent and not target.consistent:
         return _full("the secondary lost what it had confirmed: an old copy of it")
     if source.tracking:

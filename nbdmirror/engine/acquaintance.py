@@ -1,10 +1,33 @@
-"""Which node a remote is: its map and its place in the log are those of no other."""
+"""Which node a remote is, for its map and its place in the log are those of no other; and what it
+says of itself.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from nbdmirror.codec import fields
+from nbdmirror.core.identity import Target
 from nbdmirror.errors import Refused
+
+
+def said(welcome: dict[str, Any]) -> Target:
+    """What WELCOME says; PeerError where it is of no such type or size (I9)."""
+    generation = welcome.get("generation")
+    return Target(
+        initialised=welcome.get("initialised") is True,
+        generation=None if generation is None else fields.text(welcome, "generation"),
+        epoch=fields.integer(welcome, "epoch", fields.EPOCH_MAX),
+        run=None if welcome.get("run") is None else fields.text(welcome, "run"),
+        durable_seq=fields.integer(welcome, "durable_seq"),
+        consistent=welcome.get("consistent") is True,
+        altered=welcome.get("altered") is True,
+        rejoined=welcome.get("rejoined") is True,
+        damaged=welcome.get("damaged") is True,
+        patient=welcome.get("patient") is True,
+        copies=fields.integer(welcome, "copies") if "copies" in welcome else None,
+        history=fields.history(welcome),
+    )
 
 
 def meet(remotes: dict[str, dict[str, Any]], name: str, node: str, *, holds: bool) -> None:

@@ -76,6 +76,8 @@ class Receiver:
         self._acked_at = 0.0
         self._ack_due: asyncio.TimerHandle | None = None
         self._eager = False
+        self._copies: int | None = None
+        """As the primary knows them by now; ``None``: it does not ask."""
         self._synced_tokens: list[int] = []
         self._sync_task: asyncio.Task[None] | None = None
         self._end_seq: int | None = None
@@ -220,6 +222,7 @@ class Receiver:
         if action == "continue" and seq != log.next_seq:
             raise PeerError(f"START continues at {seq}, the log here ends at {log.next_seq - 1}")
         marks = leftout.parse(start, len(self.secondary.volumes))
+        copies = fields.integer(start, "copies") if "copies" in start else None
         delay = start.get("apply_delay", 0.0)
         if not isinstance(delay, int | float) or not 0 <= delay <= 86_400:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
@@ -228,7 +231,10 @@ class Receiver:
         self.secondary.eager = start.get("eager") is True
         reset_seq = seq if action == "reset" else None
         put_off = start.get("put_off") is True
-        await self.secondary.adopt(self.hello, reset_seq, bool(resync), marks, put_off=put_off)
+        await self.secondary.adopt(
+            self.hello, reset_seq, bool(resync), marks, put_off=put_off, copies=copies or 0
+        )
+        self._copies = copies
         self._started = True
         self._eager = start.get("eager") is True
         self.link.begin(started=True)
@@ -379,6 +385,9 @@ class Receiver:
                 return
             if self.link.cause is not None:
                 return
+            if self._copies not in (None, self.secondary.copies):
+                self._copies = self.secondary.copies
+                self.link.send(Type.COPIES, [repl.COPIES.pack(self._copies)])
             self.link.send(Type.DONE, [b"".join(map(repl.TOKEN.pack, tokens))])
         self._sync_task = None
 

@@ -21,6 +21,8 @@ Decides nothing about the wire (``engine.session``) and nothing about when space
     verify        a verify that is wanted or runs: see ``engine.verify.request``; null if none
     verified      what the last one found: {finished_ns, differing, ...}; null if there was none
     away          its link was lost, and it has not come back
+    copies        number that the remote saved before the last region copy that it acknowledged; it
+                  only grows, and a remote that says less was set back (see ``core.identity``)
     missed        [uuid, seq] of deletions of snapshots that it may not have durably, and that a new
                   stream would leave out (see ``engine.leftout``)
     defaults      {volume name: default bit of its DCM}
@@ -68,6 +70,7 @@ NEW_FACTS: dict[str, Any] = {
     "consistent": False,
     "holds": [],
     "met_epoch": 0,
+    "copies": 0,
     "paused": False,
     "why": None,
     "behind_ns": None,

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from nbdmirror.codec import repl
+from nbdmirror.codec.fields import SEQ_MAX
 from nbdmirror.codec.hashing import BLOCK
 from nbdmirror.codec.record import MARK
 from nbdmirror.codec.repl import Frame, Type
@@ -47,6 +48,9 @@ HOLE_BYTES = 1 << 30
 LOG_SHARE = 0.9
 """Of the log: what may be filled before a remote is forced out of it."""
 
+COPIES_SECONDS = 5.0
+"""The number of copies that a remote confirmed is saved so often: should the process die, an older
+state of the remote is told by what was saved, and bits that were cleared since stay so."""
 LARGER_LOG = 'a larger log, or on_full = "block" (clients wait then), or less to write'
 
 
@@ -76,7 +80,7 @@ class Resync:
         self._compare = bool(remote.facts["compare"])
         self._end_seq: int | None = None
         self._sources = Sources(remote.group, remote.group.volumes)
-        self._began_at = asyncio.get_running_loop().time()
+        self._began_at = self._saved_at = asyncio.get_running_loop().time()
         kind = "full" if remote.facts["full"] else "dcm"
         phase = "ordered" if terms.order is None else "passes"
         self.progress = remote.progress = Progress(kind, remote.dirty_bytes, phase=phase)
@@ -203,10 +207,17 @@ class Resync:
                 return
             first, count = run
             at = first + await self._stretch(volume, first, count)
+            await self._save_copies()
             if self._order is not None and not self.progress.done_bytes:
                 # One window first, while nothing else is on the link: it tells what the link takes,
                 # and whether comparing pays.
                 await self.copier.drained()
+
+    async def _save_copies(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._saved_at >= COPIES_SECONDS:
+            self._saved_at = now
+            await self._terms.store.save()
 
     async def _stretch(self, volume: Volume, first: int, count: int) -> int:
         """Handles the start of a marked stretch; returns how many regions that was."""
@@ -236,12 +247,18 @@ class Resync:
     # -- answers -----------------------------------------------------------------------------
 
     def on_frame(self, frame: Frame) -> None:
-        """WANT, DONE and CONSISTENT from the remote; PeerError if they make no sense."""
+        """WANT, COPIES, DONE and CONSISTENT from the remote; PeerError if they make no sense."""
         if frame.type is Type.WANT:
             self.copier.on_want(frame)
         elif frame.type is Type.DONE:
             for (token,) in repl.TOKEN.iter_unpack(frame.payload[: len(frame.payload) // 8 * 8]):
                 self.copier.on_done(token)
+        elif frame.type is Type.COPIES:
+            (copies,) = frame.unpack(repl.COPIES)
+            if copies > SEQ_MAX:
+                raise PeerError(f"COPIES {copies}: no more than {SEQ_MAX} can be")
+            facts = self.remote.facts
+            facts["copies"] = max(facts.get("copies", 0), copies)
         else:
             (seq,) = frame.unpack(repl.SEQ)
             if seq != self._end_seq:

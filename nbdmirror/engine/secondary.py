@@ -80,6 +80,8 @@ class Secondary:
         self._tasks: list[asyncio.Task[None]] = []
         self._placed = self._placed_synced = 0
         """Regions put into the facets, and how many of these are durable there."""
+        self.copies = int(store.state.get("copies", 0))
+        """As it is durable in the superblock."""
         log.on_failed = self.fail
 
     def start(self) -> None:
@@ -221,6 +223,7 @@ class Secondary:
             "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
             "consistent": bool(upstream and upstream["consistent"]),
+            "copies": self.copies,
             **altered(state),
         }
 
@@ -240,6 +243,7 @@ class Secondary:
         left_out: Sequence[LeftOut] = (),
         *,
         put_off: bool = False,
+        copies: int = 0,
     ) -> None:
         """Takes over the primary's identity and history, and the terms of START, durably.
 
@@ -269,12 +273,16 @@ class Secondary:
             "consistent": bool(former.get("consistent")) and not resync,
             "since": former.get("since"),
         }
+        if resync:  # what a former session has placed counts too
+            self._count_copies(copies)
+        counted = int(state.get("copies", 0))
         if not put_off:
             state["altered"] = state["rejoined"] = state["damaged"] = False
         self.follower.left_out(left_out, epoch)
         if reset_seq is not None:
             self._reset(reset_seq, left_out)
         await self.store.save()
+        self.copies = max(self.copies, counted)
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
 
@@ -422,11 +430,23 @@ class Secondary:
 
     async def sync_placed(self) -> None:
         """Makes durable what was placed; nothing to do where nothing was. What came from the log
-        is durable there, and what was there before a resync was synced when that began."""
+        is durable there, and what was there before a resync was synced when that began. And that
+        there is more now than there was, so that no older copy of this node passes for it (I5)."""
         placed = self._placed
         if placed != self._placed_synced:
             await self.sync_facets()
+            copies = self._count_copies()
+            await self.store.save()
+            self.copies = max(self.copies, copies)
             self._placed_synced = placed
+
+    def _count_copies(self, known: int = 0) -> int:
+        """Any copy of this node that there is by now says less; the caller saves, before a region
+        is acknowledged. ``known``: what the primary was told once. A node that was set back goes on
+        past that, for until then it is compared again whenever they meet."""
+        copies = min(max(int(self.store.state.get("copies", 0)), known) + 1, fields.SEQ_MAX)
+        self.store.state["copies"] = copies
+        return copies
 
     async def sync_facets(self) -> None:
         """Makes durable all that was put into the facets; DiskFailed is final (O16)."""

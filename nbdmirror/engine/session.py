@@ -6,10 +6,11 @@ the terms (an overflow, a command, a lost link) ends the session; the next hands
 
 HELLO     {versions, group, uuid, node, generation, history, epoch, run, forks, volumes, session}
 WELCOME   {version, node, initialised, uuid, generation, history, epoch, run, durable_seq,
-          consistent, altered, rejoined, damaged, patient}
+          consistent, copies: see ``codec.repl``, altered, rejoined, damaged, patient}
 REFUSE    {rule, why}
 START     {action: "continue"|"reset", seq: first record to come, resync: bool, why, apply_delay,
-          eager: clients wait for its acknowledgements, put_off, marks: see ``engine.leftout``}
+          eager: clients wait for its acknowledgements, put_off, copies: the last number that it
+          acknowledged, marks: see ``engine.leftout``}
 READY     {}
 
 While a resync goes over the map of a remote in DCM logging no records are sent. When it goes on in
@@ -31,7 +32,7 @@ from nbdmirror.config import Limits, ReplicationConfig
 from nbdmirror.core import convergence
 from nbdmirror.core.identity import Action, Decision, Fork, Source, Target, decide
 from nbdmirror.core.payoff import Payoff
-from nbdmirror.engine.acquaintance import meet
+from nbdmirror.engine.acquaintance import meet, said
 from nbdmirror.engine.copier import pay
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.governor import Governor
@@ -174,22 +175,9 @@ class Session:
                 f"T1: {self.remote.name} answers in protocol version {welcome['version']}, "
                 f"{self.context.node_name} speaks {low}..{high}"
             )
-        holds = welcome.get("initialised") is True
-        meet(state["remotes"], self.remote.name, fields.text(welcome, "node"), holds=holds)
-        generation = welcome.get("generation")
-        return Target(
-            initialised=holds,
-            generation=None if generation is None else fields.text(welcome, "generation"),
-            epoch=fields.integer(welcome, "epoch", fields.EPOCH_MAX),
-            run=None if welcome.get("run") is None else fields.text(welcome, "run"),
-            durable_seq=fields.integer(welcome, "durable_seq"),
-            consistent=welcome.get("consistent") is True,
-            altered=welcome.get("altered") is True,
-            rejoined=welcome.get("rejoined") is True,
-            damaged=welcome.get("damaged") is True,
-            patient=welcome.get("patient") is True,
-            history=fields.history(welcome),
-        )
+        node, target = fields.text(welcome, "node"), said(welcome)
+        meet(state["remotes"], self.remote.name, node, holds=target.initialised)
+        return target
 
     def _decide(self, target: Target) -> Decision:
         state, facts, log = self.context.store.state, self.remote.facts, self.remote.group.log
@@ -206,6 +194,7 @@ class Session:
             tracking=self.remote.tracking,
             met_epoch=facts["met_epoch"],
             consistent=facts["consistent"],
+            copies=facts.get("copies", 0),
             needed=self.remote.group.needed(self.remote),
         )
         decision = decide(source, target)
@@ -291,6 +280,7 @@ class Session:
                 "resync": resync or not facts["consistent"],
                 "why": why,
                 "put_off": self.remote.put_off,
+                "copies": facts.get("copies", 0),
                 "apply_delay": facts.get("apply_delay", 0.0),
                 "eager": facts["mode"] == "sync",
                 "marks": left_out,
@@ -479,7 +469,7 @@ class Session:
                     f"{self._shipped_seq}"
                 )
             self.remote.acknowledge(received, durable, applied)
-        elif kind in (Type.WANT, Type.DONE, Type.CONSISTENT):
+        elif kind in (Type.WANT, Type.COPIES, Type.DONE, Type.CONSISTENT):
             if self.resync is None:
                 raise PeerError(f"{kind.name} outside a resync")
             self.resync.on_frame(frame)

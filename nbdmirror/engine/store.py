@@ -42,6 +42,8 @@ Everything that must survive and is not bulk is in ``Store.state``; whoever chan
     altered        on a secondary: its volumes were changed by something else than its primary (V14)
     rejoined       on a secondary: a facet of it is new, see ``engine.rejoin``
     damaged        on a secondary: its log, or this file, has lost something
+    copies         on a secondary: grows before region copies are acknowledged, so that an older
+                   copy of the node says less (``core.identity``)
     upstream       on a secondary: {name, consistent, since}; null before the first session
 """
 

@@ -55,7 +55,14 @@ HELLO = {
     "forks": [],
     "volumes": [{"name": "v", "uuid": "w" * 32, "size": SIZE, "region_size": 65536}],
 }
-START = {"action": "reset", "seq": 1, "resync": True, "why": None, "apply_delay": 0.0}
+START = {
+    "action": "reset",
+    "seq": 1,
+    "resync": True,
+    "why": None,
+    "apply_delay": 0.0,
+    "copies": 3,
+}
 WELCOME = {
     "version": repl.PROTOCOL_VERSIONS[1],
     "node": "b",
@@ -67,6 +74,7 @@ WELCOME = {
     "run": None,
     "durable_seq": 0,
     "consistent": False,
+    "copies": 0,
     "altered": False,
 }
 

@@ -262,6 +262,7 @@ FRAMES = _sealed(Type.RECORDS, nodes.RECORDS) + REGION + HASHES + _sealed(Type.R
 ANSWERS = (
     _sealed(Type.ACK, bytes(24))
     + _sealed(Type.WANT, repl.TOKEN.pack(1) + bytes([1, 0, 1, 0]))
+    + _sealed(Type.COPIES, repl.COPIES.pack(4))
     + _sealed(Type.DONE, repl.TOKEN.pack(1) + repl.TOKEN.pack(2))
     + _sealed(Type.CONSISTENT, repl.SEQ.pack(2))
     + _sealed(Type.DATA, repl.DATA.pack(1, 2, 0) + b"data")

@@ -72,6 +72,7 @@ def layouts() -> dict[str, bytes]:
         "frame-hashes": frame(Type.HASHES, hashes, bytes(range(32))),
         "frame-want": frame(Type.WANT, repl.TOKEN.pack(8), b"\1\0", bytes(range(16)) * 16),
         "frame-done": frame(Type.DONE, repl.TOKEN.pack(7), repl.TOKEN.pack(8)),
+        "frame-copies": frame(Type.COPIES, repl.COPIES.pack(12)),
         "frame-resync-end": frame(Type.RESYNC_END, repl.SEQ.pack(99)),
         "frame-consistent": frame(Type.CONSISTENT, repl.SEQ.pack(99)),
         "frame-ping": frame(Type.PING),

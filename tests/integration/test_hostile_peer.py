@@ -209,6 +209,7 @@ WELCOME: Json = {
         "ack",
         "want",
         "done",
+        "copies",
         "records",
         "half",
     ],
@@ -283,5 +284,7 @@ def _lie(talk: Conversation, lie: str) -> None:
             talk.send(Type.WANT, repl.TOKEN.pack(99) + b"\1" * 50)
         case "done":
             talk.send(Type.DONE, repl.TOKEN.pack(99))
+        case "copies":
+            talk.send(Type.COPIES, repl.COPIES.pack(2**63))
         case "records":
             talk.send(Type.RECORDS, b"x" * 100)

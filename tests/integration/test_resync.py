@@ -8,7 +8,11 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import time
+from pathlib import Path
+
+import pytest
 
 from tests.integration.cluster import MIB, Cluster, Json, Node, Volume
 from tests.integration.process import wait_until
@@ -62,6 +66,55 @@ def test_a_copy_that_was_brought_is_taken_over_by_comparison(make_cluster: MakeC
     cluster.check_in_sync()
     sent = cluster.proxy.sent_bytes
     assert sent < MIB, f"{sent} bytes for 12 blocks that differ"
+
+
+def _image(node: Node, target: Path) -> None:
+    """What a snapshot of its machine holds."""
+    node.freeze()
+    shutil.copytree(node.directory, target)
+    node.thaw()
+
+
+def _set_back(node: Node, image: Path) -> None:
+    """The machine is set back to it; its files stay the files that they are."""
+    node.kill()
+    for path in (one for one in image.rglob("*") if one.is_file()):
+        (node.directory / path.relative_to(image)).write_bytes(path.read_bytes())
+    node.start()
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within", "later"])
+def test_a_remote_that_is_set_back_into_a_resync_is_compared(
+    make_cluster: MakeCluster, tmp_path: Path, within: bool
+) -> None:
+    """Within that resync, or when it had ended and the next one was due: no record tells it."""
+    cluster = make_cluster(volumes=[Volume(size=16 * MIB)], log_size=SMALL_LOG)
+    cluster.create()
+    _put(cluster.primary, os.urandom(16 * MIB))
+    for node in cluster.nodes:
+        node.start()
+    cluster.proxy.shape(rate=3 * MIB)
+    primary, secondary = cluster.primary, cluster.secondary
+
+    def has(share: float) -> None:
+        wanted = share * 16 * MIB
+        primary.until("is on its way", lambda o: o["resync"] and o["resync"]["done_bytes"] > wanted)
+
+    has(0.25)
+    _image(secondary, tmp_path / "image")
+    if within:
+        has(0.6)
+    else:
+        cluster.proxy.heal()
+        cluster.check_in_sync()
+        cluster.proxy.refuse()
+        overflow(cluster, regions=64)
+        primary.until("is tracked", tracking)
+    _set_back(secondary, tmp_path / "image")
+    cluster.proxy.heal()
+    cluster.check_in_sync()
+    why = [one["why"] for one in primary.events() if one["kind"] == "handshake"][-1]
+    assert "an old copy of it" in why, why
 
 
 def test_zeros_are_holes_on_the_wire_and_on_the_disk(make_cluster: MakeCluster) -> None:

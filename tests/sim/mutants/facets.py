@@ -238,8 +238,8 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Secondary.adopt
 
-    async def adopt(self: Secondary, *args: Any, put_off: bool = False) -> None:
-        await original(self, *args)
+    async def adopt(self: Secondary, *args: Any, put_off: bool = False, copies: int = 0) -> None:
+        await original(self, *args, copies=copies)
 
     assign(Secondary, "adopt", adopt)
 

@@ -8,12 +8,14 @@ from typing import Any
 from nbdmirror.codec import record as codec
 from nbdmirror.codec import repl
 from nbdmirror.codec.repl import Type
+from nbdmirror.core import identity
 from nbdmirror.engine import opening, secondary
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.log import Log
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.receiver import Receiver
+from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import PeerError
@@ -31,6 +33,9 @@ from tests.sim.plays.secondary import (
     OLD_TAIL,
     PUNCHED,
     RECEIVED_ONLY,
+    SET_BACK_AND_KILLED,
+    SET_BACK_LATER,
+    SET_BACK_WITHIN,
     STOPPED_LATE,
     SYNCED_BEFORE,
     THAWED_AND_FAILED,
@@ -298,6 +303,7 @@ def _(assign: Assign) -> None:
         self.store.state["damaged"] = False
 
     assign(Secondary, "distrust", distrust)
+    assign(identity, "_set_back", lambda source, target: False)  # else an old superblock is told
 
 
 @mutant("O4 a secondary that stops lets in who comes late", run=STOPPED_LATE)
@@ -331,3 +337,27 @@ def _(assign: Assign) -> None:
             current.agreed = was
 
     assign(Secondary, "refusal", refusal)
+
+
+@mutant("I5 a secondary that lacks copies is told by its records alone", run=SET_BACK_LATER)
+def _(assign: Assign) -> None:
+    assign(identity, "_set_back", lambda source, target: False)
+
+
+@mutant("I5 copies are counted once in a resync", run=SET_BACK_WITHIN)
+def _(assign: Assign) -> None:
+    async def sync_placed(self: Secondary) -> None:
+        await self.sync_facets()
+
+    assign(Secondary, "sync_placed", sync_placed)
+
+
+@mutant("I5 what a remote has counted is saved when a resync ends", run=SET_BACK_AND_KILLED)
+def _(assign: Assign) -> None:
+    assign(Resync, "_save_copies", nothing)
+
+
+@mutant("I4 a secondary that was set back counts from there", run=SET_BACK_LATER)
+def _(assign: Assign) -> None:
+    original = Secondary._count_copies
+    assign(Secondary, "_count_copies", lambda self, known=0: original(self))

@@ -12,6 +12,7 @@ from nbdmirror.engine.remote import Remote
 from nbdmirror.engine.secondary import Secondary
 from tests.sim.astray import PATH as SUPERBLOCK
 from tests.sim.astray import newest_slot
+from tests.sim.clock import SimClock
 from tests.sim.disk import SimDisk
 from tests.sim.faults import AllLost, Fault, Injector, Kind
 from tests.sim.file import SimFile
@@ -173,6 +174,15 @@ async def power_loss(s: Script, host: Host, *mended: str) -> None:
 async def killed(s: Script, host: Host) -> None:
     """Its process dies, and is started again."""
     s.kill(host)
+    await s.world.start(host)
+
+
+async def set_back(s: Script, host: Host, image: SimDisk) -> None:
+    """It goes on from a copy of all its disks (an image of the machine), its process having died: a
+    doubt is none that is to be wondered at until the run ends."""
+    s.kill(host)
+    host.disk, host.clock = image, SimClock(s.world.loop, image)
+    s.world.astray_on = host
     await s.world.start(host)
 
 
