@@ -12,7 +12,11 @@ from nbdmirror.cli.output import print_json
 from nbdmirror.cli.render import Json, count_text, size_text
 from nbdmirror.errors import NbdmirrorError, UsageError
 
-KIND_TEXTS = {"resync": "before the resync", "restore": "before a restore"}
+KIND_TEXTS = {
+    "resync": "before the resync",
+    "restore": "before a restore",
+    "delayed": "where a delay was given up",
+}
 
 
 def create(args: argparse.Namespace) -> int:

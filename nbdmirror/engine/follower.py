@@ -137,6 +137,25 @@ class Follower:
             entry["after"] = seq - 1
         self._snapshots.store.state["marked_seq"] = seq - 1
 
+    async def delay_ends(self, seq: int, now: int, delay: float) -> None:
+        """What a delay holds back at ``seq`` is about to be applied, for a resync (V8). The point
+        is kept until a person deletes it, or another one is and it is older than the delay."""
+        snapshots = self._snapshots
+        old = [
+            entry
+            for entry in snapshots.usable()
+            if entry["kind"] == "delayed" and now - entry["time_ns"] > delay * 1e9
+        ]
+        try:
+            if (why := snapshots.full()) is not None:
+                raise OSError(why)
+            volumes = range(len(snapshots.volumes))
+            await snapshots.take_here("delayed", volumes, seq, now, protected=False)
+        except OSError as error:
+            snapshots.events.emit("snapshot-failed", why=f"the point of a delay: {error}")
+            return
+        self.release(old)
+
     async def before_resync(self, seq: int, now: int) -> None:
         """A secondary is consistent, at ``seq``, and is about to be resynchronised."""
         if not self._snapshots.config.before_resync:

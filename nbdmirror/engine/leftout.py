@@ -29,6 +29,9 @@ TIME_MAX = 1 << 63
 
 Json = dict[str, Any]
 
+OWN = ("resync", "delayed")
+"""Kinds of snapshots that a node made for itself: no other one has them."""
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
@@ -65,7 +68,7 @@ def told(entries: list[Json], deletions: list[str], seq: int, forks: list[list[i
             ),
         }
         for entry in entries
-        if entry["kind"] != "resync"
+        if entry["kind"] not in OWN
         and not (entry.get("lost") or entry.get("deleting"))
         and entry["seq"] is not None
         and (entry["seq"] < seq or _ended(entry, forks))

@@ -181,12 +181,8 @@ class Receiver:
         self.link.session = frame.session
         refusal = self._impostor(hello) or self.secondary.refusal(hello)
         if refusal is not None:
-            rule, why = refusal[0], fields.brief(refusal[1])
-            peer = fields.brief(hello.get("node"))
-            self.secondary.events.emit("refused", peer=peer, rule=rule, why=why)
-            self.link.send_json(Type.REFUSE, {"rule": rule, "why": why})
-            self.link.close(PeerError(why), flush=True)
-            raise PeerError(why)
+            self.peer = fields.brief(hello.get("node"))
+            self._refuse(*refusal)
         self.peer = str(hello["node"])
         self.hello = hello
         # The former session ends before this one may write: a stale one never comes after.
@@ -194,6 +190,14 @@ class Receiver:
         # What is told as durable is durable (O4).
         await self.secondary.commit()
         self.link.send_json(Type.WELCOME, self.secondary.welcome(hello))
+
+    def _refuse(self, rule: str, why: str) -> None:
+        """Tells both sides, and ends the connection: raises PeerError."""
+        why = fields.brief(why)
+        self.secondary.events.emit("refused", peer=self.peer, rule=rule, why=why)
+        self.link.send_json(Type.REFUSE, {"rule": rule, "why": why})
+        self.link.close(PeerError(why), flush=True)
+        raise PeerError(why)
 
     def _impostor(self, hello: dict[str, Any]) -> tuple[str, str] | None:
         """A node that proved one name and says another (F6)."""
@@ -223,12 +227,17 @@ class Receiver:
             raise PeerError(f"START continues at {seq}, the log here ends at {log.next_seq - 1}")
         marks = leftout.parse(start, len(self.secondary.volumes))
         copies = fields.integer(start, "copies") if "copies" in start else None
+        anew = action == "reset" or bool(resync)
+        if anew and (frozen := self.secondary.frozen()) is not None:
+            self._refuse(*frozen)
         delay = start.get("apply_delay", 0.0)
         if not isinstance(delay, int | float) or not 0 <= delay <= 86_400:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
         if delay != self.secondary.applier.settings["delay"]:
             await self.secondary.applier.change(delay=float(delay))
         self.secondary.eager = start.get("eager") is True
+        if anew:
+            self.secondary.tell_delay(fields.brief(start.get("why")))
         reset_seq = seq if action == "reset" else None
         put_off = start.get("put_off") is True
         await self.secondary.adopt(

@@ -90,7 +90,7 @@ class Secondary:
             asyncio.ensure_future(self._guard(self._commit())),
             asyncio.ensure_future(self._guard(self.applier.run())),
         ]
-        if (self.store.state["upstream"] or {}).get("consistent"):
+        if self._consistent:
             # It may have ended just before; and perhaps no primary comes any more.
             self.follower.release(self.follower.images())
 
@@ -208,10 +208,29 @@ class Secondary:
             )
         return refusal
 
+    def frozen(self) -> tuple[str, str] | None:
+        """(rule, reason) why no stream may begin for which all that is held back is applied, and
+        copies land in the facets: somebody keeps the point that they are at (V8). Of one where a
+        resync is under way there is no such point."""
+        if not self.applier.settings["frozen"] or not self._consistent:
+            return None
+        return (
+            "V8",
+            f"{self.node_name} is frozen, and a resync would end that: nbdmirror apply thaw",
+        )
+
+    def tell_delay(self, why: str) -> None:
+        """A stream begins for which all that a delay holds back is applied (V8)."""
+        if self.applier.delayed:
+            self.events.emit("delay-given-up", seq=self.applied_seq, why=why)
+
+    @property
+    def _consistent(self) -> bool:
+        return bool((self.store.state["upstream"] or {}).get("consistent"))
+
     def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
         """What this node says of itself (WELCOME), in the highest version that both speak."""
         state = self.store.state
-        upstream = state["upstream"]
         return {
             "version": min(repl.PROTOCOL_VERSIONS[1], hello["versions"][1]),
             "node": self.node_name,
@@ -222,7 +241,7 @@ class Secondary:
             "epoch": state["epoch"],
             "run": state.get("run"),
             "durable_seq": self.log.next_seq - 1,
-            "consistent": bool(upstream and upstream["consistent"]),
+            "consistent": self._consistent,
             "copies": self.copies,
             **altered(state),
         }
@@ -252,8 +271,9 @@ class Secondary:
         if resync and reset_seq is None:
             reset_seq = self.log.next_seq
         if reset_seq is not None:
+            await self._end_delay()
             await self.drain()
-        if resync and (self.store.state["upstream"] or {}).get("consistent"):
+        if resync and self._consistent:
             await self.follower.before_resync(self.log.next_seq - 1, self._clock.time_ns())
         # No await from here to the save: what is saved is all of it or nothing.
         state, epoch = self.store.state, int(self.store.state["epoch"])
@@ -285,6 +305,13 @@ class Secondary:
         self.copies = max(self.copies, counted)
         if reset_seq is not None:
             self.log.confirm_tail(self.log.ring.tail)
+
+    async def _end_delay(self) -> None:
+        """Keeps the point at which a delay holds the facets, if it is one, before it goes (V8)."""
+        if self.applier.delayed and self._consistent:
+            async with self.applier.lock:
+                seq, delay = self.applied_seq, float(self.applier.settings["delay"])
+                await self.follower.delay_ends(seq, self._clock.time_ns(), delay)
 
     async def detach(self, *, force: bool) -> None:
         """Something else than the primary is about to change the volumes (V14): everything is

@@ -5,7 +5,8 @@ They are part of the superblock, oldest first::
     uuid        32 hex digits, the same on every node that has it
     number      what people call it; 0: made by the node itself
     kind        "user", "resync" (the last consistent image, kept while one runs, X2), "restore"
-                (the state before a restore)
+                (the state before a restore), "delayed" (where a secondary was when a resync ended
+                its delay, V8)
     seq, epoch  the record that it follows, and whose history that is; seq null: planned
     after       the record of the log as it is here after which it begins: redo needs it
     time_ns     when

@@ -242,7 +242,7 @@ class Astray:
         world, rng, a = self._world, self._random, self._world.a
         host, held = rng.choice(world.remotes), rng.random() < 0.5
         self._begin(host)
-        await self._apply(host, frozen=held)
+        await self._delay(host, EVER if held else 0.0)
         places = [self._place() for _ in range(SPREAD)]
         for place in places:
             await self._script.write(*place)
@@ -265,11 +265,13 @@ class Astray:
         while remote.dirty_regions > left and world.a.node is node:
             await asyncio.sleep(MOMENT_S)
         await self._rotten(host)
-        await self._apply(host, frozen=False)
+        await self._delay(host, 0.0)
 
-    async def _apply(self, host: Host, *, frozen: bool) -> None:
-        assert host.node is not None
-        await self._world.in_life(host, host.node.apply(frozen))
+    async def _delay(self, host: Host, seconds: float) -> None:
+        """Of its own: it ends as a session says so."""
+        assert host.node is not None and host.node.secondary is not None
+        applier = host.node.secondary.applier
+        await self._world.in_life(host, applier.change(delay=seconds))
 
     async def _after_snapshot(self, kind: Kind) -> None:
         """The last save, when something was just overwritten that two snapshots have, perhaps

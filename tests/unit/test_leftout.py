@@ -44,6 +44,7 @@ def test_what_is_told_is_what_was_taken_before_the_stream_and_is_still_there() -
         entry(5, 6, lost="no space"),
         entry(6, 6, deleting=True),
         entry(7, 6, kind="resync"),
+        entry(8, 6, kind="delayed"),
     ]
     found = leftout.parse({"marks": sent(leftout.told(entries, [UUID], 10, []))}, 2)
     assert [(one.mark.do, one.mark.number, one.seq) for one in found] == [

@@ -23,9 +23,11 @@ from tests.sim.mutants.aims import RESYNCS, TWO_THERE
 from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.callers import SECOND_RUN, WRONG_NAME_FIRST
 from tests.sim.plays.secondary import (
+    DELAY_GIVEN_UP,
     DRAINED_TWICE,
     FAILED_AND_FROZEN,
     FAILED_FOR_A_COMMAND,
+    KEPT_FROZEN,
     LOST_IN_PART,
     MOVED_AND_CUT,
     MOVED_AND_FROZEN,
@@ -361,3 +363,13 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Secondary._count_copies
     assign(Secondary, "_count_copies", lambda self, known=0: original(self))
+
+
+@mutant("V8 a resync applies what a person has frozen", run=KEPT_FROZEN)
+def _(assign: Assign) -> None:
+    assign(Secondary, "frozen", lambda self: None)
+
+
+@mutant("V8 a delay is given up, and the point that it kept", run=DELAY_GIVEN_UP)
+def _(assign: Assign) -> None:
+    assign(Applier, "delayed", property(lambda self: False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import NbdmirrorError
@@ -37,14 +38,24 @@ from tests.sim.plays.stage import (
     slow,
     slow_save,
     strikes,
+    within,
 )
-from tests.sim.script import BLOCK, OPTIONS, POLL_S, Script
+from tests.sim.script import BLOCK, OPTIONS, POLL_S, SYNC_SECONDS, Script
 from tests.sim.world import Gone
 
 DELAY_SECONDS = 0.2
 COPIES = 12
 """Regions."""
 MOMENT_S = 0.000_1
+LONG_SECONDS = 600.0
+"""A delay that does not pass in the play."""
+
+
+async def _delay(s: Script, seconds: float) -> None:
+    """The secondary is to follow so much later, in every session."""
+    (b,) = s.world.remotes
+    (await only_remote(s)).facts["apply_delay"] = seconds
+    await s.world.in_life(b, follower(b).applier.change(delay=seconds))
 
 
 async def _punched(s: Script) -> None:
@@ -196,10 +207,13 @@ async def _moved_and_cut(s: Script) -> None:
 
 
 async def _drained_twice(s: Script) -> None:
-    """A frozen secondary is to be resynchronised, and its link is lost while it makes durable that
+    """A delayed secondary is to be resynchronised, and its link is lost while it makes durable that
     it applies all it has; so is it to be again by the next session, and then power fails."""
     (b,) = s.world.remotes
-    await s.freeze(on=True)
+    assert b.node is not None
+    snapshots = b.node.snapshots  # each that is taken would be one more save
+    snapshots.config = replace(snapshots.config, before_resync=False, count_max=0)
+    await _delay(s, LONG_SECONDS)
     await s.write(0, 0, BLOCK, count=BLOCK)
     await s.until(all_is_there)
     held_at = follower(b).applied_seq
@@ -212,8 +226,50 @@ async def _drained_twice(s: Script) -> None:
     await power_loss(s, b)
     _check_held(s, b)
     s.link(up=True)
+    await _delay(s, 0.0)
+    await s.in_sync()
+
+
+async def _kept_frozen(s: Script) -> None:
+    """A secondary is frozen so that somebody copies its facets, and the log overflows: the resync
+    waits until it is thawed, and that is told."""
+    (b,) = s.world.remotes
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await s.freeze(on=True)
+    await s.write(0, 0, FAR, count=BLOCK)
+    await s.until(all_is_there)
+    assert b.node is not None
+    held, images = follower(b).applied_seq, b.images()
+    told = moment(s, s.world.a, "refused")
+    s.link(up=False)
+    await full_log(s)
+    s.link(up=True)
+    await within(told, SYNC_SECONDS)
+    if follower(b).applied_seq != held or b.images() != images:
+        raise Violation("a resync went through a point that a person had frozen (V8)")
+    if "thaw" not in str((await only_remote(s)).refused):
+        raise Violation("nobody is told what the resync of a frozen remote waits for (V8)")
     await s.freeze(on=False)
     await s.in_sync()
+
+
+async def _delay_given_up(s: Script) -> None:
+    """All of a delayed secondary is to be compared: the point that it is at, which may be older
+    than a mistake, is kept, and that is told."""
+    (b,) = s.world.remotes
+    await _delay(s, LONG_SECONDS)
+    await s.write(0, 0, FAR, count=BLOCK)
+    await s.until(all_is_there)
+    held, told = follower(b).applied_seq, moment(s, b, "delay-given-up")
+    await s.full_resync()
+    await within(told, SYNC_SECONDS)
+    await _delay(s, 0.0)
+    await s.in_sync()
+    assert b.node is not None
+    kept = [entry["seq"] for entry in b.node.snapshots.usable() if entry["kind"] == "delayed"]
+    if kept != [held] or not told.is_set():
+        raise Violation(f"a delay kept {held}, and was given up for a resync: kept is {kept} (V8)")
 
 
 async def _undelayed(s: Script) -> None:
@@ -313,7 +369,7 @@ async def _old_tail(s: Script) -> None:
     it had emptied its log for that has rotted: redo brings back what the region had before, which
     the primary's log does not hold any more."""
     a, (b,) = s.world.a, s.world.remotes
-    await s.freeze(on=True)
+    await s.world.in_life(b, follower(b).applier.change(delay=LONG_SECONDS))
     await s.write(0, 0, count=BLOCK)
     await released(s, a)
     await s.until(all_is_there)
@@ -330,7 +386,6 @@ async def _old_tail(s: Script) -> None:
     await rest.wait()
     s.link(up=False)
     await save_rotted(s, b)
-    await s.freeze(on=False)
     s.link(up=True)
     await s.in_sync()
     compare([b.disk.content("/facets/v0.0")], [volume], "a secondary that is in sync (I2)")
@@ -449,6 +504,8 @@ MOVED_AND_STOPPED = directed(_moved_and_stopped)
 MOVED_AND_FROZEN = directed(_moved_and_frozen)
 MOVED_AND_CUT = directed(_moved_and_cut)
 DRAINED_TWICE = directed(_drained_twice)
+KEPT_FROZEN = directed(_kept_frozen)
+DELAY_GIVEN_UP = directed(_delay_given_up)
 UNDELAYED = directed(_undelayed)
 THAWED_AND_FAILED = directed(_thawed_and_failed)
 FAILED_AND_FROZEN = directed(_failed_and_frozen, facets=2)
