@@ -1,5 +1,5 @@
 """Which primary a secondary lets in: what HELLO says of the group and its volumes is compared with
-what is here, and both are named where they differ (T1, V1).
+what is here, and both are named where they differ (T1, V1); and what it answers.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbdmirror.codec import fields, repl
+from nbdmirror.engine.rejoin import altered
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import PeerError
 
@@ -98,3 +99,23 @@ def _other_volumes(theirs: Any, node: str, volumes: Sequence[Volume]) -> Refusal
         if volume.uuid and volume.uuid != uuid:
             return "T1", f"{where} uuid is {uuid}, {node} has {volume.uuid}"
     return None
+
+
+def answer(
+    hello: dict[str, Any], node: str, state: dict[str, Any], durable_seq: int, copies: int
+) -> dict[str, Any]:
+    """WELCOME: what a secondary says of itself, in the highest version that both speak."""
+    return {
+        "version": min(repl.PROTOCOL_VERSIONS[1], hello["versions"][1]),
+        "node": node,
+        "initialised": state["uuid"] is not None,
+        "uuid": state["uuid"],
+        "generation": state["generation"],
+        "history": state["history"],
+        "epoch": state["epoch"],
+        "run": state.get("run"),
+        "durable_seq": durable_seq,
+        "consistent": bool((state["upstream"] or {}).get("consistent")),
+        "copies": copies,
+        **altered(state),
+    }

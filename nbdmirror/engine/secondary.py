@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbdmirror.codec import fields, repl
+from nbdmirror.codec import fields
 from nbdmirror.codec import mark as marks
 from nbdmirror.codec.hashing import agreed
 from nbdmirror.codec.record import Record
@@ -25,10 +25,10 @@ from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.follower import Follower
-from nbdmirror.engine.greeting import misfit, second_name, second_run
+from nbdmirror.engine.greeting import answer, misfit, second_name, second_run
 from nbdmirror.engine.leftout import LeftOut
 from nbdmirror.engine.log import Log
-from nbdmirror.engine.rejoin import altered, trust
+from nbdmirror.engine.rejoin import trust
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError, PeerError, Refused
@@ -229,22 +229,9 @@ class Secondary:
         return bool((self.store.state["upstream"] or {}).get("consistent"))
 
     def welcome(self, hello: dict[str, Any]) -> dict[str, Any]:
-        """What this node says of itself (WELCOME), in the highest version that both speak."""
-        state = self.store.state
-        return {
-            "version": min(repl.PROTOCOL_VERSIONS[1], hello["versions"][1]),
-            "node": self.node_name,
-            "initialised": state["uuid"] is not None,
-            "uuid": state["uuid"],
-            "generation": state["generation"],
-            "history": state["history"],
-            "epoch": state["epoch"],
-            "run": state.get("run"),
-            "durable_seq": self.log.next_seq - 1,
-            "consistent": self._consistent,
-            "copies": self.copies,
-            **altered(state),
-        }
+        """What this node says of itself (WELCOME)."""
+        seq = self.log.next_seq - 1
+        return answer(hello, self.node_name, self.store.state, seq, self.copies)
 
     def distrust(self) -> None:
         """It promised more than it has; or its superblock may be out of date, of before the log was

@@ -35,14 +35,12 @@ from tests.sim.plays.secondary import (
     OLD_TAIL,
     PUNCHED,
     RECEIVED_ONLY,
-    SET_BACK_AND_KILLED,
-    SET_BACK_LATER,
-    SET_BACK_WITHIN,
     STOPPED_LATE,
     SYNCED_BEFORE,
     THAWED_AND_FAILED,
     UNDELAYED,
 )
+from tests.sim.plays.setback import SET_BACK_AND_KILLED, SET_BACK_LATER, SET_BACK_WITHIN
 
 
 @mutant("O2 the secondary applies before its log is durable")
@@ -296,6 +294,10 @@ def _(assign: Assign) -> None:
     assign(Applier, "_apply_chunk", apply_chunk)
 
 
+async def _sync_uncounted(self: Secondary) -> None:
+    await self.sync_facets()
+
+
 @mutant("X6 what redo brings back by an old superblock is compared with nothing", run=OLD_TAIL)
 def _(assign: Assign) -> None:
     original = Secondary.distrust
@@ -305,7 +307,9 @@ def _(assign: Assign) -> None:
         self.store.state["damaged"] = False
 
     assign(Secondary, "distrust", distrust)
-    assign(identity, "_set_back", lambda source, target: False)  # else an old superblock is told
+    # Else a save follows the one that rots, and what it counts tells of it too.
+    assign(Secondary, "sync_placed", _sync_uncounted)
+    assign(identity, "_set_back", lambda source, target: False)
 
 
 @mutant("O4 a secondary that stops lets in who comes late", run=STOPPED_LATE)
@@ -348,10 +352,7 @@ def _(assign: Assign) -> None:
 
 @mutant("I5 copies are counted once in a resync", run=SET_BACK_WITHIN)
 def _(assign: Assign) -> None:
-    async def sync_placed(self: Secondary) -> None:
-        await self.sync_facets()
-
-    assign(Secondary, "sync_placed", sync_placed)
+    assign(Secondary, "sync_placed", _sync_uncounted)
 
 
 @mutant("I5 what a remote has counted is saved when a resync ends", run=SET_BACK_AND_KILLED)
