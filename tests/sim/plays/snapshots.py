@@ -19,6 +19,7 @@ from tests.sim.plays.stage import (
     full_log,
     killed,
     moment,
+    only_remote,
     power_loss,
     released,
     save_rotted,
@@ -162,13 +163,16 @@ async def _consistent_and_back(s: Script) -> None:
         return consistent and was_not.is_set()
 
     await cleared(s)
-    await s.freeze(on=True)  # the end of the resync comes before what it waits for is applied
+    # The end of the resync comes before what it waits for is applied.
+    facts = (await only_remote(s)).facts
+    facts["apply_delay"] = 600.0
     s.link(up=True)
     secondary = follower(b)
     while (receiver := secondary.current) is None or receiver._end_seq is None:
         await s.write(0, FAR)
     saving = slow_save(b, consistent_again)
-    await s.freeze(on=False)
+    facts["apply_delay"] = 0.0
+    await s.world.in_life(b, secondary.applier.change(delay=0.0))
     await saving.wait()
     s.link(up=False)
     await full_log(s)
