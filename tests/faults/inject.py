@@ -101,11 +101,15 @@ def serve_fails(node: Node) -> str:
 
 
 def check_message(node: Node, *words: str) -> None:
-    """The daemon's output holds these words, and no traceback."""
-    output = node.daemon.output(60)
-    assert "Traceback" not in output, output
-    for word in words:
-        assert word in output, f"{word!r} is not in\n{output}"
+    """The daemon's output holds these words, and no traceback. It may come to: the journal has a
+    thread of its own, and a daemon may be ready a moment before what it has said is written."""
+
+    def written() -> bool:
+        output = node.daemon.output(60)
+        assert "Traceback" not in output, output
+        return all(word in output for word in words)
+
+    wait_until(f"{node.name} says {words}", written)
 
 
 # -- what must hold afterwards ---------------------------------------------------------------------
