@@ -12,6 +12,7 @@ Frames are handled in their order by one task; what may wait there holds back th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, takewhile
@@ -34,6 +35,10 @@ QUEUE_BYTES_MAX = 8 << 20
 """Frames that wait to be handled; beyond it the connection is not read."""
 AHEAD_BYTES = 4 << 20
 """Copies that wait in the queue: what they overwrite is kept for snapshots with the same sync."""
+FULL_LOOK_SECONDS = 1.0
+ROOM_PART = 4
+"""One that is frozen takes a primary only if so large a part of its log is free, lest it be taken
+and refused in turns."""
 ACK_PAUSE_SECONDS = 0.01
 """A primary where nobody waits for this remote hears of its progress no more often than this."""
 
@@ -230,6 +235,8 @@ class Receiver:
         anew = action == "reset" or bool(resync)
         if anew and (frozen := self.secondary.frozen()) is not None:
             self._refuse(*frozen)
+        if not anew:
+            self._check_stuck(log.capacity // ROOM_PART)
         delay = start.get("apply_delay", 0.0)
         if not isinstance(delay, int | float) or not 0 <= delay <= 86_400:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
@@ -260,12 +267,28 @@ class Receiver:
             if largest > log.capacity // 4:
                 raise PeerError(f"a record of {largest} bytes, the log here has {log.capacity}")
             while not log.fits(len(part), largest):
-                await self.secondary.need_space()
+                self._check_stuck(len(part) + largest)
+                # Whether it is frozen meanwhile is looked at again.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FULL_LOOK_SECONDS):
+                        await self.secondary.need_space()
             first_seq = log.next_seq
             log.append([part], len(part), count, records=records, places=places)
             log.ring.epoch = epoch
             self.secondary.applier.arrived(first_seq)
             self.acknowledge()
+
+    def _check_stuck(self, room: int) -> None:
+        """Refuses the primary if the log has not this room until somebody thaws this node (V8).
+        Clients that wait for what is durable here (I8) would wait for it too, and without a word;
+        so it is as if the link were lost, and the primary knows why."""
+        secondary = self.secondary
+        if not secondary.applier.settings["frozen"]:
+            return
+        all_released = secondary.log.ring.tail_seq > secondary.applied_seq
+        if all_released and secondary.log.ring.room() < room:
+            why = f"{secondary.node_name} is frozen, and its log is full: nbdmirror apply thaw"
+            self._refuse("V8", why)
 
     def _checked(self, view: memoryview, next_seq: int) -> list[Portion]:
         """The records that are new here, all verified (X6)."""

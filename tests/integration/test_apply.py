@@ -57,6 +57,26 @@ def test_frozen_facets_stay_over_kill_and_restart(cluster: Cluster) -> None:
     assert facet_start(cluster) == pattern(MIB, 2)
 
 
+def test_a_frozen_synchronous_secondary_whose_log_is_full(tmp_path: Path) -> None:
+    """I8, V8: clients of ``on_link_loss = "continue"`` do not wait for the thaw; the status says
+    what the remote waits for; thawed, it follows without a resync."""
+    keys = {"mode": "sync", "on_link_loss": "continue"}
+    with Cluster(tmp_path, remote_keys=keys, log_size=64 * MIB, remote_log_size=8 * MIB) as cluster:
+        cluster.start()
+        cluster.secondary.ok("apply", "freeze")
+        client = connect(cluster.primary.uri())
+        for number in range(12):
+            client.pwrite(pattern(MIB, number), number % 4 * MIB)
+        entry = cluster.primary.until("is refused", lambda one: one["state"] == "refused")
+        assert "its log is full: nbdmirror apply thaw" in entry["why"] and entry["next_action"], (
+            entry
+        )
+        cluster.secondary.ok("apply", "thaw")
+        cluster.check_in_sync()
+        kinds = [event["kind"] for event in cluster.primary.events()]
+        assert kinds.count("overflow") == 0
+
+
 def test_apply_is_refused_on_a_primary(cluster: Cluster) -> None:
     """V8: exit 4, and it says where to run it."""
     result = cluster.primary.cli("apply", "freeze")

@@ -28,8 +28,8 @@ def _secondary() -> Secondary:
     stub = SimpleNamespace(
         volumes=[],
         tuning=ReplicationConfig(),
-        log=SimpleNamespace(next_seq=1, durable_seq=0),
-        applier=SimpleNamespace(settings={"delay": 0.0}),
+        log=SimpleNamespace(next_seq=1, durable_seq=0, capacity=1 << 20),
+        applier=SimpleNamespace(settings={"delay": 0.0, "frozen": False}),
         applied_seq=0,
         events=SimpleNamespace(emit=lambda *_, **__: None),
         refusal=lambda hello: None,

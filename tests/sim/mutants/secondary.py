@@ -27,6 +27,7 @@ from tests.sim.plays.secondary import (
     DRAINED_TWICE,
     FAILED_AND_FROZEN,
     FAILED_FOR_A_COMMAND,
+    FROZEN_AND_FULL,
     KEPT_FROZEN,
     LOST_IN_PART,
     MOVED_AND_CUT,
@@ -369,6 +370,11 @@ def _(assign: Assign) -> None:
 @mutant("V8 a resync applies what a person has frozen", run=KEPT_FROZEN)
 def _(assign: Assign) -> None:
     assign(Secondary, "frozen", lambda self: None)
+
+
+@mutant("I8 a frozen secondary with a full log keeps its primary waiting", run=FROZEN_AND_FULL)
+def _(assign: Assign) -> None:
+    assign(Receiver, "_check_stuck", lambda self, room: None)
 
 
 @mutant("V8 a delay is given up, and the point that it kept", run=DELAY_GIVEN_UP)

@@ -249,6 +249,24 @@ async def _kept_frozen(s: Script) -> None:
     await s.in_sync()
 
 
+async def _frozen_and_full(s: Script) -> None:
+    """The log of a synchronous secondary that is frozen is full: clients do not wait until somebody
+    thaws it, as they would not where the link is lost; and that is told (I8)."""
+    await s.in_sync()
+    await s.freeze(on=True)
+    told = moment(s, s.world.a, "refused")
+    try:
+        async with asyncio.timeout(SYNC_SECONDS):
+            await full_log(s)
+    except TimeoutError:
+        raise Violation("clients wait for a secondary that is frozen (I8)") from None
+    await within(told, SYNC_SECONDS)
+    if "its log is full" not in str((await only_remote(s)).refused):
+        raise Violation("nobody is told what a frozen remote with a full log waits for (V8)")
+    await s.freeze(on=False)
+    await s.in_sync()
+
+
 async def _delay_given_up(s: Script) -> None:
     """All of a delayed secondary is to be compared: the point that it is at, which may be older
     than a mistake, is kept, and that is told."""
@@ -439,6 +457,7 @@ MOVED_AND_FROZEN = directed(_moved_and_frozen)
 MOVED_AND_CUT = directed(_moved_and_cut)
 DRAINED_TWICE = directed(_drained_twice)
 KEPT_FROZEN = directed(_kept_frozen)
+FROZEN_AND_FULL = directed(_frozen_and_full, mode="sync")
 DELAY_GIVEN_UP = directed(_delay_given_up)
 UNDELAYED = directed(_undelayed)
 THAWED_AND_FAILED = directed(_thawed_and_failed)
