@@ -22,6 +22,7 @@ from nbdmirror.codec.mark import Mark
 from nbdmirror.core.dcm import Dcm
 from nbdmirror.engine.bypass import bypass, changing_beside, check_remotes, relieve_log
 from nbdmirror.engine.chain import Member
+from nbdmirror.engine.edit import Edit
 from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.restore import VolumeRestore, restore_map
 from nbdmirror.engine.snapshots import Entry
@@ -411,7 +412,7 @@ class Restorer:
         the first. Snapshots that do not have the regions' old content are lost by it, with
         ``force``."""
         primary = self._need_primary()
-        source = _edited(volume, facet)
+        edit = Edit(volume, facet)
         regions = Dcm(volume.regions)
         for offset, length in ranges:
             if not 0 < length <= volume.size - offset or offset < 0:
@@ -424,29 +425,31 @@ class Restorer:
             await self._drop_spoilt(volume, ranges, force=force)
             why = f"ranges of {volume.name} were changed beside the log"
             async with bypass(primary, self._facets(), [volume.index], why, force=force) as way:
+                edit.check()
                 mark = Mark(marks.CHANGED, None, (volume.index,))
                 seq = await way.commit(mark, {volume.index: regions})
                 size = volume.region_size
                 runs = [(first * size, count * size) for first, count in regions.runs()]
                 async with changing_beside(self._facets(), volume.index, runs):
-                    await self._even(volume, regions, source)
+                    await self._even(volume, regions, edit)
                 # All before the mark is in the facets, durably, and redone it would take the change
                 # back, here only: remotes get it once they are let go.
                 self._store.state["volumes"][volume.index]["redo_seq"] = seq
                 await self._store.save()
             await self._settle(seq)
-        done = {"facet": source.path, "regions": regions.count, "seq": seq}
+        done = {"facet": edit.facet.path, "regions": regions.count, "seq": seq}
         self._node.events.emit("changed", volume=volume.name, **done)
         return {**done, "bytes": regions.count * volume.region_size}
 
-    async def _even(self, volume: Volume, regions: Dcm, source: LocalFacet) -> None:
-        """Every facet that takes writes holds, durably, what ``source`` does: one that is being
+    async def _even(self, volume: Volume, regions: Dcm, edit: Edit) -> None:
+        """Every facet that takes writes holds, durably, what the edited one does: one that is being
         synchronised too, and what was written by somebody else may be in the page cache only.
         VolumeFailed if it cannot be read, Refused if it leaves service."""
+        source = edit.facet
         size = volume.region_size
         for first, count in regions.runs():
             for region in range(first, first + count):
-                _check_edited(source)
+                edit.check()
                 offset = region * size
                 length = min(size, volume.size - offset)
                 try:
@@ -479,22 +482,3 @@ class Restorer:
                 hint="delete them, or give --force, which ends them",
             )
         await self._snapshots.lose(uuids, "the volume was changed beside the log")
-
-
-def _edited(volume: Volume, path: str | None) -> LocalFacet:
-    """The facet that was written to. No other one stands in for it: by that one's content the edit
-    would be undone, and be said to be taken in."""
-    for facet in volume.facets:
-        if path in (None, facet.path):
-            _check_edited(facet)
-            return facet
-    paths = ", ".join(facet.path for facet in volume.facets)
-    raise UsageError(f"volume {volume.name} has no facet {path} (facets: {paths})")
-
-
-def _check_edited(facet: LocalFacet) -> None:
-    if not facet.in_service:
-        raise Refused(
-            f"facet {facet.path} is not in service: what was written to it is not the volume's",
-            hint="write it to a facet in service, or bring that one back first: facet online",
-        )

@@ -13,7 +13,7 @@ import random
 from typing import TYPE_CHECKING
 
 from nbdmirror.engine.node import Node
-from nbdmirror.errors import NbdmirrorError
+from nbdmirror.errors import NbdmirrorError, Refused
 from tests.sim.oracle import Write, pattern
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Beside:
         self.pending = False
         """It is in a facet, and nobody was told that it was taken in."""
         self._restarted = False
+        self._undone = False
+        """The facet has left service, and may be back without it: it has to be written again."""
         self._hidden: list[tuple[int, int | None]] = []
         """Behind which record, up to which mark, a node may have the ranges as they were at one
         time or another: a resync may have come by meanwhile."""
@@ -63,7 +65,7 @@ class Beside:
     async def _change_and_say(self, node: Node) -> None:
         """In one step: nobody writes there, or takes a snapshot, in between."""
         if self._quiet(node):
-            self._change(node)
+            self.change(node)
             await self.say(node)
 
     def _quiet(self, node: Node) -> bool:
@@ -84,7 +86,8 @@ class Beside:
         flying = volume.locks.held or any(facet.pending for facet in volume.facets)
         return bool(volume.in_service()) and not flying and node.log.failed is None
 
-    def _change(self, node: Node) -> None:
+    def change(self, node: Node) -> None:
+        """Writes into a facet."""
         world, rng = self._world, self.rng
         cell, size = world.options.cell, world.options.sizes[self._volume]
         self._ranges, self._writes = [], []
@@ -113,10 +116,14 @@ class Beside:
         world, volume = self._world, node.volumes[self._volume]
         # It has left with what was written to it; or another one is what the node came back with.
         possible = volume.in_service()[: 1 if self._restarted else None]
-        if not any(facet.path == self._source for facet in possible):
+        if self._undone or not any(facet.path == self._source for facet in possible):
             self._scribble(node)
-        self._restarted = False
-        await node.people.changed(volume.name, self._ranges, self._source, True)
+        self._restarted = self._undone = False
+        try:
+            await node.people.changed(volume.name, self._ranges, self._source, True)
+        except Refused as error:
+            self._undone = "has left service" in error.message
+            raise
         for write in self._writes:
             world.content.end(write, acked=True, durable=True)
         self._hidden = [(a, self._seq if b is None else b) for a, b in self._hidden]

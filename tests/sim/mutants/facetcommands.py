@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+from nbdmirror.engine.edit import Edit
 from nbdmirror.engine.facetcommands import FacetCommands
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import Facets
 from tests.sim.mutation import Assign, mutant
 from tests.sim.plays.facetcommands import (
     BACK_WHILE_REPLACED,
+    EDITED_AND_LEFT,
     LAST_TAKEN,
     OUT_AND_FAILED,
     STOPPED_AND_REPLACED,
@@ -20,6 +22,11 @@ from tests.sim.plays.standins import REMOVED_UNPASSED, REPLACED_UNPASSED
 @mutant("M13 a facet is removed that alone has what was flushed", run=REMOVED_UNPASSED)
 def _(assign: Assign) -> None:
     assign(FacetCommands, "_check_passed", lambda self, member: None)
+
+
+@mutant("V13 a facet that was away has what was written to it", run=EDITED_AND_LEFT)
+def _(assign: Assign) -> None:
+    assign(Edit, "check", lambda self: None)
 
 
 @mutant("M8 a person takes out the last facet", run=LAST_TAKEN)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from nbdmirror.engine.facets import RETRY_SECONDS
+from nbdmirror.errors import Refused
 from tests.sim.directed import directed
 from tests.sim.faults import Fault, Kind
 from tests.sim.options import KIB
 from tests.sim.oracle import Violation
-from tests.sim.plays.stage import SLOW_SECONDS, power_loss, slow, without_facet
-from tests.sim.script import BLOCK, SYNC_SECONDS, Script
+from tests.sim.plays.stage import FAR, SLOW_SECONDS, power_loss, slow, without_facet
+from tests.sim.script import BLOCK, POLL_S, SYNC_SECONDS, Script
 
 
 async def _last_taken(s: Script) -> None:
@@ -133,6 +135,26 @@ async def _stopped_and_replaced(s: Script) -> None:
     await s.in_sync()
 
 
+async def _edited_and_left(s: Script) -> None:
+    """Somebody has written to a facet, and says so; before that has its turn the facet fails and
+    comes back, equal to the others: what was written is gone, and not said to be taken in."""
+    a, beside, node = s.world.a, s.world.beside, await s.primary()
+    async with node.snapshots.lock:  # one is being taken
+        beside.change(node)
+        said = s.world.loop.spawn(a.life, beside.say(node))
+        await asyncio.sleep(POLL_S)
+        s.spoil("/facets/v0.0")
+        await s.write(0, FAR)
+        s.mend("/facets/v0.0")
+        await s.facets_back()
+    with contextlib.suppress(Refused):
+        await said
+    if beside.pending:
+        await s.world.in_life(a, beside.say(node))  # it is written again
+    await s.in_sync()
+
+
+EDITED_AND_LEFT = directed(_edited_and_left, facets=2)
 OFFLINE_WHILE_IT_FAILS = directed(_offline_while_it_fails, facets=2)
 BACK_WHILE_REPLACED = directed(_back_while_replaced, last_facet=True)
 STOPPED_AND_REPLACED = directed(_stopped_and_replaced, facets=2)
