@@ -9,6 +9,7 @@ its own mistakes with ``EXIT_MISTAKE``.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import traceback
@@ -36,6 +37,10 @@ from nbdmirror.errors import ConfigError, NbdmirrorError
 EXIT_MISTAKE = 70
 """Exit code of a daemon that ended over a mistake of its own (EX_SOFTWARE): recovery at the next
 start mends that, so a service manager may start it again; not after 1, 2 and 4."""
+
+
+COLLECT_SECONDS = 1.0
+"""So long after a link has ended nothing of it is needed any more."""
 
 
 def serve(config_path: str) -> int:
@@ -93,6 +98,7 @@ class Daemon:
             owners=(0, os.geteuid()),
         )
         self.node.events.listen(_journal)
+        self.node.events.listen(_collect)
         self._security.report = self.node.doors.refusals.tell
         self._tell = tell
         self._alive: asyncio.Task[None] | None = None
@@ -159,3 +165,9 @@ class Daemon:
 def _journal(event: dict[str, Any]) -> None:
     fields = {k: v for k, v in event.items() if k not in ("cursor", "time", "kind")}
     world.say(f"{event['kind']} {json.dumps(fields)}" if fields else event["kind"])
+
+
+def _collect(event: dict[str, Any]) -> None:
+    """The session of a link that has ended is in cycles, with the last frames (I6)."""
+    if event["kind"] == "disconnected":
+        asyncio.get_running_loop().call_later(COLLECT_SECONDS, gc.collect)
