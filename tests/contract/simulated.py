@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -23,8 +24,10 @@ def run(main: Coroutine[Any, Any, Any], loop: SimLoop | None = None) -> Any:
 class Hosts:
     """Two hosts, each with a life, and a connection between them."""
 
-    def __init__(self, seed: int = 1, link: Link | None = None) -> None:
-        self.loop = SimLoop()
+    def __init__(
+        self, seed: int = 1, link: Link | None = None, shuffle: random.Random | None = None
+    ) -> None:
+        self.loop = SimLoop(shuffle=shuffle)
         self.net = SimNet(self.loop, seed, link=link)
         self.lives = {name: Incarnation(name) for name in ("alpha", "beta")}
         self.client = Peer()

@@ -444,9 +444,11 @@ class Faults:
                     await asyncio.sleep(0.1)
                 if host.node is None:
                     await self._start(host)
+            if host is world.a and host.node is None:
+                raise Violation(f"the primary does not start: {host.failed}")
         node = world.a.node
-        if node is None:
-            raise Violation(f"the primary does not start: {world.a.failed}")
+        if node is None:  # while the others started: an error from before
+            raise Gone
         try:
             await self._bring_back(node)
         except DiskFailed as error:  # an error from before has only now been noticed

@@ -68,6 +68,7 @@ class Pipe:
         self._owed = 0  # read, but the acknowledgement is held by a cut of the way back
         self._transit: deque[Item] = deque()
         self._held = 0  # of what is in transit: what has come as far as the cut
+        self._kernel: deque[Item] = deque()  # arrived, and not yet taken by the receiver's process
         self._last_ns = 0
 
     def send(self, data: bytes) -> None:
@@ -144,10 +145,15 @@ class Pipe:
             net.fired["lost with its host"] += 1
         elif not receiver.life.alive:
             self._hand_over(item)
-        elif receiver.life.running:
+        elif receiver.life.running and not self._kernel:
             receiver.context.run(self._hand_over, item)
-        else:  # the kernel has it
-            net.loop.call_soon(self._hand_over, item, context=receiver.context)
+        else:  # the kernel has it, for a process that is stopped
+            self._kernel.append(item)
+            net.loop.call_soon(self._take, context=receiver.context)
+
+    def _take(self) -> None:
+        """The process takes what came first, in whatever order the loop calls."""
+        self._hand_over(self._kernel.popleft())
 
     def _hand_over(self, item: Item) -> None:
         receiver = self.receiver
