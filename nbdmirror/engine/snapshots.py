@@ -133,14 +133,15 @@ class Snapshots:
 
     def recovered(self, end_seq: int, *, redone: bool) -> None:
         """After redo: plans without a marker, and snapshots of records that were lost, go. What was
-        not ``redone`` is no more than what the facets have. The caller saves."""
+        not ``redone``, or logged in memory, is no more than what the facets have. The caller
+        saves."""
         # A log in memory ends wherever it was last released; what it held is in the facets (M13).
         volatile = bool(self.store.state.get("log_volatile"))
         for entry in self.entries:
             if volatile and entry["after"] is not None:
                 entry["after"] = min(entry["after"], end_seq)
             beyond = (entry["after"] or 0) > end_seq
-            beyond = beyond or (entry.pop("pending", False) and not redone)
+            beyond = beyond or (entry.pop("pending", False) and (volatile or not redone))
             if entry.get("lost") is None and (entry["seq"] is None or beyond):
                 entry["deleting"] = True
 

@@ -144,3 +144,15 @@ class AllKept(random.Random):
 
     def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
         return 1 if stop is None else start
+
+
+def once(operation: str, prefix: str, fault: Fault) -> Injector:
+    """The first operation of that kind on a file below ``prefix`` fails."""
+    left = [fault]
+
+    def inject(name: str, path: str, nth: int) -> Fault | None:
+        if left and name == operation and path.startswith(prefix):
+            return left.pop()
+        return None
+
+    return inject

@@ -13,7 +13,7 @@ from nbdmirror.engine.facet import LocalFacet
 from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed, NbdmirrorError
-from tests.sim.faults import AllLost, Fault, Injector, Kind
+from tests.sim.faults import AllLost, Fault, Kind, once
 from tests.sim.held import Held
 from tests.sim.host import Host
 from tests.sim.options import ADMIN_FAULTS, DISK_FAULTS
@@ -244,7 +244,27 @@ class Faults:
             "write error": rng.choice([Kind.ERROR, Kind.SHORT]),
         }[name]
         prefix = rng.choice(["/state", "/facets", "/"])
-        host.disk.faults = _once(operation, prefix, Fault(kind, self._number(operation)))
+        first = once(operation, prefix, Fault(kind, self._number(operation)))
+
+        def inject(name: str, where: str, nth: int) -> Fault | None:
+            return None if self._irreplaceable(host, where) else first(name, where, nth)
+
+        host.disk.faults = inject
+
+    @property
+    def _last_may_fail(self) -> bool:
+        """Whether a remote may stand in for a last facet: not one that somebody has set back."""
+        world = self._world
+        return world.options.last_facet and not any(one.restored for one in world.remotes)
+
+    def _irreplaceable(self, host: Host, path: str) -> bool:
+        """Whether that is the last facet of a volume, of which a remote was set back (V14): people
+        who did that had another one, and no two of its copies fail together."""
+        world, node = self._world, host.node
+        if node is None or host is not world.a or not any(one.restored for one in world.remotes):
+            return False
+        left = [[facet.path for facet in volume.in_service()] for volume in node.volumes]
+        return [path] in left
 
     def _number(self, operation: str) -> int:
         """Of the error: a write finds the disk full now and then."""
@@ -257,7 +277,7 @@ class Faults:
         if node is None:
             return None
         volume = self._random.choice(node.volumes)
-        spared = len(volume.in_service()) < 2 and not self._world.options.last_facet
+        spared = len(volume.in_service()) < 2 and not self._last_may_fail
         return None if spared else volume
 
     def _facet_error(self) -> None:
@@ -278,12 +298,12 @@ class Faults:
             ]
         )
         path = rng.choice(volume.facets).path
-        once = _once(operation, path, Fault(kind, self._number(operation)))
+        first = once(operation, path, Fault(kind, self._number(operation)))
 
         def inject(name: str, where: str, nth: int) -> Fault | None:
             # By the time that it strikes, another may have gone.
-            alone = len(volume.in_service()) < 2 and not world.options.last_facet
-            return None if alone else once(name, where, nth)
+            alone = len(volume.in_service()) < 2 and not self._last_may_fail
+            return None if alone else first(name, where, nth)
 
         world.a.disk.faults = inject
 
@@ -296,7 +316,7 @@ class Faults:
         path, broken = rng.choice(volume.facets).path, world.a.disk.broken
         # Another may be gone, and nobody has noticed yet.
         left = [one for one in volume.in_service() if one.path not in {path, *broken}]
-        if not left and not world.options.last_facet:
+        if not left and not self._last_may_fail:
             return
         broken.add(path)
         seconds = rng.choice([0.05, 1.0, 12.0, 60.0])
@@ -306,7 +326,7 @@ class Faults:
         """The primary's log goes on in memory (M13)."""
         node = self._world.a.node
         if node is not None:
-            self._world.a.disk.faults = _once("sync", node.log._file.path, Fault(Kind.ERROR))
+            self._world.a.disk.faults = once("sync", node.log._file.path, Fault(Kind.ERROR))
 
     def _lose_and_kill(self) -> None:
         """A sync of one of several facets of the primary loses what it should have made durable,
@@ -319,10 +339,10 @@ class Faults:
         if len(volume.in_service()) < 2:
             return
         facet = rng.choice(volume.facets)
-        once = _once("sync", facet.path, Fault(Kind.LOSE))
+        first = once("sync", facet.path, Fault(Kind.LOSE))
 
         def inject(name: str, where: str, nth: int) -> Fault | None:
-            fault = once(name, where, nth) if len(volume.in_service()) > 1 else None
+            fault = first(name, where, nth) if len(volume.in_service()) > 1 else None
             if fault is not None:
                 delay = world.options.timing.sync[1] * rng.random() * 2
                 self._restarts.append(world.spawn(self._kill_later(facet, delay)))
@@ -474,15 +494,3 @@ class Faults:
                 action = "replace" if swapped else "online"
                 world.fresh.pop(facet.path, None)
                 await ask(node.facet(action, facet.path))
-
-
-def _once(operation: str, prefix: str, fault: Fault) -> Injector:
-    """The first operation of that kind on a file below ``prefix`` fails."""
-    left = [fault]
-
-    def inject(name: str, path: str, nth: int) -> Fault | None:
-        if left and name == operation and path.startswith(prefix):
-            return left.pop()
-        return None
-
-    return inject

@@ -34,6 +34,7 @@ from tests.sim.plays.snapshots import (
     DELETED_WHILE_KEPT,
     FOLLOWED_AND_ROTTED,
     GIVEN_UP_WHILE_DELETED,
+    HALF_TAKEN,
     OUTLIVED,
     TAKEN_AND_ROTTED,
 )
@@ -145,6 +146,18 @@ def _(assign: Assign) -> None:
         await original(self, record)
 
     assign(Follower, "marked", marked)
+
+
+@mutant("O21 a snapshot whose marker was in memory is one", run=HALF_TAKEN)
+def _(assign: Assign) -> None:
+    original = Snapshots.recovered
+
+    def recovered(self: Snapshots, end_seq: int, *, redone: bool) -> None:
+        for entry in self.entries if redone else ():
+            entry.pop("pending", None)
+        original(self, end_seq, redone=redone)
+
+    assign(Snapshots, "recovered", recovered)
 
 
 @mutant("V9 a plan without a marker is a snapshot")

@@ -223,6 +223,28 @@ async def _taken_and_rotted(s: Script) -> None:
     s.world.astray_on = None
 
 
+async def _half_taken(s: Script) -> None:
+    """The log is in memory, and a snapshot is taken behind a clearing that a facet's disk has yet
+    to make; what it is going to be is saved, and power fails: no redo brings the clearing, and
+    nobody was told of the snapshot."""
+    a = s.world.a
+    await s.write(0, 0, count=BLOCK)
+    await s.write(0, FAR, count=BLOCK)
+    await without_log(s)
+    await s.flush()
+    punching = slow(a, "punch", "/facets")
+    s.world.spawn(s.clear(0, 0, BLOCK // 2, "trim"))
+    await punching.wait()
+    s.world.spawn(_taken(s))  # what was before it was asked for is durable first
+    await asyncio.sleep(SLOW_SECONDS / 2)
+    slow(a, "punch", "/facets", NEVER_SECONDS)
+    s.world.spawn(s.clear(0, FAR, BLOCK // 2, "trim"))
+    await s.until(lambda node: any(one["seq"] is not None for one in node.snapshots.entries))
+    await s.world.in_life(a, (await s.primary()).store.save())
+    await power_loss(s, a)
+    await s.in_sync()
+
+
 async def _taken(s: Script) -> None:
     await s.snapshot()
 
@@ -238,4 +260,5 @@ BACK_UNTOLD = directed(_back_untold, snapshot_space=4 * OPTIONS.region)
 CONSISTENT_AND_DEAD = directed(_consistent_and_dead)
 CONSISTENT_AND_BACK = directed(_consistent_and_back)
 FOLLOWED_AND_ROTTED = directed(_followed_and_rotted, log_size=260 * KIB, constants=UNHURRIED)
+HALF_TAKEN = directed(_half_taken)
 TAKEN_AND_ROTTED = directed(_taken_and_rotted)
