@@ -28,6 +28,8 @@ SYNC_SECONDS = 20.0
 SYNC_AT = 0.5
 """Facets are synced after so long, or when so much of the log is in use: seldom, because random
 pages cost a disk more than the log does, and redo from the log is quick."""
+LANDING_SECONDS = 1.0
+"""A log in memory waits at most so long for a record on its way before facets are synced again."""
 SETTLE_SECONDS = 0.05
 HIGH_WATER = 0.9
 """Of the log: a remote that holds more is forced out before writes have to wait for it."""
@@ -187,6 +189,7 @@ class Housekeeper:
     async def sync_log(self) -> int:
         """For a log in memory: syncs the facets, and returns the seq up to which they have all.
         DiskFailed if a volume's last one has failed, now or before."""
+        await self._first_landed()
         upto = self._log.next_seq - 1
         await self.sync_facets()
         for volume in self._volumes:
@@ -205,6 +208,17 @@ class Housekeeper:
             # Whom a start goes by, who no more: what another is about to save is not durable yet.
             await self._store.save()
         return min([upto, *(f.floor(upto) for v in self._volumes for f in v.writable())])
+
+    async def _first_landed(self) -> None:
+        """While the first record that is not durable is on its way into a facet, no sync makes it
+        so: waits until some of what is on its way is there; not for long, for that may wait for
+        this very sync (a facet that has failed makes that durable first)."""
+        first = self._log.durable_seq + 1
+        if any(first in facet.pending for v in self._volumes for facet in v.writable()):
+            waiters = [waiter for volume in self._volumes for waiter in volume.on_their_way()]
+            if waiters:
+                first_of = asyncio.FIRST_COMPLETED
+                await asyncio.wait(waiters, timeout=LANDING_SECONDS, return_when=first_of)
 
     async def _pass_on(self) -> list[Volume]:
         """Once all who stand in for a volume's facets have all that the last of them had, the

@@ -279,6 +279,10 @@ class Volume:
         """What holds this lock is in the log, and on its way into the facets until it lets go."""
         self._landing[lock] = None
 
+    def on_their_way(self) -> list[asyncio.Future[None]]:
+        """For each of what is in the log and not in the facets yet: done when it is."""
+        return [lock.waiter for lock in self._landing]
+
     async def wait_landed(self, offset: int, length: int) -> None:
         """Returns once the facets hold, in this range, everything that is in the log now. Unlike a
         range lock it waits for nothing that has not been logged."""

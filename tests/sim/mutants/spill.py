@@ -24,6 +24,7 @@ from tests.sim.plays.spill import (
     CLEARED_BEFORE,
     CLEARED_MEANWHILE,
     FAR_BEHIND,
+    FLUSHED_MEANWHILE,
     IN_MEMORY_AGAIN,
     KILLED_BETWEEN,
     LEFT,
@@ -280,3 +281,8 @@ def _(assign: Assign) -> None:
 
     assign(housekeeper, "releasable", releasable)
     assign(Housekeeper, "_floor", lambda self: before.pop() if before else floor(self))
+
+
+@mutant("M13 a flush syncs facets for as long as a clearing takes", run=FLUSHED_MEANWHILE)
+def _(assign: Assign) -> None:
+    assign(Housekeeper, "_first_landed", nothing)

@@ -33,6 +33,8 @@ from tests.sim.plays.stage import (
 )
 from tests.sim.script import BLOCK, Script
 
+SYNCS_MAX = 10
+"""Of facets for a flush: of each before and behind what it waits for, and what is due anyway."""
 BRIEFLY = Fault(Kind.STALL, seconds=1.0)
 
 
@@ -305,9 +307,30 @@ async def _killed_between(s: Script) -> None:
     await s.in_sync()
 
 
+async def _flushed_meanwhile(s: Script) -> None:
+    """The log is in memory, and a disk is slow to make a clearing that a client flushes: facets are
+    not synced over and over until it has."""
+    a, syncs = s.world.a, 0
+    punching = slow(a, "punch", "/facets/v0.0")
+    s.world.spawn(s.clear(0, 0, BLOCK, "trim"))
+    await punching.wait()
+
+    def count(operation: str, path: str, nth: int) -> None:
+        nonlocal syncs
+        syncs += operation == "sync" and path.startswith("/facets")
+
+    a.disk.faults = count
+    await s.flush()
+    a.disk.faults = None
+    if syncs > SYNCS_MAX:
+        raise Violation(f"one flush took {syncs} syncs of facets (M13)")
+    await s.in_sync()
+
+
 PAST_TWICE = directed(_past_twice, spill=8 * KIB)
 CLEARED_AND_KILLED = directed(_cleared_and_killed, spill=8 * KIB)
 FAR_BEHIND = directed(_far_behind, spill=8 * KIB)
+FLUSHED_MEANWHILE = directed(_flushed_meanwhile, spill=8 * KIB)
 KILLED_BETWEEN = directed(_killed_between, spill=8 * KIB, facets=2)
 LEFT = directed(_left, spill=8 * KIB, facets=2, **LARGE)
 LEFT_MEANWHILE = directed(_left_meanwhile, spill=8 * KIB, facets=2, **LARGE)
