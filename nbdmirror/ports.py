@@ -75,7 +75,8 @@ class File(Protocol):
         and what cannot is gone: for who has it elsewhere. Never raises."""
 
     async def forget_range(self, offset: int, length: int) -> None:
-        """The same for a range of which all was synced, or was to be: nothing is written out."""
+        """The same for a range that begins with a page, and of which all was synced, or was to be:
+        nothing is written out."""
 
     async def punch(self, offset: int, length: int) -> None:
         """The range, which must lie within the file, reads as zeros afterwards and gives its space

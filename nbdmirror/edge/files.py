@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from mmap import PAGESIZE
 from os import POSIX_FADV_DONTNEED as DONTNEED
 from os import fdatasync, pread, pwrite, pwritev
 from typing import Any, ParamSpec, TypeVar
@@ -197,8 +198,9 @@ class LinuxFile:
         await self._offload(self._threads.sync, forget, self._fd)
 
     async def forget_range(self, offset: int, length: int) -> None:
-        """See ``ports.File``."""
-        pool = self._threads.io
+        """See ``ports.File``. The kernel keeps a page that is only in part in the range, unless the
+        file ends there; a file may be longer than its volume."""
+        pool, length = self._threads.io, length + -(offset + length) % PAGESIZE
         await self._offload(pool, os.posix_fadvise, self._fd, offset, length, DONTNEED)
 
     async def punch(self, offset: int, length: int) -> None:

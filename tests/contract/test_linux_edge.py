@@ -468,24 +468,3 @@ def test_a_closed_standard_stream_is_no_file_of_ours(tmp_path: Path) -> None:
     argv = ["/bin/sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
     subprocess.run(argv, check=True)
     assert seen.read_text().split() == ["/dev/null"] * 2
-
-
-def test_what_a_first_write_let_go_comes_back_with_the_first_read(tmp_path: Path) -> None:
-    """A load that reads and writes must not wait for the disk page by page, for what was cached."""
-    path, size = tmp_path / "facet", 8 * MIB
-    with path.open("wb") as new:
-        new.write(os.urandom(size))
-        os.fsync(new.fileno())  # what is dirty is not let go
-    disk = LinuxDisk()
-    file = disk.open(str(path), scattered=True)
-    assert file.try_pread(0, size) is not None
-    file.pwrite(0, bytes(4096))
-    cache = disk.threads.of(path.stat()).cache
-    cache.submit(int).result()  # it does one thing after the other
-    if file.try_pread(3 * MIB, 4096) is not None:  # the folio that is written to stays
-        pytest.skip("this file system lets go of nothing")
-    cache.submit(int).result()
-    assert file.try_pread(2 * MIB, 2 * MIB) is not None
-    assert file.try_pread(4 * MIB, 4 * MIB) is not None  # of another stretch
-    file.close()
-    disk.close()

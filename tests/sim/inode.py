@@ -97,9 +97,10 @@ class Inode:
         self.stuck.clear()
 
     def forget_range(self, offset: int, length: int) -> None:
-        """The cache's pages within the range are the disk's, where nothing is left to write out."""
+        """The cache's pages within the range, and the one that it ends in, are the disk's, where
+        nothing is left to write out."""
         dirty = {index for change in self.unsynced for index, _ in change.pages()}
-        for index in range(-(-offset // PAGE), (offset + length) // PAGE):
+        for index in range(-(-offset // PAGE), -(-(offset + length) // PAGE)):
             if index not in dirty:
                 self.cache.take(index, self.durable)
                 self.stuck.pop(index, None)
