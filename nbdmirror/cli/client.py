@@ -99,9 +99,14 @@ class AdminClient:
         self._socket.close()
 
     def call(
-        self, method: str, params: Json | None = None, *, answer_seconds: float = ANSWER_SECONDS
+        self,
+        method: str,
+        params: Json | None = None,
+        *,
+        answer_seconds: float | None = ANSWER_SECONDS,
     ) -> Any:
-        """The result of a method; raises what the daemon raised."""
+        """The result of a method; raises what the daemon raised. ``answer_seconds``: of silence
+        after which it is given up; ``None``: it may take as long as a disk does."""
         request_id = self._send(method, params or {})
         while True:
             message = self._receive(answer_seconds)
@@ -152,7 +157,8 @@ class AdminClient:
                 data = self._socket.recv(RECEIVE_BYTES)
             except TimeoutError:
                 raise NoDaemon(
-                    f"the daemon at {self.path} has not answered for {seconds:g} s"
+                    f"the daemon at {self.path} has not answered for {seconds:g} s",
+                    hint="it may still do what it was asked: see nbdmirror status",
                 ) from None
             except OSError:
                 data = b""

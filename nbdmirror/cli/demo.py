@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from nbdmirror.cli.client import AdminClient
+from nbdmirror.cli.output import discard_output
 from nbdmirror.cli.render import Json, status_line, status_text
 from nbdmirror.errors import NbdmirrorError, NoDaemon
 
 SIZE = "1GiB"
 LOG_SIZE = "128MiB"
-READY_SECONDS = 20.0
+READY_SECONDS = 120.0
 SYNC_SECONDS = 120.0
 REFRESH_SECONDS = 1.0
 EXIT_INTERRUPTED = 130
@@ -126,11 +127,13 @@ class Pair:
                 self.status(node)
                 return
             except NoDaemon:
-                if self._daemons[node].poll() is not None or time.monotonic() > deadline:
+                ended = self._daemons[node].poll() is not None
+                if ended or time.monotonic() > deadline:
                     journal_path = self.root / f"{node}.log"
-                    last = journal_path.read_text().strip().splitlines()[-1:]
+                    last = " ".join(journal_path.read_text().strip().splitlines()[-1:])
+                    why = last if ended else f"no answer for {READY_SECONDS:g} s"
                     raise NbdmirrorError(
-                        f"{node} did not start: {' '.join(last)}", hint=f"see {journal_path}"
+                        f"{node} did not start: {why}", hint=f"see {journal_path}"
                     ) from None
                 time.sleep(0.1)
 
@@ -185,7 +188,8 @@ def _print_how_to_attach(pair: Pair, nbd_port: int) -> None:
     for uri in pair.status()["volumes"][0]["uris"]:
         print(f"  {uri}")
     print("attach it (as root, where the kernel has nbd):")
-    print(f"  nbdmirror attach nbd://127.0.0.1:{nbd_port}/data /dev/nbd0")
+    command = Path(sys.executable).with_name("nbdmirror")
+    print(f"  {command} attach nbd://127.0.0.1:{nbd_port}/data /dev/nbd0")
     print(f"  nbd-client 127.0.0.1 {nbd_port} -N data -C 4 /dev/nbd0")
     print(f"stop one side to see what happens; its log: {pair.root}/alpha.log, beta.log")
     print("Ctrl-C stops both nodes cleanly; what they hold stays.\n")
@@ -195,11 +199,15 @@ def _watch(pair: Pair) -> None:
     """Live status: redrawn on a terminal, a line now and then otherwise."""
     last = ""
     while True:
-        status = pair.status()
+        try:
+            status = pair.status()
+            line, screen = status_line(status), status_text(status)
+        except NoDaemon:  # somebody has stopped it, to see what happens
+            serve_it = f"{sys.executable} -m nbdmirror serve {pair.root}/alpha.toml"
+            line = screen = f"alpha does not run; start it with: {serve_it}"
         if sys.stdout.isatty():
-            sys.stdout.write("\x1b[2J\x1b[H" + status_text(status) + "\n")
+            sys.stdout.write("\x1b[2J\x1b[H" + screen + "\n")
         else:
-            line = status_line(status)
             if line != last:
                 print(line)
                 last = line
@@ -292,6 +300,9 @@ def main() -> int:
         if error.hint:
             print(f"  {error.hint}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        discard_output()
+        return 0
     except KeyboardInterrupt:  # a second one, while the nodes stop
         return EXIT_INTERRUPTED
 

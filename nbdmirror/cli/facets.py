@@ -57,7 +57,8 @@ def log_replace(args: argparse.Namespace) -> int:
     """``log replace``: goes on with the log in a new file, also where its disk was lost."""
     path = os.path.abspath(args.path)
     with _client(args) as client:
-        result = client.call("log.replace", {"path": path})
+        # The new log is written in full first.
+        result = client.call("log.replace", {"path": path}, answer_seconds=None)
     if args.json:
         print_json(result)
     else:

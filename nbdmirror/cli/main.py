@@ -8,13 +8,15 @@ Exit codes: 0 done; 1 failed; 2 usage or configuration; 3 timed out; 4 refused; 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nbdmirror import __version__
 from nbdmirror.cli import facets, local, online, snapshot
+from nbdmirror.cli.output import discard_output
 from nbdmirror.errors import ConfigError, NbdmirrorError, UsageError, os_error_text
 from nbdmirror.tomltable import parse_duration
 
@@ -34,6 +36,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have what the locale has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(arguments)
         _flush()
@@ -41,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NbdmirrorError as error:
         return _report(error.message, error.hint, error.exit_code)
     except BrokenPipeError:
-        # The reader of a pipe, as ``head``, has enough; the flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # the reader of a pipe, as ``head``, has enough
         return 0
     except OSError as error:
         return _report(os_error_text(error), None, NbdmirrorError.exit_code)
@@ -66,10 +69,12 @@ def _flush() -> None:
 
 
 def _report(message: str, hint: str | None, exit_code: int) -> int:
-    _flush()
-    print(f"nbdmirror: {message}", file=sys.stderr)
-    if hint:
-        print(f"  {hint}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        _flush()
+    if sys.stderr is not None:  # 2>&-: what is meant for a person is not for who reads stdout
+        print(f"nbdmirror: {message}", file=sys.stderr)
+        if hint:
+            print(f"  {hint}", file=sys.stderr)
     return exit_code
 
 
@@ -216,7 +221,8 @@ def _add_apply(commands: argparse._SubParsersAction[Parser]) -> None:
         dest="action", metavar="ACTION", parser_class=Parser, required=True
     )
     _command(actions, "freeze", online.freeze, talks=True)
-    _command(actions, "thaw", online.thaw, talks=True)
+    thaw = _command(actions, "thaw", online.thaw, talks=True)
+    thaw.add_argument("--now", action="store_true", help="also what a delay holds back")
 
 
 def _add_snapshot(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -83,7 +83,7 @@ def verify(args: argparse.Namespace) -> int:
                 _await_condition(
                     client, condition, args.remote, args.timeout, progress, STUCK_STATES
                 )
-            (result,) = _remotes(client, args.remote)
+            (result,) = _remotes(client.call("status"), args.remote)
     if args.json:
         print_json(result)
     elif not args.wait:
@@ -143,7 +143,8 @@ def freeze(args: argparse.Namespace) -> int:
 
 def thaw(args: argparse.Namespace) -> int:
     """``apply thaw``: a secondary's facets follow its log again."""
-    return _change(args, "apply.thaw", {}, "applying goes on")
+    done = "applying goes on" + (", without a delay" if args.now else "")
+    return _change(args, "apply.thaw", {"now": args.now}, done)
 
 
 def events(args: argparse.Namespace) -> int:
@@ -232,7 +233,8 @@ def _await_condition(
             try:
                 return client.call("wait", params, answer_seconds=step + ANSWER_SECONDS)
             except TimedOut:
-                remotes = _remotes(client, remote)
+                status = client.call("status")
+                remotes = _remotes(status, remote)
             for one in remotes:
                 if one.get("state") in stuck_states:
                     hint = one.get("next_action")
@@ -240,19 +242,34 @@ def _await_condition(
                         f"the resync does not go on: {remote_text(one)}", hint=hint
                     )
             if end is not None and time.monotonic() >= end:
-                raise _timed_out(until, timeout or 0.0, remotes)
+                raise _timed_out(until, timeout or 0.0, status, remotes)
             progress.show(remotes)
     finally:
         progress.end()
 
 
-def _remotes(client: AdminClient, name: str | None) -> list[Json]:
-    remotes = client.call("status").get("remotes", [])
+def _remotes(status: Json, name: str | None) -> list[Json]:
+    remotes = status.get("remotes", [])
     return [remote for remote in remotes if name in (None, remote.get("name"))]
 
 
-def _timed_out(until: str, timeout: float, remotes: list[Json]) -> TimedOut:
-    where = "; ".join(map(remote_text, remotes))
+def _unapplied(remote: Json) -> str:
+    """Of a remote that has all, and not in its facets."""
+    records = remote.get("durable_seq", 0) - remote.get("applied_seq", 0)
+    if remote.get("state") != "synchronised" or records <= 0:
+        return ""
+    return (
+        f", {count_text(records, 'record')} not applied there: slow, or frozen or delayed "
+        f"(on {remote.get('name')}: nbdmirror status)"
+    )
+
+
+def _timed_out(until: str, timeout: float, status: Json, remotes: list[Json]) -> TimedOut:
+    where = "; ".join(remote_text(one) + _unapplied(one) for one in remotes)
     actions = [remote["next_action"] for remote in remotes if remote.get("next_action")]
+    upstream = status.get("upstream")
+    if upstream is not None:  # a secondary has conditions of its own
+        where = status_line(status)
+        actions = [upstream["next_action"]] if upstream.get("next_action") else []
     message = f"not {until} after {seconds_text(timeout)}" + (f": {where}" if where else "")
     return TimedOut(message, hint="; ".join(actions) or None)

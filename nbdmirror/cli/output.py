@@ -6,6 +6,7 @@ Owns standard output; messages about failures are ``main``'s. Called by the comm
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -46,6 +47,12 @@ def print_screen(text: str) -> None:
     print(_CLEAR_SCREEN + text, flush=True)
 
 
+def discard_output() -> None:
+    """Nobody reads it any more: neither what is printed from now on nor the flush at the end of
+    the process is to fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def is_terminal() -> bool:
     """Whether what is printed goes to a terminal; a caller may have closed it: >&-"""
     return sys.stdout is not None and sys.stdout.isatty()
@@ -65,6 +72,13 @@ class Progress:
         """Shows where these remotes are now."""
         if not self._enabled or not remotes:
             return
+        try:
+            self._show(remotes)
+        except BrokenPipeError:  # who reads has enough; what is waited for goes on
+            self._enabled = self._interactive = False
+            discard_output()
+
+    def _show(self, remotes: list[Json]) -> None:
         text = "; ".join(map(remote_text, remotes))
         if self._interactive:
             width = shutil.get_terminal_size().columns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -95,10 +96,10 @@ def _changed_text(done: Json) -> str:
 
 
 def _range(text: str) -> list[int]:
-    offset, _, length = text.partition("+")
-    if not (offset.isdigit() and length.isdigit()):
+    match = re.fullmatch(r"([0-9]{1,20})\+([0-9]{1,20})", text)
+    if match is None:
         raise UsageError(f"{text!r} is not a range", hint="OFFSET+LENGTH, in bytes: 65536+4096")
-    return [int(offset), int(length)]
+    return [int(number) for number in match.groups()]
 
 
 def restore_text(done: Json) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ class Handshake:
         self._client_flags: HandshakeFlag | None = None
         self._contexts_for = ""
         self._selected: tuple[str, ...] = ()
+        self._numbered: tuple[str, ...] = ()
         self.structured = False
         self.shutting_down = False
         self._lists = 0
@@ -244,9 +246,12 @@ class Handshake:
         return [*answer, _reply(option, Rep.ACK)], name, export
 
     def _enter(self, name: str, export: ExportInfo) -> None:
-        """Ends the handshake; contexts that were selected for another name do not count."""
+        """Ends the handshake; contexts that were selected for another name do not count. What
+        numbers they have was told then, whatever contexts there are by now."""
         self.name, self.export = name, export
         self.contexts = self._selected if name == self._contexts_for else ()
+        if self.contexts:
+            self.export = replace(export, contexts=self._numbered)
 
     # -- meta contexts ---------------------------------------------------------------------------
 
@@ -271,6 +276,7 @@ class Handshake:
         name, export, queries = self._queries(data)
         if not isinstance(export, ExportInfo):
             return [_not_found(option, name, export)]
+        self._numbered = export.contexts
         self._selected = tuple(context for context in export.contexts if context in queries)
         self._contexts_for = name
         answer = [

@@ -94,7 +94,7 @@ def render(status: Json) -> bytes:
     for metric, samples in lines.items():
         text += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
         text += samples
-    return "\n".join(text).encode() + b"\n"
+    return "\n".join(text).encode(errors="backslashreplace") + b"\n"
 
 
 def _samples(status: Json) -> Iterator[Sample]:

@@ -97,8 +97,9 @@ class NodeApi(Protocol):
     ) -> Json | None:
         """Adds a remote while volumes are in use (M17)."""
 
-    async def apply(self, frozen: bool) -> Json | None:
-        """On a secondary: stops, or resumes, carrying its log into its facets (V8)."""
+    async def apply(self, frozen: bool, now: bool = False) -> Json | None:
+        """On a secondary: stops, or resumes, carrying its log into its facets (V8); ``now``: what
+        a delay holds back too, and without one until the primary asks for it again."""
 
     @property
     def people(self) -> SnapshotApi:
@@ -224,7 +225,7 @@ async def _freeze(call: Call) -> Json:
 
 
 async def _thaw(call: Call) -> Json:
-    return await call.node.apply(False) or {}
+    return await call.node.apply(False, call.params["now"]) or {}
 
 
 async def _snapshot_create(call: Call) -> Json:
@@ -376,7 +377,7 @@ METHODS: dict[str, Method] = {
     "facet.remove": _facet("remove"),
     "facet.replace": _facet("replace", "new"),
     "apply.freeze": Method(_freeze, {}, changing=True),
-    "apply.thaw": Method(_thaw, {}, changing=True),
+    "apply.thaw": Method(_thaw, {"now": Param(bool, default=False)}, changing=True),
     "snapshot.create": Method(
         _snapshot_create,
         {"volume": Param(str), "protected": Param(bool, default=False)},

@@ -405,14 +405,14 @@ class Node:
         self.doors.check_link(address)
         await primary.add(name, address, mode, on_link_loss)
 
-    async def apply(self, frozen: bool) -> dict[str, Any]:
-        """Freezes or thaws the facets of a secondary (V8)."""
+    async def apply(self, frozen: bool, now: bool = False) -> dict[str, Any]:
+        """Freezes or thaws the facets of a secondary (V8); see ``methods``."""
         if self.secondary is None:
             raise Refused(
                 f"{self.config.node} is the primary: it has no log to apply",
                 hint="run this on a secondary",
             )
-        await self.secondary.applier.change(frozen=frozen)
+        await self.secondary.applier.change(frozen=frozen, delay=0.0 if now else None)
         return self.secondary.applier.status()
 
     async def facet(self, action: str, path: str, other: str | None = None) -> list[dict[str, Any]]:

@@ -74,8 +74,8 @@ async def _secondary(secondary: Secondary, until: str) -> None:
         status = secondary.status()
         connected = status["link"] == "connected"
         settled = status["consistent"] and status["applied_seq"] >= status["received_seq"]
-        if {"connected": connected, "consistent": status["consistent"]}.get(
-            until, connected and settled
-        ):
+        # It has nobody to verify.
+        own = {"connected": connected, "consistent": status["consistent"], "verified": True}
+        if own.get(until, connected and settled):
             return
         await asyncio.sleep(SECONDARY_POLL_SECONDS)

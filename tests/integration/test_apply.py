@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,46 @@ def test_apply_is_refused_on_a_primary(cluster: Cluster) -> None:
     """V8: exit 4, and it says where to run it."""
     result = cluster.primary.cli("apply", "freeze")
     assert result.code == 4 and "secondary" in result.err
+
+
+def test_what_a_delay_holds_back_is_applied_once_the_primary_is_lost(tmp_path: Path) -> None:
+    """V8, runbook "If alpha is lost for good": a stop alone would leave it in the log, which
+    ``create --force`` replaces."""
+    with Cluster(tmp_path, remote_keys={"apply_delay": "1h"}) as cluster:
+        cluster.start()
+        client = connect(cluster.primary.uri())
+        client.pwrite(pattern(MIB, 3), 0)
+        client.flush()
+        cluster.primary.until("received", lambda one: one["lag"]["records"] == 0)
+        failed = cluster.primary.cli("wait", "--until", "in-sync", "--timeout", "1s")
+        assert failed.code == 3 and "not applied there: slow, or frozen or delayed" in failed.err
+        cluster.primary.kill()
+        assert facet_start(cluster) != pattern(MIB, 3)
+        cluster.secondary.ok("apply", "thaw", "--now")
+        cluster.secondary.ok("wait", "--until", "verified", "--timeout", "10s")
+        cluster.secondary.stop()
+        assert facet_start(cluster) == pattern(MIB, 3)
+
+
+def test_a_wait_whose_output_nobody_reads_says_what_it_came_to(cluster: Cluster) -> None:
+    """X4: ``wait | head -1 && failover`` went on though nothing was in sync."""
+    node = cluster.primary
+    cluster.secondary.kill()
+    waits = (
+        f"{sys.executable} -m nbdmirror -s {node.admin_socket} wait --until in-sync --timeout 3s"
+    )
+    script = f"{waits} | :; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n" and "Traceback" not in done.stderr, done
+
+
+def test_errors_are_not_printed_where_output_is_read(cluster: Cluster) -> None:
+    """X4: with stderr closed, as by some supervisors, stdout is still nothing but JSON."""
+    command = (
+        f"{sys.executable} -m nbdmirror -s {cluster.primary.admin_socket} pause nosuch --json 2>&-"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_delayed_replica(tmp_path: Path) -> None:

@@ -236,8 +236,8 @@ class FakeNode:
         self.calls.append(("remote_add", name, address, mode))
         return None
 
-    async def apply(self, frozen: bool) -> Json | None:
-        self.calls.append(("apply", frozen))
+    async def apply(self, frozen: bool, now: bool = False) -> Json | None:
+        self.calls.append(("apply", frozen, now) if now else ("apply", frozen))
         return None
 
     async def remote_remove(self, name: str) -> Json | None:

@@ -6,6 +6,7 @@ Holds fault 36 (hostile handshakes)."""
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.unit import nbdclient as c
 from tests.unit.nbdsession import (
     DATA,
     DIRTY,
+    EXPORTS,
     FLAG_DF,
     FLAG_READ_ONLY,
     FLAGS,
@@ -321,3 +323,17 @@ def test_contexts_selected_for_another_name_do_not_count() -> None:
     client.kinds(c.meta(c.SET_META, "frozen", "base:allocation"))
     client.kinds(c.go("data"))
     assert client.session.contexts == ()
+
+
+def test_a_context_has_the_number_that_was_told_whatever_is_removed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NBD_OPT_SET_META_CONTEXT: replies are by those numbers; a remote may be removed before GO."""
+    client = greeted()
+    client.kinds(c.option(c.STRUCTURED))
+    told = client.options(c.meta(c.SET_META, "data", DIRTY))[0].data
+    monkeypatch.setitem(EXPORTS, "data", replace(DATA, contexts=("base:allocation",)))
+    client.kinds(c.go("data"))
+    session = client.session
+    assert session.contexts == (DIRTY,) and session.export is not None
+    assert struct.unpack(">I", told[:4])[0] == session.export.context_id(DIRTY)

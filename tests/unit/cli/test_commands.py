@@ -152,3 +152,4 @@ def test_restore_and_changed_reach_the_daemon(path: str, node: FakeNode, capsys:
         ("changed", "data", [(0, 512), (65536, 4096)], "/f/1", False),
     ]
     assert main(["-s", path, "changed", "data", "0-512"]) == 2
+    assert main(["-s", path, "changed", "data", "²+4096"]) == 2  # a digit, and no number
