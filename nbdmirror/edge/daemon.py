@@ -102,6 +102,7 @@ class Daemon:
         self._security.report = self.node.doors.refusals.tell
         self._tell = tell
         self._alive: asyncio.Task[None] | None = None
+        self._ready = self._reload_wanted = False
 
     async def start(self, *, nbd: bool = True) -> None:
         """Recovers and serves; ``nbd`` as in ``Node.start``, whose errors pass through.
@@ -122,6 +123,9 @@ class Daemon:
     def ready(self) -> None:
         """Tells the service manager that clients are served."""
         self._tell("READY=1\nSTATUS=serving as " + self.node.role)
+        self._ready = True
+        if self._reload_wanted:
+            self.reload()
 
     async def ending(self) -> None:
         """Returns when the node must end: told to stop, or failed for good."""
@@ -133,17 +137,20 @@ class Daemon:
         stopped.cancel()
 
     async def finish(self) -> None:
-        """Stops the node cleanly; raises what it failed with, if it did."""
-        failed = self.node.failed
-        error = failed.result() if failed is not None and failed.done() else None
+        """Stops the node cleanly; raises what it failed with, before or meanwhile, if it did."""
         await self.node.stop()
-        if error is not None:
-            raise error
+        failed = self.node.failed
+        if failed is not None and failed.done():
+            raise failed.result()
 
     def reload(self) -> None:
         """Certificates, keys and secrets are read again, for connections from then on. What else
         can change at run time is changed by commands; the file is checked and compared, and the
-        event says what a restart would take over or refuse."""
+        event says what a restart would take over or refuse. Before clients are served it waits for
+        that: the end of a reload tells the service manager that they are."""
+        if not self._ready:
+            self._reload_wanted = True
+            return
         config, events = self.config, self.node.events
         self._tell("RELOADING=1")
         try:

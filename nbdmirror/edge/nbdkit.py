@@ -217,7 +217,7 @@ class Supervisor:
             (os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(high, STDERR)
         ]
         try:
-            return os.posix_spawn(argv[0], argv, environment, file_actions=actions)
+            return os.posix_spawn(argv[0], argv, environment, file_actions=actions, setpgroup=0)
         finally:
             for fd in high:
                 os.close(fd)

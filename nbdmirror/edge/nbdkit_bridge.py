@@ -253,6 +253,12 @@ class Bridge:
             busy = bool(self._tasks) and late < STOP_SECONDS
             how = socket.SHUT_RDWR if late > REPLY_SECONDS and not busy else socket.SHUT_RD
             self._shut_clients(how)
+            if late >= STOP_SECONDS:  # what waits for a remote, as in ``ExportServer.stop``
+                exports = self.daemon.node.exports
+                if exports is not None and exports.group is not None:
+                    exports.group.end()
+                for task in list(self._tasks):
+                    task.cancel()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._quiet.wait(), _TICK_SECONDS)
 
@@ -272,7 +278,9 @@ class Bridge:
     def _clients(self) -> Iterator[socket.socket]:
         """The sockets of nbdkit's connections: accepted from what it listens on."""
         for sock in _sockets():
-            if sock.getsockname() in self._listening and not _accepts(sock):
+            name = sock.getsockname()
+            ours = name in self._listening or _anywhere(name) in self._listening
+            if ours and not _accepts(sock):
                 yield sock
 
     @property
@@ -328,6 +336,13 @@ def _sockets() -> Iterator[socket.socket]:
         with socket.socket(fileno=fd) as sock:
             if sock.type == socket.SOCK_STREAM:
                 yield sock
+
+
+def _anywhere(name: Any) -> Any:
+    """The name of what listens at the port on every address of the host."""
+    if not isinstance(name, tuple):
+        return name
+    return ("0.0.0.0", name[1]) if len(name) == 2 else ("::", name[1], 0, 0)
 
 
 def _accepts(sock: socket.socket) -> bool:

@@ -8,7 +8,12 @@ import weakref
 
 import pytest
 
+from nbdmirror.config import SnapshotConfig
 from nbdmirror.edge import daemon
+from nbdmirror.edge.sockets import Sockets
+from nbdmirror.errors import DiskFailed
+from tests.unit.primary import Primary
+from tests.unit.world import make_disk
 
 
 class _Session:
@@ -35,3 +40,41 @@ def test_what_a_link_leaves_behind_is_collected(kind: str, monkeypatch: pytest.M
         asyncio.run(play())
     finally:
         gc.enable()
+
+
+def _daemon(told: list[str]) -> daemon.Daemon:
+    config = Primary(make_disk(), SnapshotConfig()).config
+    return daemon.Daemon(config, Sockets.of({}), tell=told.append)
+
+
+def test_a_disk_that_fails_while_the_node_stops_is_what_it_ends_with() -> None:
+    """O16: with exit code 0 a service manager would ask it again."""
+
+    async def play() -> None:
+        one = _daemon([])
+        one.node.failed = failed = asyncio.get_running_loop().create_future()
+
+        async def stop() -> None:
+            failed.set_result(DiskFailed("sync of the superblock failed"))
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(DiskFailed):
+            patch.setattr(one.node, "stop", stop)
+            await one.finish()
+
+    asyncio.run(play())
+
+
+def test_a_reload_before_clients_are_served_waits_for_that() -> None:
+    """sd_notify: READY=1 ends a reload, and says that they are."""
+
+    async def play() -> None:
+        told: list[str] = []
+        one = _daemon(told)
+        one.reload()
+        assert not told
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(one.node), "role", "primary")
+            one.ready()
+        assert told[0].startswith("READY=1\nSTATUS=") and told[1:] == ["RELOADING=1", "READY=1"]
+
+    asyncio.run(play())

@@ -1,0 +1,86 @@
+"""How an nbdkit front end ends, whatever its clients and terminals do (M7, I6)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from tests.integration.cluster import MIB, Cluster, Volume
+from tests.integration.process import wait_until
+from tests.integration.tools import connect, nbd_error, requires
+
+pytestmark = requires("nbdkit")
+MakeCluster = Callable[..., Cluster]
+STOPPED_S = 45
+"""What waits for a remote may do so for 30 seconds of a stop."""
+
+
+@pytest.mark.parametrize(
+    "host, where", [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("[::]", "::1")]
+)
+def test_a_silent_client_counts_and_keeps_no_stop(
+    make_cluster: MakeCluster, host: str, where: str
+) -> None:
+    """I6: also where nbdkit listens on every address, and no client's socket has that name."""
+    cluster = make_cluster(frontend="nbdkit", remotes=())
+    node = cluster.primary
+    node.keys.update(nbd=["insecure = true"], limits=["connections_max = 2"])
+    node.nbd_listen = lambda: [f"tcp:{host}:{node.nbd_port}"]  # type: ignore[method-assign]
+    node.write_config()
+    cluster.start(synced=False)
+    with ExitStack() as stack:
+        greeted = 0
+        for _ in range(4):
+            sock = stack.enter_context(socket.create_connection((where, node.nbd_port), 10))
+            sock.settimeout(10)
+            with suppress(ConnectionError):
+                greeted += sock.recv(18) != b""
+        assert greeted == 2
+        node.daemon.signal(signal.SIGTERM)
+        assert node.daemon.popen.wait(STOPPED_S) == 0
+
+
+def test_a_write_that_waits_for_a_remote_keeps_no_stop(make_cluster: MakeCluster) -> None:
+    """``on_full = "block"``, and the remote is away: systemd would kill it, after two minutes."""
+    cluster = make_cluster(
+        frontend="nbdkit", log_size=8 * MIB, on_full="block", volumes=[Volume(size=32 * MIB)]
+    ).start()
+    cluster.secondary.stop()
+    client = connect(cluster.primary.uri())
+
+    def write() -> None:
+        with suppress(nbd_error()):
+            for number in range(32):
+                client.pwrite(bytes(MIB), number * MIB)
+
+    writing = Thread(target=write)
+    writing.start()
+    wait_until("the log is full", lambda: "log-full" in str(cluster.primary.events()))
+    cluster.primary.daemon.signal(signal.SIGTERM)
+    assert cluster.primary.daemon.popen.wait(STOPPED_S) == 0
+    writing.join()
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.2, 0.5])
+def test_a_ctrl_c_while_nbdkit_starts(make_cluster: MakeCluster, delay: float) -> None:
+    """A terminal tells all of its processes; the one that ends nbdkit is its supervisor."""
+    cluster = make_cluster(frontend="nbdkit", remotes=())
+    cluster.create()
+    argv = [sys.executable, "-m", "nbdmirror", "serve", str(cluster.primary.config)]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, start_new_session=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until("nbdkit was begun", children.read_text)
+        time.sleep(delay)  # any moment of its start will do
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=STOPPED_S)
+    assert process.returncode == 0, said
