@@ -91,6 +91,14 @@ class Host:
         there = [[facet.path for facet in v.in_service()] for v in self.node.volumes]
         return any(self.disk.broken.issuperset(paths) for paths in there)
 
+    @property
+    def set_back(self) -> bool:
+        """Whether people have restored something on it (V14), or given it a new disk that is not
+        filled yet: it does not have what the primary may believe."""
+        upstream = self.node.store.state["upstream"] if self.node is not None else None
+        filled = bool(upstream and upstream["consistent"])
+        return self.restored or (self.replaced > 0 and not filled)
+
     def look_for_memory(self) -> None:
         """Before a start: whether the log was in memory when the process ended."""
         content, size = self.disk.content("/state/superblock"), slots.SLOT_SIZE

@@ -255,13 +255,13 @@ class Faults:
     def _last_may_fail(self) -> bool:
         """Whether a remote may stand in for a last facet: not one that somebody has set back."""
         world = self._world
-        return world.options.last_facet and not any(one.restored for one in world.remotes)
+        return world.options.last_facet and not any(one.set_back for one in world.remotes)
 
     def _irreplaceable(self, host: Host, path: str) -> bool:
-        """Whether that is the last facet of a volume, of which a remote was set back (V14): people
-        who did that had another one, and no two of its copies fail together."""
+        """Whether that is the last facet of a volume, and people have just set a remote back: they
+        had another copy then, and no two of them fail together."""
         world, node = self._world, host.node
-        if node is None or host is not world.a or not any(one.restored for one in world.remotes):
+        if node is None or host is not world.a or not any(one.set_back for one in world.remotes):
             return False
         left = [[facet.path for facet in volume.in_service()] for volume in node.volumes]
         return [path] in left
