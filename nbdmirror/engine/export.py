@@ -103,21 +103,6 @@ class ExportServer(Catalogue):
             connection.close()
 
 
-class _Writing:
-    """Writes of one receive that become one batch: with FUA, one sync of the log is for all."""
-
-    __slots__ = ("changes", "requests")
-
-    def __init__(self) -> None:
-        self.requests: list[Request | Writes] = []
-        self.changes: list[Change] = []
-
-    def add(self, request: Request, change: Change) -> None:
-        """One more, in their order."""
-        self.requests.append(request)
-        self.changes.append(change)
-
-
 class ExportConnection(asyncio.BufferedProtocol):
     """One client."""
 
@@ -356,7 +341,8 @@ class ExportConnection(asyncio.BufferedProtocol):
         volume, group = self._volume, self._group
         assert volume is not None and group is not None
         self._server.batches += 1
-        plain, durable = _Writing(), _Writing()
+        writes: list[Request | Writes] = []
+        changes: list[Change] = []
         answered = 0
         for index, request in enumerate(requests):
             kind = request.type
@@ -364,7 +350,11 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._write_now(volume, group, Received(request), [request])
             elif kind == nbd.WRITE and request.length:
                 change = Change(record.WRITE, 0, request.offset, request.length, request.payload)
-                (durable if request.flags & nbd.FUA else plain).add(request, change)
+                if request.flags & nbd.FUA:
+                    self.underway.start([request], self._write(volume, group, request, change))
+                else:
+                    writes.append(request)
+                    changes.append(change)
             elif not request.length and kind != nbd.FLUSH:
                 self._session.reply(request)
             elif not at_once and self._full(answered):
@@ -377,10 +367,8 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._read_now(volume, request)
             else:
                 self.underway.start([request], self._other(volume, group, request))
-        for some in (plain, durable):
-            if some.changes:
-                batch = Changes(some.changes)
-                self._write_now(volume, group, batch, some.requests, durable=some is durable)
+        if changes:
+            self._write_now(volume, group, Changes(changes), writes)
 
     def _full(self, answered: int) -> bool:
         """Whether no more may be begun: tasks, and bytes of replies, are bounded (I6)."""
@@ -403,16 +391,10 @@ class ExportConnection(asyncio.BufferedProtocol):
                 self._held.wait()
 
     def _write_now(
-        self,
-        volume: Volume,
-        group: Writer,
-        batch: Batch,
-        writes: list[Request | Writes],
-        *,
-        durable: bool = False,
+        self, volume: Volume, group: Writer, batch: Batch, writes: list[Request | Writes]
     ) -> None:
         try:
-            rest = group.write_batch(volume, batch, durable=durable)
+            rest = group.write_batch(volume, batch)
         except VolumeFailed as error:
             for request in singly(writes):
                 self._session.reply(request, error.errno, error.message)
@@ -426,6 +408,11 @@ class ExportConnection(asyncio.BufferedProtocol):
     async def _complete(self, rest: Coroutine[Any, Any, None], writes: list[Request]) -> None:
         await rest
         self._session.reply_many(writes)
+
+    async def _write(self, volume: Volume, group: Writer, request: Request, change: Change) -> None:
+        if (rest := group.write(volume, [change], durable=True)) is not None:
+            await rest
+        self._session.reply_many([request])
 
     def _read_now(self, volume: Volume, request: Request) -> None:
         if request.length <= SPARSE_READ_MIN or request.flags & nbd.DF:

@@ -16,7 +16,6 @@ from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.codec.nbdserver import ServerSession
 from nbdmirror.config import AccessConfig, Limits
 from nbdmirror.engine.access import Client, Rules
-from nbdmirror.engine.batch import Changes
 from nbdmirror.engine.budget import Holder
 from nbdmirror.engine.export import ExportServer
 from nbdmirror.engine.volume import Change
@@ -88,28 +87,6 @@ def test_a_request_that_meets_a_defect_is_answered(monkeypatch: pytest.MonkeyPat
         errors = cast(SimLoop, asyncio.get_running_loop()).errors
         assert len(errors) == 1 and "nobody thought of this" in str(errors)
         errors.clear()
-        protocol.connection_lost(None)
-
-    primary(test)
-
-
-def test_durable_writes_of_one_receive_are_a_batch() -> None:
-    """I6: there may be thousands, of a byte each; and one sync of the log is for all."""
-
-    async def test(world: Primary) -> None:
-        volume, server = world.node.volumes[0], world.node.exports
-        assert server is not None
-        protocol, wire = server.connection(), Wire()
-        protocol.connection_made(wire)
-        feed(protocol, FLAGS + go(b"v"))
-        wire.sent = b""
-        count = 1000
-        heads = [struct.pack(">IHHQQI", 0x25609513, 1, 1, n, n, 1) for n in range(count)]
-        feed(protocol, b"".join(head + b"w" for head in heads))
-        assert len(server.connections[0].underway.tasks) == 1
-        await asyncio.sleep(0.1)
-        assert wire.sent == b"".join(struct.pack(">IIQ", 0x67446698, 0, n) for n in range(count))
-        assert bytes(await volume.read(0, count + 1)) == b"w" * count + b"\0"
         protocol.connection_lost(None)
 
     primary(test)
@@ -191,7 +168,7 @@ def test_what_waits_when_a_connection_is_lost(
             await room.wait()
             made.set()
 
-        monkeypatch.setattr(server.group, "write_batch", write)
+        monkeypatch.setattr(server.group, "write", write)
         server.rules = {"v": Rules(AccessConfig(connections_max=1))}
         told = watched(server)
         protocol, wire = server.connection(), Wire()
@@ -237,18 +214,18 @@ def test_what_waits_for_its_turn_is_begun_when_its_client_goes(
         async def flush() -> None:
             begun.append(("flush", 0))
 
-        def write(volume: object, batch: Changes, *, durable: bool = False) -> object:
-            return wait("write", batch.changes()[0])
+        def write(volume: object, changes: list[Change], *, durable: bool = False) -> object:
+            return wait("write", changes[0])
 
         async def clear(volume: object, change: Change, *, durable: bool = False) -> None:
             await wait("clear", change)
 
-        for name, stub in (("write_batch", write), ("clear", clear), ("flush", flush)):
+        for name, stub in (("write", write), ("clear", clear), ("flush", flush)):
             monkeypatch.setattr(server.group, name, stub)
         protocol, wire = server.connection(), Wire()
         protocol.connection_made(wire)
         feed(protocol, FLAGS + go(b"v"))
-        feed(protocol, request(4, 0) * 4 + READ)
+        feed(protocol, request(1, 0) * 4 + READ)
         if seen:
             told[0]()
         feed(protocol, request(4, 512) + request(1, 1024) + request(3) + request(6, 1536) + DISC)
@@ -258,8 +235,8 @@ def test_what_waits_for_its_turn_is_begun_when_its_client_goes(
         feed(again, FLAGS + go(b"v"))
         feed(again, request(1, 0))
         await asyncio.sleep(0.1)
-        first = [("clear", 512), ("flush", 0), ("clear", 1536), ("write", 1024)]
-        assert begun == [("clear", 0)] * 4 + first + [("write", 0)] and volume.clients == 2
+        first = [("clear", 512), ("write", 1024), ("flush", 0), ("clear", 1536)]
+        assert begun == [("write", 0)] * 4 + first + [("write", 0)] and volume.clients == 2
         room.set()
         await asyncio.sleep(0.1)
         assert volume.clients == 1
