@@ -15,7 +15,7 @@ from threading import Thread
 
 import pytest
 
-from tests.integration.cluster import MIB, Cluster, Volume
+from tests.integration.cluster import MIB, Cluster, Node, Volume
 from tests.integration.process import wait_until
 from tests.integration.tools import connect, nbd_error, requires
 
@@ -23,6 +23,14 @@ pytestmark = requires("nbdkit")
 MakeCluster = Callable[..., Cluster]
 STOPPED_S = 45
 """What waits for a remote may do so for 30 seconds of a stop."""
+
+
+def stopped(node: Node) -> int:
+    """Tells the daemon to end; its exit code."""
+    node.daemon.signal(signal.SIGTERM)
+    code: int = node.daemon.popen.wait(STOPPED_S)
+    node.kill()  # gives back what the harness holds for it
+    return code
 
 
 @pytest.mark.parametrize(
@@ -46,8 +54,7 @@ def test_a_silent_client_counts_and_keeps_no_stop(
             with suppress(ConnectionError):
                 greeted += sock.recv(18) != b""
         assert greeted == 2
-        node.daemon.signal(signal.SIGTERM)
-        assert node.daemon.popen.wait(STOPPED_S) == 0
+        assert stopped(node) == 0
 
 
 def test_a_write_that_waits_for_a_remote_keeps_no_stop(make_cluster: MakeCluster) -> None:
@@ -66,8 +73,7 @@ def test_a_write_that_waits_for_a_remote_keeps_no_stop(make_cluster: MakeCluster
     writing = Thread(target=write)
     writing.start()
     wait_until("the log is full", lambda: "log-full" in str(cluster.primary.events()))
-    cluster.primary.daemon.signal(signal.SIGTERM)
-    assert cluster.primary.daemon.popen.wait(STOPPED_S) == 0
+    assert stopped(cluster.primary) == 0
     writing.join()
 
 
