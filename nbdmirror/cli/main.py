@@ -8,7 +8,6 @@ Exit codes: 0 done; 1 failed; 2 usage or configuration; 3 timed out; 4 refused; 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -69,8 +68,10 @@ def _flush() -> None:
 
 
 def _report(message: str, hint: str | None, exit_code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    try:
         _flush()
+    except BrokenPipeError:
+        discard_output()
     if sys.stderr is not None:  # 2>&-: what is meant for a person is not for who reads stdout
         print(f"nbdmirror: {message}", file=sys.stderr)
         if hint:

@@ -11,8 +11,9 @@ with more than was asked for (never is).
 
 What the native front end does and this one cannot, because nbdkit leaves no way to it: the
 ``nbdmirror:dirty:REMOTE`` contexts (a plugin has ``base:allocation`` only), a deadline for the
-handshake, holes in structured reads, more than one request of a connection at a time, and messages
-with errors (the client gets the number, the text goes to the journal).
+handshake, holes in structured reads, more than one request of a connection at a time, messages
+with errors (the client gets the number, the text goes to the journal), and ``memory_bytes_max`` and
+``request_bytes_max``: nbdkit receives a request of up to 64 MiB for each connection by itself.
 """
 
 from __future__ import annotations

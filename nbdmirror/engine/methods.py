@@ -99,7 +99,7 @@ class NodeApi(Protocol):
 
     async def apply(self, frozen: bool, now: bool = False) -> Json | None:
         """On a secondary: stops, or resumes, carrying its log into its facets (V8); ``now``: what
-        a delay holds back too, and without one until the primary asks for it again."""
+        a delay holds back too, and without one until a primary connects and asks for it."""
 
     @property
     def people(self) -> SnapshotApi:
