@@ -3,7 +3,7 @@
 SIGTERM and SIGINT stop it cleanly; SIGHUP reads certificates and secrets again, and the
 configuration, and says what would need a restart. A disk that failed for good ends it with exit
 code 1 (O16), as everything else that it can put a name to and that starting again does not mend;
-its own mistakes with ``EXIT_MISTAKE``.
+its own mistakes with ``env.EXIT_MISTAKE``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import gc
 import json
 import os
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +33,6 @@ from nbdmirror.engine.agreement import objection
 from nbdmirror.engine.node import Node
 from nbdmirror.errors import ConfigError, NbdmirrorError
 
-EXIT_MISTAKE = 70
-"""Exit code of a daemon that ended over a mistake of its own (EX_SOFTWARE): recovery at the next
-start mends that, so a service manager may start it again; not after 1, 2 and 4."""
-
-
 COLLECT_SECONDS = 1.0
 """So long after a link has ended nothing of it is needed any more."""
 
@@ -50,11 +44,8 @@ def serve(config_path: str) -> int:
     try:
         sockets = Sockets.of(os.environ)
         return _serve_config(sockets.extended(load(config_path)), sockets)
-    except (NbdmirrorError, OSError) as error:
+    except Exception as error:
         return world.say_why(error)
-    except Exception:
-        world.say(traceback.format_exc())
-        return EXIT_MISTAKE
 
 
 def _serve_config(config: Config, sockets: Sockets) -> int:

@@ -9,6 +9,7 @@ import os
 import random
 import socket
 import struct
+import traceback
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -23,6 +24,10 @@ from nbdmirror.ports import Env
 
 T = TypeVar("T")
 _PEERCRED = struct.Struct("3i")
+
+EXIT_MISTAKE = 70
+"""Exit code of a daemon that ended over a mistake of its own (EX_SOFTWARE): recovery at the next
+start mends that, so a service manager may start it again; not after 1, 2 and 4."""
 
 
 def real_env(network: LinuxNetwork | None = None) -> Env:
@@ -75,14 +80,17 @@ def say(text: str) -> None:
     JOURNAL.say(text)
 
 
-def reason(error: NbdmirrorError | OSError) -> tuple[str, str | None, int]:
+def reason(error: Exception) -> tuple[str, str | None, int]:
     """Why a process ends: the message, a hint, and the exit code."""
     if isinstance(error, NbdmirrorError):
         return error.message, error.hint, error.exit_code
-    return os_error_text(error), None, NbdmirrorError.exit_code
+    if isinstance(error, OSError):
+        return os_error_text(error), None, NbdmirrorError.exit_code
+    told = "".join(traceback.format_exception(error)).rstrip()
+    return f"a mistake of this program\n{told}", None, EXIT_MISTAKE
 
 
-def say_why(error: NbdmirrorError | OSError) -> int:
+def say_why(error: Exception) -> int:
     """The same in the journal; returns the exit code."""
     message, hint, exit_code = reason(error)
     say(f"nbdmirror: {message}" + (f"\n  {hint}" if hint else ""))

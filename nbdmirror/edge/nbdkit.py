@@ -52,7 +52,7 @@ LINE_MAX = 1 << 16
 """Of what nbdkit says: what is longer goes to the journal in pieces."""
 
 PLUGIN = Path(__file__).with_name("nbdkit_plugin.py")
-_HIGH_FD = 64  # above all numbers that the sockets get in nbdkit
+_HIGH_FD = 32  # above all numbers that the sockets get in nbdkit
 _INSTALL = 'install nbdkit and its Python plugin, or set nbd.frontend = "native"'
 # The node in nbdkit gives its signs of life through us, so the watchdog's time is passed on. The
 # library is that of our Python.
@@ -146,14 +146,10 @@ class Supervisor:
                 raise self._failure
             if self._stopping:
                 if status != 0:
-                    raise NbdmirrorError(
-                        f"nbdkit {how} while it stopped", hint="the next start recovers"
-                    )
+                    raise _ended(status, "while it stopped", "the next start recovers")
                 return
             if not self._served:
-                raise NbdmirrorError(
-                    f"nbdkit {how} before it served", hint="what it said stands above"
-                )
+                raise _ended(status, "before it served", "what it said stands above")
             self._count_restart(how)
             world.say(f"nbdkit {how}; it is started again")
 
@@ -288,6 +284,14 @@ def _import_path() -> list[str]:
     """Where nbdkit's Python, which knows no virtual environment, finds what this one uses."""
     packages = [path for path in sys.path if path.endswith("-packages")]
     return [str(Path(nbdmirror.__file__).parents[1]), *packages]
+
+
+def _ended(status: int, when: str, hint: str) -> NbdmirrorError:
+    """What the daemon ends with over its nbdkit; as the node in it did, over a mistake."""
+    error = NbdmirrorError(f"nbdkit {_how(status)} {when}", hint=hint)
+    if os.waitstatus_to_exitcode(status) == world.EXIT_MISTAKE:
+        error.exit_code = world.EXIT_MISTAKE
+    return error
 
 
 def _how(status: int) -> str:

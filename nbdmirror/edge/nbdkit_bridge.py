@@ -224,6 +224,7 @@ class Bridge:
         self._quiet = asyncio.Event()
         self.daemon = daemon = Daemon(self.config, self._sockets, tell=tell)
         self.loop.add_reader(self._signals, self._signalled)
+        daemon.node.doors.room.elsewhere = self._connections
         await daemon.start(nbd=False)
         if why := os.environ.get(RESTARTED):
             daemon.node.events.emit("nbdkit-restarted", why=why)
@@ -285,8 +286,14 @@ class Bridge:
 
     @property
     def full(self) -> bool:
-        """Whether there are more connections than the limit allows, this one among them."""
-        return sum(1 for _ in self._clients()) > self.config.limits.connections_max
+        """Whether there are more connections than the limit allows, or than there are descriptors
+        for, this one among them."""
+        left = self.daemon.node.doors.room.left
+        too_many = self._connections() > self.config.limits.connections_max
+        return too_many or (left is not None and left < 0)
+
+    def _connections(self) -> int:
+        return sum(1 for _ in self._clients())
 
     def attach(self, name: str) -> Client:
         """A connection to an export; VolumeFailed if there is none of that name."""
@@ -360,10 +367,11 @@ def tell(text: str) -> None:
         notify(text)
 
 
-def end(error: NbdmirrorError | OSError) -> None:
-    """Ends this process, which cannot serve: the reason goes to the supervisor, or is printed."""
+def end(error: Exception) -> None:
+    """Ends this process, which cannot serve: the reason goes to the supervisor, or is printed. A
+    mistake of the program is printed for both: the next start may do better."""
     message, hint, exit_code = world.reason(error)
-    if SUPERVISOR_FD in os.environ:
+    if SUPERVISOR_FD in os.environ and exit_code != world.EXIT_MISTAKE:
         _send(failed=message, hint=hint, exit_code=exit_code)
     else:
         world.say_why(error)

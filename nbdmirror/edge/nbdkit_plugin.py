@@ -29,7 +29,7 @@ from nbdmirror.engine import operations
 from nbdmirror.engine.blockstatus import BLOCK_STATUS_EXTENTS_MAX
 from nbdmirror.engine.snapshotexport import Writer
 from nbdmirror.engine.volume import Change, Volume
-from nbdmirror.errors import NbdmirrorError, UsageError, VolumeFailed
+from nbdmirror.errors import UsageError, VolumeFailed
 from nbdmirror.ports import Buffer
 
 P = ParamSpec("P")
@@ -82,7 +82,7 @@ def get_ready() -> None:
     try:
         _bridge = Bridge(_config_path, nbdkit.shutdown)
         _bridge.check()
-    except (NbdmirrorError, OSError) as error:
+    except Exception as error:
         end(error)
 
 
@@ -90,7 +90,7 @@ def after_fork() -> None:
     """Starts the node; ends nbdkit if it cannot serve."""
     try:
         _bridge.start()
-    except (NbdmirrorError, OSError) as error:
+    except Exception as error:
         end(error)
 
 
@@ -98,7 +98,7 @@ def cleanup() -> None:
     """Stops the node: nbdkit has no connection any more."""
     try:
         _bridge.close()
-    except (NbdmirrorError, OSError) as error:
+    except Exception as error:
         end(error)
 
 

@@ -49,11 +49,20 @@ class Room:
         self.total: int | None = None
         """None: not known yet, or without a bound."""
         self.taken = 0
+        self.elsewhere: Callable[[], int] = lambda: 0
+        """How many more there are, that come in by no gate (nbdkit's)."""
+
+    @property
+    def left(self) -> int | None:
+        """For how many more there are descriptors that are not reserved; below 0: too many are in.
+        None: without a bound."""
+        return None if self.total is None else self.total - self.taken - self.elsewhere()
 
     @property
     def full(self) -> bool:
         """Whether one more would take a descriptor that is reserved."""
-        return self.total is not None and self.taken >= self.total
+        left = self.left
+        return left is not None and left <= 0
 
 
 class Guest:

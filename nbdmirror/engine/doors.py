@@ -210,7 +210,7 @@ class Doors:
         return {
             "limits": {
                 **{name: getattr(limits, name) for name in limits.__slots__},
-                "descriptors_left": None if room.total is None else room.total - room.taken,
+                "descriptors_left": room.left,
             },
             "security": self._security(),
             "connections": {

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from nbdmirror import errors
-from nbdmirror.edge import daemon, notify, sockets
+from nbdmirror.edge import daemon, env, notify, sockets
 from nbdmirror.edge.journal import JOURNAL
 from tests.integration.cluster import MIB, READY_S, Cluster, nbdmirror
 from tests.integration.pki import Authority
@@ -114,7 +114,7 @@ def test_a_failed_disk_is_not_restarted_a_crash_is() -> None:
         kind.exit_code
         for kind in (errors.DiskFailed, errors.StateError, errors.ConfigError, errors.Refused)
     }
-    assert daemon.EXIT_MISTAKE not in prevented
+    assert env.EXIT_MISTAKE not in prevented
     assert "SuccessExitStatus" not in SERVICE
 
 
@@ -123,7 +123,7 @@ def test_a_failed_disk_is_not_started_by_a_client_either() -> None:
     (command,) = SERVICE["ExecStopPost"]
     assert command.startswith("-+"), "systemctl needs root, and there may be no socket unit"
     assert "systemctl --no-block stop nbdmirror@%i.socket" in command
-    for code in (*range(5), errors.DiskFailed.exit_code, daemon.EXIT_MISTAKE, "KILL", ""):
+    for code in (*range(5), errors.DiskFailed.exit_code, env.EXIT_MISTAKE, "KILL", ""):
         words = shlex.split(command.replace("$$", "$").replace("exec systemctl", "echo"))[1:]
         told = subprocess.run(
             ["/bin/sh", *words],
@@ -159,7 +159,7 @@ def test_a_mistake_of_the_program_is_no_failed_disk(
         raise AssertionError("a mistake")
 
     monkeypatch.setattr(daemon, "load", broken)
-    assert daemon.serve(str(tmp_path / "x.toml")) == daemon.EXIT_MISTAKE
+    assert daemon.serve(str(tmp_path / "x.toml")) == env.EXIT_MISTAKE
     assert JOURNAL.flush()
     assert "a mistake" in capfd.readouterr().err
 

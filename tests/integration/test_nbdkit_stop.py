@@ -15,6 +15,7 @@ from threading import Thread
 
 import pytest
 
+from nbdmirror.edge.env import EXIT_MISTAKE
 from tests.integration.cluster import MIB, Cluster, Node, Volume
 from tests.integration.process import wait_until
 from tests.integration.tools import connect, nbd_error, requires
@@ -77,6 +78,14 @@ def test_a_write_that_waits_for_a_remote_keeps_no_stop(make_cluster: MakeCluster
     writing.join()
 
 
+def child_of(pid: int) -> str:
+    """The command line of what it runs; empty if it runs nothing."""
+    with suppress(FileNotFoundError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            return Path(f"/proc/{child}/cmdline").read_text()
+    return ""
+
+
 @pytest.mark.parametrize("delay", [0.02, 0.2, 0.5])
 def test_a_ctrl_c_while_nbdkit_starts(make_cluster: MakeCluster, delay: float) -> None:
     """A terminal tells all of its processes; the one that ends nbdkit is its supervisor."""
@@ -84,9 +93,37 @@ def test_a_ctrl_c_while_nbdkit_starts(make_cluster: MakeCluster, delay: float) -
     cluster.create()
     argv = [sys.executable, "-m", "nbdmirror", "serve", str(cluster.primary.config)]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, start_new_session=True) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_until("nbdkit was begun", children.read_text)
+        wait_until("nbdkit was begun", lambda: "--foreground" in child_of(process.pid))
         time.sleep(delay)  # any moment of its start will do
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=STOPPED_S)
     assert process.returncode == 0, said
+
+
+MISTAKE = """
+from nbdmirror.engine.node import Node
+
+async def mistaken(*args, **kwargs):
+    raise AssertionError("a mistake")
+
+Node.%s = mistaken
+"""
+
+
+@pytest.mark.parametrize("when", ["start", "stop"])
+def test_a_mistake_inside_nbdkit(make_cluster: MakeCluster, tmp_path: Path, when: str) -> None:
+    """As with the native front end: after this code a service manager starts it again."""
+    cluster = make_cluster(frontend="nbdkit", remotes=())
+    cluster.create()
+    packages = tmp_path / "mistaken-packages"  # the name of what nbdkit's Python is given too
+    packages.mkdir()
+    (packages / "sitecustomize.py").write_text(MISTAKE % when)
+    argv = [sys.executable, "-m", "nbdmirror", "serve", str(cluster.primary.config)]
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    with subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        if when == "stop":
+            wait_until("it serves", lambda: cluster.primary.cli("status").code == 0)
+            process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=STOPPED_S)
+    assert process.returncode == EXIT_MISTAKE, said
+    assert "AssertionError: a mistake" in said
