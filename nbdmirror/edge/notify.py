@@ -6,22 +6,42 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 
 WATCHDOG = "WATCHDOG=1"
+RETRY_SECONDS = 0.1
+_UNSENT_MAX = 16
+
+_unsent: deque[str] = deque(maxlen=_UNSENT_MAX)
+"""What the service manager had no room for yet; in order."""
 
 
 def notify(text: str) -> None:
     """Sends ``text`` (``READY=1`` ...) to $NOTIFY_SOCKET; does nothing without one, and nothing
-    when the service manager does not listen: telling it must never stop the data path."""
+    when the service manager does not listen: telling it must never stop the data path. What it has
+    no room for is sent later, by the loop that runs here: without READY=1 it would end us."""
     path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
+    if path and not (text == WATCHDOG and _unsent):
+        _unsent.append(text)
+        _send(path, may_wait=len(_unsent) == 1)
+
+
+def _send(path: str, may_wait: bool = True) -> None:
     address = "\0" + path[1:] if path.startswith("@") else path
     kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    with socket.socket(socket.AF_UNIX, kind) as sock, contextlib.suppress(OSError):
-        sock.connect(address)
-        sock.sendall(text.encode())
+    with socket.socket(socket.AF_UNIX, kind) as sock:
+        try:
+            sock.connect(address)
+            while _unsent:
+                sock.sendall(_unsent[0].encode())
+                _unsent.popleft()
+        except BlockingIOError:
+            if may_wait:  # else the loop comes back already
+                with contextlib.suppress(RuntimeError):  # no loop: with what is told next
+                    asyncio.get_running_loop().call_later(RETRY_SECONDS, _send, path)
+        except OSError:
+            _unsent.clear()
 
 
 def watchdog_seconds() -> float | None:

@@ -78,7 +78,8 @@ class Node:
     async def start(self, *, nbd: bool = True) -> None:
         """Recovers, and serves from the return on. ``nbd``: with the native NBD listeners.
 
-        StateError or DiskFailed say what keeps it from serving."""
+        StateError or DiskFailed say what keeps it from serving; OSError or ConfigError that it
+        cannot listen, after which it has stopped cleanly."""
         loop = asyncio.get_running_loop()
         self.started_at = loop.time()
         self.failed = loop.create_future()
@@ -139,7 +140,13 @@ class Node:
         self.snapshots.start()
         served = SnapshotExports(self.snapshots)
         self.people = SnapshotCommands(self, served)
-        self.exports = await self.doors.open(self, self.primary, self.secondary, served, nbd=nbd)
+        try:
+            self.exports = await self.doors.open(
+                self, self.primary, self.secondary, served, nbd=nbd
+            )
+        except (NbdmirrorError, OSError):
+            await self.stop()
+            raise
 
     @property
     def role(self) -> str:
