@@ -111,7 +111,7 @@ def detach(args: argparse.Namespace) -> int:
     """``detach``: gives a device back."""
     from nbdmirror.edge.attach import detach as detach_device
 
-    return detach_device(args.device, teller(args.json))
+    return detach_device(args.device, teller(args.json), force=args.force)
 
 
 def _config_lines(config: Config) -> list[str]:

@@ -281,6 +281,7 @@ def _add_attach(commands: argparse._SubParsersAction[Parser]) -> None:
     attach.add_argument("--timeout", type=_seconds, metavar="S", help="of one request")
     detach = _command(commands, "detach", local.detach, talks=False)
     detach.add_argument("device", metavar="/dev/nbdN")
+    detach.add_argument("--force", action="store_true", help="though it is in use or not safe")
 
 
 def _timeout_option(parser: Parser) -> None:

@@ -151,7 +151,7 @@ class Watcher:
                 return False
             if events in ready:
                 self._count_dead()
-            elif not self._dead and not self._kernel.connected(self._index):
+            elif not self._kernel.connected(self._index):
                 return True
             if self._dead and not self._revive():
                 return True
@@ -241,14 +241,17 @@ def attach(
     return 0
 
 
-def detach(device: str, tell: Tell) -> int:
-    """Gives a device back. Refused while something uses it; NbdmirrorError if not attached."""
+def detach(device: str, tell: Tell, *, force: bool = False) -> int:
+    """Gives a device back. Refused while something uses it; NbdmirrorError if it is not attached,
+    or what was written to it cannot be brought to the server. ``force``: whatever uses it, and
+    whatever is lost, for a server that does not come back."""
     index = parse_device(device)
     path = f"/dev/nbd{index}"
     with NbdKernel() as kernel:
         if not kernel.connected(index):
             raise NbdmirrorError(f"{path} is not attached", hint="lsblk shows what is")
-        _write_out(path)
+        if not force:
+            _write_out(path)
         try:
             kernel.disconnect(index)
         except OSError as error:
@@ -322,7 +325,10 @@ def _write_out(path: str) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        raise NbdmirrorError(f"{path}: what was written to it is not safe: {error}") from None
+        raise NbdmirrorError(
+            f"{path}: what was written to it is not safe: {error.strerror}",
+            hint=f"to give it up, and detach all the same: nbdmirror detach --force {path}",
+        ) from None
     finally:
         os.close(descriptor)
 

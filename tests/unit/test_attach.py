@@ -341,3 +341,13 @@ def test_watcher_ends(kernel: FakeKernel, tmp_path: Path, monkeypatch: pytest.Mo
     kernel.gone = True
     with watching(kernel, tmp_path / "s", monkeypatch) as (_, result):
         assert result() is True
+
+
+def test_watcher_ends_when_detached_without_a_server(
+    kernel: FakeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens any more, and the device is detached: nobody has to stop the watcher."""
+    with watching(kernel, tmp_path / "s", monkeypatch) as (_, result):
+        kernel.die(4)
+        kernel.gone = True
+        assert result() is True

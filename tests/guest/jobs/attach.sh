@@ -1,5 +1,6 @@
 # Row X7: `nbdmirror attach` carries a mounted, busy ext4 over SIGKILL and restart of the server,
 # without one I/O error. SIZE_MB: how much is written. URI: reached from the guest.
+# At last the server is gone for good, and the device given up.
 # The host answers: kill (the server, SIGKILL), start (it again), freeze, thaw.
 # shellcheck shell=bash
 
@@ -83,3 +84,19 @@ say "$(cat /tmp/attach2)"
 ! nbdmirror detach "$device" 2> /tmp/error || fail "detached twice"
 say "refused: $(cat /tmp/error)"
 no_io_error
+
+# The server does not come back.
+nbdmirror attach "$URI" "$device" --dead-timeout 3 > /tmp/attach3 2>&1 &
+watcher=$!
+until grep -q "is attached" /tmp/attach3; do
+    kill -0 $watcher || fail "attach at last: $(cat /tmp/attach3)"
+    sleep 0.1
+done
+host kill
+dd if=/dev/urandom of="$device" bs=4k count=1 2> /dev/null
+! nbdmirror detach "$device" 2> /tmp/error || fail "detached, with what was written lost"
+grep -q "detach --force $device" /tmp/error || fail "what to do is not said: $(cat /tmp/error)"
+nbdmirror detach --force "$device" || fail "detach --force"
+wait $watcher || fail "the last watcher's exit code is $?"
+grep -q "$device: detached" /tmp/attach3 || fail "the watcher: $(cat /tmp/attach3)"
+host start
