@@ -7,6 +7,7 @@ as the same exception. Called by ``cli.online``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -54,6 +55,8 @@ def find_socket(config_path: str | None, socket_path: str | None) -> str:
             f"no daemon: there is no socket under {directory}",
             hint="start one with: nbdmirror serve CONFIG; or say which with -c or -s",
         )
+    if len(paths) > 1:  # one that was killed leaves its own behind
+        paths = list(filter(_answers, paths)) or paths
     if len(paths) > 1:
         raise UsageError(
             f"there are {len(paths)} daemons: {', '.join(paths)}", hint="say which with -s or -c"
@@ -75,6 +78,12 @@ def _sockets_under(directory: str, closed: list[str]) -> list[str]:
         if name.endswith(".sock")
     ]
     return sorted(path for path in paths if stat.S_ISSOCK(os.lstat(path).st_mode))
+
+
+def _answers(path: str) -> bool:
+    """Whether a daemon may be there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+        return connection.connect_ex(path) != errno.ECONNREFUSED
 
 
 class AdminClient:

@@ -25,6 +25,8 @@ from nbdmirror.errors import NbdmirrorError, NoDaemon, TimedOut
 WATCH_SECONDS = 1.0
 # How long the daemon holds a ``wait`` before this side looks at the progress.
 WAIT_STEP_SECONDS = 1.0
+GRACE_SECONDS = 1.0
+"""So long after its end a wait hears the daemon out."""
 
 # From these a resync does not go on by itself.
 STUCK_STATES = ("paused", "diverged", "refused", "failed")
@@ -221,8 +223,21 @@ def _await_condition(
 ) -> Any:
     """The daemon's answer once the condition is true. TimedOut tells state and next action."""
     end = None if timeout is None else time.monotonic() + timeout
+
+    def ask(method: str, params: Json | None = None, step: float = 0.0) -> Any:
+        patience = step + ANSWER_SECONDS
+        if end is not None:
+            patience = min(patience, max(step, end - time.monotonic()) + GRACE_SECONDS)
+        try:
+            return client.call(method, params, answer_seconds=patience)
+        except NoDaemon as error:
+            if end is None or time.monotonic() < end:
+                raise
+            late = f"not {until} after {seconds_text(timeout or 0.0)}"
+            raise TimedOut(f"{late}: {error.message}", hint=error.hint) from None
+
     # What is written while this side looks at the progress does not prolong the wait.
-    log = client.call("status").get("log") or {} if until == "in-sync" else {}
+    log = ask("status").get("log") or {} if until == "in-sync" else {}
     changes = {"seq": log["next_seq"] - 1} if "next_seq" in log else {}
     try:
         while True:
@@ -231,9 +246,9 @@ def _await_condition(
                 step = max(0.0, min(step, end - time.monotonic()))
             params = {"until": until, "remote": remote, "timeout": step, **changes}
             try:
-                return client.call("wait", params, answer_seconds=step + ANSWER_SECONDS)
+                return ask("wait", params, step)
             except TimedOut:
-                status = client.call("status")
+                status = ask("status")
                 remotes = _remotes(status, remote)
             for one in remotes:
                 if one.get("state") in stuck_states:

@@ -48,7 +48,7 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
     if created and not force:
         raise Refused(
             f"{directory} already holds the state of a node",
-            hint="--force replaces it: what it knows of the remotes is lost",
+            hint=f"--force replaces it: {_lost(env, directory)} is lost",
         )
     try:
         if created:
@@ -84,6 +84,23 @@ async def create(env: Env, config: Config, role: str, *, force: bool = False) ->
         "log": log_path(config),
         "facets": [facet for volume in facets for facet in volume],
     }
+
+
+def _lost(env: Env, directory: str) -> str:
+    """What a new state takes away: also records, where the volumes lack what the log has."""
+    knows = "what it knows of the remotes"
+    try:
+        opened = store.Store.open(env.disk, directory, read_only=True)
+    except StateError:  # there is none yet, or no start could use it
+        return knows
+    state = opened.state
+    opened.close()
+    unapplied = f"{knows}, and what its log has and the volumes lack"
+    if not state["clean"]:
+        return f"{unapplied} (a start applies it)"
+    if state["role"] == "secondary" and state["tail"]["seq"] <= state.get("end_seq", 0):
+        return f"{unapplied} (a start, and nbdmirror apply thaw --now, apply it)"
+    return knows
 
 
 def _check_unused(env: Env, config: Config) -> None:

@@ -213,7 +213,10 @@ def test_create_refuses_to_overwrite(cluster: Cluster) -> None:
     cluster.primary.stop()
     result = cluster.primary.create()
     assert result.code == 4, result
-    assert "--force" in result.err
+    assert "--force" in result.err and "lack" not in result.err
+    cluster.primary.start()
+    cluster.primary.kill()
+    assert "the volumes lack (a start applies it)" in cluster.primary.create().err
     cluster.primary.start()
     assert connect(cluster.primary.uri()).pread(MIB, 0) == pattern(MIB, 1)
     cluster.check_in_sync()

@@ -98,6 +98,9 @@ def test_what_a_delay_holds_back_is_applied_once_the_primary_is_lost(tmp_path: P
         assert failed.code == 3 and "not applied there: slow, or frozen or delayed" in failed.err
         cluster.primary.kill()
         assert facet_start(cluster) != pattern(MIB, 3)
+        cluster.secondary.stop()
+        assert "the volumes lack (a start, and nbdmirror apply" in cluster.secondary.create().err
+        cluster.secondary.start()
         cluster.secondary.ok("apply", "thaw", "--now")
         cluster.secondary.ok("wait", "--until", "verified", "--timeout", "10s")
         cluster.secondary.stop()

@@ -246,6 +246,10 @@ class FakeNode:
         raise Refused(f"{name} is not in sync", hint="use --force")
 
 
+ACCEPT_TURNS = 8
+"""Of the loop, within which a connection that it has just accepted is the server's."""
+
+
 @contextmanager
 def serving(node: FakeNode, path: Path, limits: Limits | None = None) -> Iterator[Any]:
     """Serves a node at a unix socket from another thread; yields the loop."""
@@ -261,6 +265,8 @@ def serving(node: FakeNode, path: Path, limits: Limits | None = None) -> Iterato
         started.extend((loop, stop))
         ready.set()
         await stop.wait()
+        for _ in range(ACCEPT_TURNS):  # asyncio cannot give back what meets a closed listener
+            await asyncio.sleep(0)
         listener.close()
         await server.close()
 

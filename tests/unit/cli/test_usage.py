@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdmirror import __version__
+from nbdmirror.cli import online
 from nbdmirror.cli.main import main
 from tests.unit.cli import Output
 from tests.unit.fake_node import FakeNode, serving
@@ -101,6 +102,26 @@ def test_several_daemons_are_a_usage_error(path: str, node: FakeNode, capsys: Ou
         assert main(["status"]) == 2
     error = capsys.readouterr().err
     assert path in error and str(second) in error and "-s or -c" in error
+
+
+def test_a_socket_that_a_dead_daemon_left_is_no_second_daemon(path: str, capsys: Output) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(Path(path).with_name("dead.sock")))
+    assert main(["status"]) == 0, capsys.readouterr().err
+
+
+def test_a_wait_ends_in_time_though_the_daemon_hangs(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel takes the connection; a script that waits 5 s must not wait for half a minute."""
+    monkeypatch.setattr(online, "GRACE_SECONDS", 0.01)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "a.sock"))
+        listener.listen()
+        words = ["wait", "--until", "in-sync", "--timeout", "0.01s"]
+        assert main(["-s", str(tmp_path / "a.sock"), *words]) == 3
+    error = capsys.readouterr().err
+    assert "not in-sync after" in error and "has not answered" in error
 
 
 def test_a_daemon_that_goes_away_is_exit_5(tmp_path: Path, capsys: Output) -> None:
