@@ -23,7 +23,7 @@ from nbdmirror.codec.regions import Extent
 from nbdmirror.config import ReplicationConfig
 from nbdmirror.engine.applier import Applier
 from nbdmirror.engine.events import EventLog
-from nbdmirror.engine.facet import LocalFacet
+from nbdmirror.engine.facet import LocalFacet, to_the_end
 from nbdmirror.engine.follower import Follower
 from nbdmirror.engine.greeting import answer, misfit, second_name, second_run
 from nbdmirror.engine.leftout import LeftOut
@@ -288,9 +288,14 @@ class Secondary:
         self.follower.left_out(left_out, epoch)
         if reset_seq is not None:
             self._reset(reset_seq, left_out)
+        await to_the_end(asyncio.ensure_future(self._adopted(counted, reset_seq is not None)))
+
+    async def _adopted(self, copies: int, emptied: bool) -> None:
+        """The end of ``adopt``, also where its session is cut meanwhile: of a count that is durable
+        and not told the primary would think that this is an older copy of the node (T5)."""
         await self.store.save()
-        self.copies = max(self.copies, counted)
-        if reset_seq is not None:
+        self.copies = max(self.copies, copies)
+        if emptied:
             self.log.confirm_tail(self.log.ring.tail)
 
     async def _end_delay(self) -> None:

@@ -41,7 +41,12 @@ from tests.sim.plays.secondary import (
     THAWED_AND_FAILED,
     UNDELAYED,
 )
-from tests.sim.plays.setback import SET_BACK_AND_KILLED, SET_BACK_LATER, SET_BACK_WITHIN
+from tests.sim.plays.setback import (
+    NEW_AND_CUT,
+    SET_BACK_AND_KILLED,
+    SET_BACK_LATER,
+    SET_BACK_WITHIN,
+)
 
 
 @mutant("O2 the secondary applies before its log is durable")
@@ -359,6 +364,14 @@ def _(assign: Assign) -> None:
 @mutant("I5 what a remote has counted is saved when a resync ends", run=SET_BACK_AND_KILLED)
 def _(assign: Assign) -> None:
     assign(Resync, "_save_copies", nothing)
+
+
+@mutant("T5 a session that is cut leaves a save without its end", run=NEW_AND_CUT)
+def _(assign: Assign) -> None:
+    async def cancelled(task: asyncio.Task[None]) -> None:
+        await task
+
+    assign(secondary, "to_the_end", cancelled)
 
 
 @mutant("I4 a secondary that was set back counts from there", run=SET_BACK_LATER)

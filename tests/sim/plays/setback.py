@@ -7,7 +7,7 @@ import asyncio
 from tests.sim.directed import directed
 from tests.sim.disk import SimDisk
 from tests.sim.options import KIB
-from tests.sim.plays.stage import full_log, moment, only_remote, set_back
+from tests.sim.plays.stage import full_log, moment, only_remote, set_back, slow_save
 from tests.sim.script import BLOCK, OPTIONS, Script
 
 COPIES = 12
@@ -76,8 +76,27 @@ async def _set_back_and_killed(s: Script) -> None:
     await s.in_sync()
 
 
+async def _new_and_cut(s: Script) -> None:
+    """A secondary has a new disk, and its first session is cut while what it takes over from the
+    primary is saved: it is no older copy of itself for that (T5)."""
+    (b,) = s.world.remotes
+    await _resync_begun(s)
+    await s.in_sync()
+    s.link(up=False)
+    await s.stop(b)
+    await s.world.replace(b)
+    await s.world.start(b)
+    saving = slow_save(b, lambda node: node.store.state["upstream"] is not None)
+    s.link(up=True)
+    await saving.wait()
+    s.world.net.reset("a", "b")
+    await s.write(0, 0)
+    await s.in_sync()
+
+
 SET_BACK_LATER = directed(_set_back_later, window=4 * KIB)
 SET_BACK_WITHIN = directed(_set_back_within, window=4 * KIB)
+NEW_AND_CUT = directed(_new_and_cut, window=4 * KIB)
 SET_BACK_AND_KILLED = directed(
     _set_back_and_killed,
     window=4 * KIB,
