@@ -94,7 +94,7 @@ def render(status: Json) -> bytes:
     for metric, samples in lines.items():
         text += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
         text += samples
-    return "\n".join(text).encode(errors="backslashreplace") + b"\n"
+    return "\n".join(text).encode() + b"\n"
 
 
 def _samples(status: Json) -> Iterator[Sample]:
@@ -178,6 +178,8 @@ def metrics() -> Sequence[Metric]:
 
 
 def _escaped(text: str) -> str:
+    """A path that is no UTF-8 is shown as far as it is."""
+    text = text.encode(errors="backslashreplace").decode()
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 

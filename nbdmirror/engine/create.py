@@ -91,7 +91,7 @@ def _lost(env: Env, directory: str) -> str:
     knows = "what it knows of the remotes"
     try:
         opened = store.Store.open(env.disk, directory, read_only=True)
-    except StateError:  # there is none yet, or no start could use it
+    except (StateError, OSError):  # there is none yet, or no start could use it
         return knows
     state = opened.state
     opened.close()

@@ -58,7 +58,8 @@ class Doors:
         self._turned: dict[asyncio.Task[None], TurnedAway] = {}
         self._listeners: list[Listener] = []
         self._secondary: Secondary | None = None
-        self._exports: ExportServer | None = None
+        self.exports: ExportServer | None = None
+        """From before the first client on: a stop ends what they do also where ``open`` fails."""
         self._control: ControlServer | None = None
         self._metrics: MetricsServer | None = None
 
@@ -70,11 +71,11 @@ class Doors:
         snapshots: SnapshotExports,
         *,
         nbd: bool,
-    ) -> ExportServer:
-        """Listens wherever the configuration says; ``nbd``: for NBD clients too. The exports."""
+    ) -> None:
+        """Listens wherever the configuration says; ``nbd``: for NBD clients too."""
         config, network, limits = self._config, self._env.network, self._config.limits
         self._secondary = secondary
-        self._exports = exports = ExportServer(
+        self.exports = exports = ExportServer(
             primary.group if primary else None,
             primary.remotes if primary else [],
             limits,
@@ -104,7 +105,6 @@ class Doors:
             secured = self._env.nbd_tls is not None and address.startswith("tcp:")
             protocol = exports.secured if secured else exports.connection
             listeners.append(await network.listen(address, protocol))
-        return exports
 
     def _take_primary(self, proved: str | None) -> asyncio.BufferedProtocol:
         """A connection from a peer, who has proved this name; None: nothing proves names here."""
@@ -204,8 +204,8 @@ class Doors:
     def status(self) -> dict[str, Any]:
         """``limits``, ``security``, ``connections``."""
         limits = self._config.limits
-        assert self._exports is not None and self._control is not None
-        budget = self._exports.budget
+        assert self.exports is not None and self._control is not None
+        budget = self.exports.budget
         room = self.room
         return {
             "limits": {
@@ -214,7 +214,7 @@ class Doors:
             },
             "security": self._security(),
             "connections": {
-                "nbd": self._exports.gate.status(),
+                "nbd": self.exports.gate.status(),
                 "replication": self._upstreams.status(),
                 "admin": self._control.gate.status(),
                 "refused": dict(sorted(self.refusals.counts.items())),

@@ -70,7 +70,6 @@ class Node:
         self.restorer: Restorer | None = None
         self.facets: Facets | None = None
         self._facet_commands: FacetCommands | None = None
-        self.exports: ExportServer | None = None
         self.started_at = 0.0
 
     # -- start -------------------------------------------------------------------------------
@@ -141,12 +140,15 @@ class Node:
         served = SnapshotExports(self.snapshots)
         self.people = SnapshotCommands(self, served)
         try:
-            self.exports = await self.doors.open(
-                self, self.primary, self.secondary, served, nbd=nbd
-            )
+            await self.doors.open(self, self.primary, self.secondary, served, nbd=nbd)
         except (NbdmirrorError, OSError):
             await self.stop()
             raise
+
+    @property
+    def exports(self) -> ExportServer | None:
+        """What clients of NBD get; None before anybody may come in."""
+        return self.doors.exports
 
     @property
     def role(self) -> str:

@@ -36,9 +36,6 @@ QUEUE_BYTES_MAX = 8 << 20
 AHEAD_BYTES = 4 << 20
 """Copies that wait in the queue: what they overwrite is kept for snapshots with the same sync."""
 FULL_LOOK_SECONDS = 1.0
-ROOM_PART = 4
-"""One that is frozen takes a primary only if so large a part of its log is free, lest it be taken
-and refused in turns."""
 ACK_PAUSE_SECONDS = 0.01
 """A primary where nobody waits for this remote hears of its progress no more often than this."""
 
@@ -235,8 +232,6 @@ class Receiver:
         anew = action == "reset" or bool(resync)
         if anew and (frozen := self.secondary.frozen()) is not None:
             self._refuse(*frozen)
-        if not anew:
-            self._check_stuck(log.capacity // ROOM_PART)
         delay = start.get("apply_delay", 0.0)
         if not isinstance(delay, int | float) or not 0 <= delay <= 86_400:
             raise PeerError(f"START garbled: apply_delay {delay!r}")
@@ -282,11 +277,11 @@ class Receiver:
         """Refuses the primary if the log has not this room until somebody thaws this node (V8).
         Clients that wait for what is durable here (I8) would wait for it too, and without a word;
         so it is as if the link were lost, and the primary knows why."""
-        secondary = self.secondary
+        secondary, ring = self.secondary, self.secondary.log.ring
         if not secondary.applier.settings["frozen"]:
             return
-        all_released = secondary.log.ring.tail_seq > secondary.applied_seq
-        if all_released and secondary.log.ring.room() < room:
+        all_released = ring.tail_seq > secondary.applied_seq and ring.tail == ring.durable_tail
+        if all_released and ring.room() < room:
             why = f"{secondary.node_name} is frozen, and its log is full: nbdmirror apply thaw"
             self._refuse("V8", why)
 

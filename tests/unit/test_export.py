@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import struct
 import weakref
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import pytest
 from nbdmirror.codec.nbd import ExportInfo
 from nbdmirror.codec.nbdhandshake import Forbidden
 from nbdmirror.codec.nbdserver import ServerSession
-from nbdmirror.config import AccessConfig, Limits
+from nbdmirror.config import AccessConfig, Limits, NbdConfig
 from nbdmirror.engine.access import Client, Rules
 from nbdmirror.engine.budget import Holder
 from nbdmirror.engine.export import ExportServer
+from nbdmirror.engine.node import Node
 from nbdmirror.engine.volume import Change
 from tests.fuzz.nodes import Recorder, go
+from tests.sim.clone import Nobody
 from tests.sim.loop import SimLoop
 from tests.unit.primary import Primary, primary
 
@@ -338,3 +341,37 @@ def test_a_refusal_is_as_long_as_a_message_may_be() -> None:
     session.get_buffer(-1)[: len(data)] = data
     session.received(len(data))
     assert 4096 < sum(map(len, session.take_output())) < 4200
+
+
+class OnePort(Nobody):
+    """A network where the first listener can be had, and has a client at once."""
+
+    def __init__(self) -> None:
+        self.wire = Wire()
+
+    async def listen(self, address: str, protocol: Any) -> Nobody:
+        if self.wire.written:
+            raise OSError(errno.EADDRINUSE, "Address in use", address)
+        client = protocol()
+        client.connection_made(self.wire)
+        feed(client, FLAGS + go(b"v"))
+        return self
+
+
+def test_a_start_that_cannot_listen_everywhere_ends_who_is_in() -> None:
+    """I3: the state says that the stop was clean, so no write may be answered after it; and X7: nor
+    with an error, for the next start serves this client."""
+
+    async def test(world: Primary) -> None:
+        await world.node.stop()
+        network = OnePort()
+        config = replace(world.config, nbd=NbdConfig(("unix:/nbd", "tcp:127.0.0.1:10809")))
+        node = Node(replace(world.node.env, network=network), config)
+        with pytest.raises(OSError, match="in use"):
+            await node.start()
+        assert network.wire.written and network.wire.closed
+        assert node.primary is not None and node.primary.group.failed is not None
+        assert node.store.state["clean"] is True
+        await world.start()
+
+    primary(test)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec import repl
-from nbdmirror.codec.repl import Type
+from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.core import identity
 from nbdmirror.engine import opening, secondary
 from nbdmirror.engine.applier import Applier
@@ -28,6 +28,7 @@ from tests.sim.plays.secondary import (
     FAILED_AND_FROZEN,
     FAILED_FOR_A_COMMAND,
     FROZEN_AND_FULL,
+    FROZEN_WITH_ROOM,
     KEPT_FROZEN,
     LOST_IN_PART,
     MOVED_AND_CUT,
@@ -388,6 +389,17 @@ def _(assign: Assign) -> None:
 @mutant("I8 a frozen secondary with a full log keeps its primary waiting", run=FROZEN_AND_FULL)
 def _(assign: Assign) -> None:
     assign(Receiver, "_check_stuck", lambda self, room: None)
+
+
+@mutant("I8 a frozen secondary takes no primary when its log is nearly full", run=FROZEN_WITH_ROOM)
+def _(assign: Assign) -> None:
+    original = Receiver._start
+
+    async def start(self: Receiver, frame: Frame) -> None:
+        self._check_stuck(self.secondary.log.capacity // 4)
+        await original(self, frame)
+
+    assign(Receiver, "_start", start)
 
 
 @mutant("V8 a delay is given up, and the point that it kept", run=DELAY_GIVEN_UP)

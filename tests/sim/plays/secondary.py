@@ -267,6 +267,27 @@ async def _frozen_and_full(s: Script) -> None:
     await s.in_sync()
 
 
+async def _frozen_with_room(s: Script) -> None:
+    """A frozen secondary, of whose log the greater part is used, is followed again when its link
+    was lost: nothing waits for a thaw before there is no room for what comes (I8)."""
+    (b,) = s.world.remotes
+    await s.in_sync()
+    await s.freeze(on=True)
+    log = follower(b).log
+    while log.ring.room() > log.capacity // 4:
+        await s.write(1, 0, count=1)
+        await s.until(all_is_there)
+    s.world.net.reset("a", "b")
+    try:
+        async with asyncio.timeout(SYNC_SECONDS):
+            await s.write(1, 0)
+            await s.until(all_is_there)
+    except TimeoutError:
+        raise Violation("a frozen secondary with room is refused (I8)") from None
+    await s.freeze(on=False)
+    await s.in_sync()
+
+
 async def _delay_given_up(s: Script) -> None:
     """All of a delayed secondary is to be compared: the point that it is at, which may be older
     than a mistake, is kept, and that is told."""
@@ -458,6 +479,7 @@ MOVED_AND_CUT = directed(_moved_and_cut)
 DRAINED_TWICE = directed(_drained_twice)
 KEPT_FROZEN = directed(_kept_frozen)
 FROZEN_AND_FULL = directed(_frozen_and_full, mode="sync")
+FROZEN_WITH_ROOM = directed(_frozen_with_room, mode="sync")
 DELAY_GIVEN_UP = directed(_delay_given_up)
 UNDELAYED = directed(_undelayed)
 THAWED_AND_FAILED = directed(_thawed_and_failed)
