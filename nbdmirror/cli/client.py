@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -30,10 +31,12 @@ from nbdmirror.errors import FormatError, NbdmirrorError, NoDaemon, UsageError
 RUNTIME_DIR = "/run/nbdmirror"
 
 ANSWER_SECONDS = 30.0
+RETRY_SECONDS = 0.05
 # A status of many volumes is long; the daemon's own limit is on what it takes, not on this.
 REPLY_BYTES_MAX = 64 * 1024 * 1024
 RECEIVE_BYTES = 64 * 1024
 
+_START = "start it with: nbdmirror serve CONFIG"
 _WHO_MAY = "be root, the daemon's user, or in the group of the socket"
 
 
@@ -56,7 +59,9 @@ def find_socket(config_path: str | None, socket_path: str | None) -> str:
             hint="start one with: nbdmirror serve CONFIG; or say which with -c or -s",
         )
     if len(paths) > 1:  # one that was killed leaves its own behind
-        paths = list(filter(_answers, paths)) or paths
+        dead, paths = paths, list(filter(_answers, paths))
+        if not paths:
+            raise NoDaemon(f"no daemon at any of {', '.join(dead)}", hint=_START)
     if len(paths) > 1:
         raise UsageError(
             f"there are {len(paths)} daemons: {', '.join(paths)}", hint="say which with -s or -c"
@@ -139,16 +144,26 @@ class AdminClient:
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(ANSWER_SECONDS)
+        end = time.monotonic() + ANSWER_SECONDS
         try:
-            connection.connect(self.path)
+            while (error := connection.connect_ex(self.path)) == errno.EAGAIN:  # its queue is full
+                if time.monotonic() > end:
+                    connection.close()
+                    raise NoDaemon(
+                        f"the daemon at {self.path} has taken no connection for "
+                        f"{ANSWER_SECONDS:g} s",
+                        hint="it is very busy, or hangs: see its journal",
+                    )
+                time.sleep(RETRY_SECONDS)
+            if error:
+                raise OSError(error, os.strerror(error))
         except PermissionError:
             connection.close()
             raise NbdmirrorError(f"you may not use {self.path}", hint=_WHO_MAY) from None
         except OSError as error:
             connection.close()
             raise NoDaemon(
-                f"no daemon at {self.path}: {error.strerror or error}",
-                hint="start it with: nbdmirror serve CONFIG",
+                f"no daemon at {self.path}: {error.strerror or error}", hint=_START
             ) from None
         return connection
 

@@ -73,9 +73,11 @@ def _report(message: str, hint: str | None, exit_code: int) -> int:
     except BrokenPipeError:
         discard_output()
     if sys.stderr is not None:  # 2>&-: what is meant for a person is not for who reads stdout
-        print(f"nbdmirror: {message}", file=sys.stderr)
-        if hint:
-            print(f"  {hint}", file=sys.stderr)
+        try:
+            print(f"nbdmirror: {message}" + (f"\n  {hint}" if hint else ""), file=sys.stderr)
+            sys.stderr.flush()
+        except BrokenPipeError:
+            discard_output(sys.stderr)
     return exit_code
 
 

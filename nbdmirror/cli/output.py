@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from nbdmirror.cli.render import Json, percent, remote_text
 
@@ -47,10 +47,10 @@ def print_screen(text: str) -> None:
     print(_CLEAR_SCREEN + text, flush=True)
 
 
-def discard_output() -> None:
-    """Nobody reads it any more: neither what is printed from now on nor the flush at the end of
-    the process is to fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard_output(stream: TextIO | None = None) -> None:
+    """Nobody reads it any more (``None``: stdout): neither what is printed from now on nor the
+    flush at the end of the process is to fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def is_terminal() -> bool:

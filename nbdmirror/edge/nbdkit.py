@@ -112,13 +112,13 @@ class Supervisor:
         self._pid: int | None = None
         self._ready = False  # the nbdkit that runs now
         self._served = False  # any of them
-        self._stopping = False
+        self._stopping = self._reload_wanted = False
         self._failure: NbdmirrorError | None = None
         self._restarts: deque[float] = deque()
 
     async def run(self) -> None:
         """Serves until told to stop; raises what keeps it from serving."""
-        with signals.handled(self._stop, lambda: self._signal(signal.SIGHUP)):
+        with signals.handled(self._stop, self._reload):
             await self._serve()
 
     async def _serve(self) -> None:
@@ -232,6 +232,8 @@ class Supervisor:
             self._ready = self._served = True
             if self._stopping:
                 self._signal(signal.SIGTERM)
+            elif self._reload_wanted:
+                self._reload()
 
     # -- signals -----------------------------------------------------------------------------
 
@@ -239,6 +241,11 @@ class Supervisor:
         """An nbdkit that does not serve yet is stopped as soon as it does."""
         self._stopping = True
         self._signal(signal.SIGTERM)
+
+    def _reload(self) -> None:
+        """An nbdkit that does not serve yet may have read already what is to be read again."""
+        self._reload_wanted = not self._ready
+        self._signal(signal.SIGHUP)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._pid is not None and self._ready:

@@ -117,21 +117,22 @@ class Client:
             self._fail(error)
         else:
             if type(result) is CoroutineType:
-                self._bridge.follow(self._later(result))
+                self._bridge.follow(result, self._settled)
                 return
             self._result = result
         self._done.release()
 
-    async def _later(self, work: Coroutine[Any, Any, Result]) -> None:
-        try:
-            self._result = await work
-        except asyncio.CancelledError:
+    def _settled(self, task: asyncio.Task[Result]) -> None:
+        """Also of one that was cancelled before it began."""
+        if task.cancelled():
             self._gone()
-        except Exception as error:
+        elif (error := task.exception()) is None:
+            self._result = task.result()
+        else:
             self._fail(error)
         self._done.release()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         number = getattr(error, "errno", None) or errno.EIO
         self._error = VolumeFailed(str(error), number=wire_errno(number))
 
@@ -148,7 +149,8 @@ class Bridge:
         self.closed = False
         self.waiting: dict[Client, None] = {}
         self._shut_down = shut_down
-        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._tasks: dict[asyncio.Task[Result], None] = {}
+        self._counting = threading.Lock()
         self._listening: list[Any] = []
         self._started = threading.Event()
         self._quiet: asyncio.Event
@@ -182,7 +184,8 @@ class Bridge:
         self._started.wait()
         if self._failure is not None:
             raise self._failure
-        self.daemon.ready()
+        with contextlib.suppress(RuntimeError):  # it has ended already: ``close`` tells
+            self.loop.call_soon_threadsafe(self.daemon.ready)
 
     def close(self) -> None:
         """No connection is left: stops the node cleanly; raises what it failed with."""
@@ -270,11 +273,14 @@ class Bridge:
 
     # -- for the plugin ----------------------------------------------------------------------
 
-    def follow(self, work: Coroutine[Any, Any, None]) -> None:
+    def follow(
+        self, work: Coroutine[Any, Any, Result], settled: Callable[[asyncio.Task[Result]], None]
+    ) -> None:
         """Keeps a request that has to wait (on the loop)."""
         task = self.loop.create_task(work)
         self._tasks[task] = None
         task.add_done_callback(self._tasks.__delitem__)
+        task.add_done_callback(settled)
 
     def _clients(self) -> Iterator[socket.socket]:
         """The sockets of nbdkit's connections: accepted from what it listens on."""
@@ -293,7 +299,8 @@ class Bridge:
         return too_many or (left is not None and left < 0)
 
     def _connections(self) -> int:
-        return sum(1 for _ in self._clients())
+        with self._counting:  # a look by another thread would count its duplicates too
+            return sum(1 for _ in self._clients())
 
     def attach(self, name: str) -> Client:
         """A connection to an export; VolumeFailed if there is none of that name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 from collections import deque
@@ -11,37 +10,57 @@ from collections.abc import Callable
 
 WATCHDOG = "WATCHDOG=1"
 RETRY_SECONDS = 0.1
+WAIT_SECONDS = 1.0
 _UNSENT_MAX = 16
 
 _unsent: deque[str] = deque(maxlen=_UNSENT_MAX)
 """What the service manager had no room for yet; in order."""
+_retrying: asyncio.AbstractEventLoop | None = None
+"""The loop that sends it later."""
 
 
 def notify(text: str) -> None:
     """Sends ``text`` (``READY=1`` ...) to $NOTIFY_SOCKET; does nothing without one, and nothing
     when the service manager does not listen: telling it must never stop the data path. What it has
-    no room for is sent later, by the loop that runs here: without READY=1 it would end us."""
+    no room for is sent later, by the loop that runs here; where none does, there is time to wait
+    for a moment. Without READY=1 it would end us."""
     path = os.environ.get("NOTIFY_SOCKET")
-    if path and not (text == WATCHDOG and _unsent):
+    if not path:
+        return
+    if text != WATCHDOG or not _unsent:
         _unsent.append(text)
-        _send(path, may_wait=len(_unsent) == 1)
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        _send(path, WAIT_SECONDS)
+    else:
+        _send_on(loop, path)
 
 
-def _send(path: str, may_wait: bool = True) -> None:
+def _send_on(loop: asyncio.AbstractEventLoop, path: str, *, again: bool = False) -> None:
+    global _retrying
+    if again:
+        _retrying = None
+    if not _send(path, 0.0) and _retrying is not loop:
+        _retrying = loop
+        loop.call_later(RETRY_SECONDS, lambda: _send_on(loop, path, again=True))
+
+
+def _send(path: str, seconds: float) -> bool:
+    """Whether there was room, within so many seconds."""
     address = "\0" + path[1:] if path.startswith("@") else path
-    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    with socket.socket(socket.AF_UNIX, kind) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(seconds)
         try:
             sock.connect(address)
             while _unsent:
                 sock.sendall(_unsent[0].encode())
                 _unsent.popleft()
-        except BlockingIOError:
-            if may_wait:  # else the loop comes back already
-                with contextlib.suppress(RuntimeError):  # no loop: with what is told next
-                    asyncio.get_running_loop().call_later(RETRY_SECONDS, _send, path)
+        except (BlockingIOError, TimeoutError):
+            return False
         except OSError:
             _unsent.clear()
+    return True
 
 
 def watchdog_seconds() -> float | None:

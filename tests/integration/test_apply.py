@@ -142,3 +142,11 @@ def test_delayed_replica(tmp_path: Path) -> None:
         assert time.monotonic() - began >= delay
         assert cluster.secondary.status()["upstream"]["apply"]["delay_s"] == delay
         cluster.check_in_sync()
+
+
+def test_errors_that_nobody_reads_keep_their_exit_code() -> None:
+    """X4: ``status 2>&1 | grep -q`` reads 5, whoever has closed the pipe by then."""
+    command = f"{sys.executable} -m nbdmirror -s /nonexistent status 2>&1"
+    script = f"{command} | :; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("5\n", ""), done

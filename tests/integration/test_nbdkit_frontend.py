@@ -145,6 +145,19 @@ def test_sighup_reads_the_configuration(alone: Node) -> None:
     assert nbdkit_of(alone) == first
 
 
+def test_a_reload_while_nbdkit_starts_again(alone: Node) -> None:
+    """It may have read already what is to be read again: it is told once it serves."""
+    first = nbdkit_of(alone)
+    os.kill(first, signal.SIGKILL)
+    nbdkit_of(alone, after=first)
+    alone.daemon.signal(signal.SIGHUP)
+
+    def reloaded() -> bool:
+        return alone.cli("status").code == 0 and "reloaded" in {e["kind"] for e in alone.events()}
+
+    wait_until("the reload is an event", reloaded)
+
+
 # -- nbdkit dies ---------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.integration.cluster import Cluster, nbdmirror
+from tests.integration.process import free_port
 
 MakeCluster = Callable[..., Cluster]
 
@@ -19,7 +20,7 @@ def test_a_port_that_is_taken_leaves_nothing_behind(
     """The next start has nothing to recover, and nobody finds a socket without a daemon."""
     cluster = make_cluster(remotes=(), frontend=frontend)
     node = cluster.primary
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
         node.keys["admin"] = [f'metrics = "tcp:127.0.0.1:{taken.getsockname()[1]}"']
         node.write_config()
         cluster.create()

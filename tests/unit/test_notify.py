@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,17 +22,19 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
     path = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     monkeypatch.setattr(notify, "RETRY_SECONDS", 0.0)
-    with (
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as others,
-    ):
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         sock.bind(path)
         sock.setblocking(False)
-        others.connect(path)
-        others.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            while True:
-                others.send(OTHER)
+            while True:  # what one sender may have under way is bounded too
+                other = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                other.connect(path)
+                other.setblocking(False)
+                other.send(OTHER)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        other.send(OTHER)
         yield sock
 
 
@@ -54,8 +57,44 @@ def test_a_manager_that_is_gone_is_told_nothing(manager: socket.socket, tmp_path
 
     async def play() -> None:
         notify.notify("READY=1")
+        assert notify._unsent
         (tmp_path / "notify").unlink()
         notify.notify("STOPPING=1")
         assert not notify._unsent
 
     asyncio.run(play())
+
+
+def test_who_has_no_loop_waits_for_room(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``attach``, which has no data path to keep waiting."""
+    monkeypatch.setattr(notify, "WAIT_SECONDS", 60.0)
+    told: list[bytes] = []
+
+    def read() -> None:
+        manager.settimeout(60)
+        while not told or told[-1] == OTHER:
+            told.append(manager.recv(64))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    notify.notify("READY=1")
+    reader.join()
+    assert told[-1] == b"READY=1"
+
+
+def test_what_had_no_room_without_a_loop_goes_first(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "WAIT_SECONDS", 0.0)
+    notify.notify("READY=1")
+    with contextlib.suppress(BlockingIOError):
+        while manager.recv(64):
+            pass
+
+    async def play() -> None:
+        notify.notify(notify.WATCHDOG)
+
+    asyncio.run(play())
+    assert manager.recv(64) == b"READY=1"

@@ -7,12 +7,13 @@ import json
 import os
 import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from nbdmirror import __version__
-from nbdmirror.cli import online
+from nbdmirror.cli import client, online
 from nbdmirror.cli.main import main
 from tests.unit.cli import Output
 from tests.unit.fake_node import FakeNode, serving
@@ -108,6 +109,37 @@ def test_a_socket_that_a_dead_daemon_left_is_no_second_daemon(path: str, capsys:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(Path(path).with_name("dead.sock")))
     assert main(["status"]) == 0, capsys.readouterr().err
+
+
+def test_the_sockets_of_two_dead_daemons_are_no_daemon(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBDMIRROR_RUNTIME_DIR", str(tmp_path))
+    for name in ("a.sock", "b.sock"):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(tmp_path / name))
+    assert main(["status"]) == 5
+    assert "no daemon at any of" in capsys.readouterr().err
+
+
+def test_a_daemon_whose_queue_is_full_is_there(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is busy, or hangs: nobody is told to start another one."""
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.1)
+    path = str(tmp_path / "a.sock")
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        queued = 0
+        while queued == 0:
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            queued = waiting.connect_ex(path)
+        assert main(["-s", path, "status"]) == 5
+    error = capsys.readouterr().err
+    assert "has taken no connection" in error and "start it" not in error
 
 
 def test_a_wait_ends_in_time_though_the_daemon_hangs(
