@@ -56,6 +56,16 @@ class Ring:
         self.next_seq = seq + records
         assert self.head - self.durable_tail <= self.capacity
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where the head is, to come back to."""
+        return self.head, self.next_seq, len(self._index_seqs)
+
+    def take_back(self, place: tuple[int, int, int]) -> None:
+        """What was appended since then never was; nothing was released since."""
+        self.head, self.next_seq, indexed = place
+        del self._index_seqs[indexed:], self._index_positions[indexed:]
+
     def locate(self, seq: int) -> tuple[int, int]:
         """(seq, position) of an indexed record at or before ``seq``: start reading there."""
         assert self.tail_seq <= seq <= self.next_seq

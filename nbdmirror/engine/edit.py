@@ -30,11 +30,11 @@ class Edit:
                 hint="write it to a facet in service, or bring that one back first: facet online",
             )
         self.facet = facet
-        self._file = facet.file
+        self._stint = facet.stint
 
     def check(self) -> None:
         """Refused unless it has been in service all the time."""
-        if not (self.facet.in_service and self.facet.file is self._file):
+        if not (self.facet.in_service and self.facet.stint == self._stint):
             raise Refused(
                 f"facet {self.facet.path} has left service: what was written to it may be gone",
                 hint="write it again, to a facet in service, and say so again",

@@ -98,6 +98,11 @@ class LocalFacet:
         return self.state is FacetState.SYNCHRONISED and self.failed is None
 
     @property
+    def stint(self) -> tuple[File | None, int]:
+        """Another one each time that it has left service and come back."""
+        return self._file, self.failures
+
+    @property
     def dirty(self) -> bool:
         """Whether it takes writes, and a sync has not covered all of them."""
         return self.writable and (self.written_seq > self.synced_seq or bool(self.pending))
@@ -240,6 +245,8 @@ class LocalFacet:
             if file is self._file:
                 raise self.fail("sync", error) from error
             raise DiskFailed(f"sync of facet {self.path} failed: it was closed") from error
+        if self.failed is not None:
+            raise self.failed  # a write that came beside: nobody is to trust it for this sync
         if file is self._file and stream == self._streams:
             self.synced_seq = max(self.synced_seq, upto)
             self._beside_synced = max(self._beside_synced, beside)

@@ -95,14 +95,16 @@ class FacetCommands:
     async def _online(self, path: str) -> None:
         """Brings a facet back: only what it lacks is copied (M8)."""
         member = self._facets.member(path)
-        if not member.facet.writable and await self._settle(member):
-            with _in_hand(member):
-                await self._facets.open(member)
-        if member.facet.in_service:
-            return
-        member.saved.update(offline=False, why=None)
-        await self._facets.store.save()
-        self._serve(member)
+        try:
+            if not member.facet.writable and await self._settle(member):
+                with _in_hand(member):
+                    await self._facets.open(member)
+            if member.facet.in_service:
+                return
+            member.saved.update(offline=False, why=None)
+            await self._facets.store.save()
+        finally:
+            self._serve(member)  # one that could not be opened is tried again, as before
 
     async def _add(self, volume_name: str, path: str) -> None:
         """A further facet for a volume in use (M17); what is there is compared, not trusted."""

@@ -27,7 +27,7 @@ from nbdmirror.engine.maps import DcmFile
 from nbdmirror.engine.sources import Sources
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed, NbdmirrorError, StateError, UsageError
+from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, StateError, UsageError
 from nbdmirror.ports import Disk
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class Facets:
                 member.fill()
             if gone and facet.kept_seq is not None:
                 member.fill()  # what it lacks was in memory only
+                member.saved["compare"] = True
+            since = member.saved["since"]
+            if not spilled and since is not None and since + 1 < self.group.log.ring.tail_seq:
+                # Killed before what has left the log was in the map: nobody knows it any more.
+                member.fill()
                 member.saved["compare"] = True
             if facet.kept_seq is not None and doubtful:
                 if spilled and member.owed:
@@ -321,8 +326,12 @@ class Facets:
 
     async def _return(self, member: Member) -> None:
         facet, volume, saved = member.facet, member.volume, member.saved
-        if await self._redo(member):
-            return
+        try:
+            if await self._redo(member):
+                return
+        except FormatError:  # of the log, which others can do without
+            if facet.writable or not self.has_source(volume):
+                raise
         if not facet.writable:
             await member.to_map()
             for offset, length in self.beside.get(volume.index, ()):

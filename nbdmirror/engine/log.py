@@ -222,7 +222,7 @@ class Log:
         if self.failed is not None:
             raise self.failed
         ring = self.ring
-        first = ring.next_seq
+        first, place = ring.next_seq, ring.place
         rest = ring.capacity - ring.head % ring.capacity
         try:
             if size <= rest:
@@ -233,6 +233,7 @@ class Log:
             else:
                 self._append_wrapping(parts)
         except OSError as error:
+            ring.take_back(place)  # all or none: what it has in part is in no facet
             raise self._fail("write", error) from error
         last = first + count - 1
         self._remember(Chunk(first, last, parts, size, ring.head, records, places))

@@ -108,12 +108,13 @@ class Rescue:
         """The range from a facet in service other than the one that ``failed``; errors count."""
         for other in volume.serving():
             if other is not failed:
+                stint = other.stint
                 try:
                     data = await other.read(offset, length)
                 except OSError as error:
                     await self._count(volume, other, error)
                 else:
-                    if other.in_service:  # still: see ``Volume``
+                    if other.in_service and other.stint == stint:  # see ``Volume``
                         return data
         return None
 
@@ -167,11 +168,12 @@ class Rescue:
     ) -> Buffer | None:
         for other in volume.serving():
             if other is not facet:
+                stint = other.stint
                 try:
                     data = await other.read(offset, length)
                 except OSError:
                     continue
-                if other.in_service:
+                if other.in_service and other.stint == stint:
                     return data
         return await self._from_remote(volume, offset, length)
 

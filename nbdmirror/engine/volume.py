@@ -209,17 +209,18 @@ class Volume:
         ask: Callable[[LocalFacet], Awaitable[T]],
         otherwise: Callable[[Buffer], T],
     ) -> T:
-        """What a facet answers that is in service still when it does: one whose sync has failed
+        """What a facet answers that has been in service all the time: one whose sync has failed
         meanwhile may have lost what was written to it (O16). If none can: what is made of the bytes
         that somebody else has."""
         failure: OSError | None = None
         while (facet := self.choose(offset)) is not None:
+            stint = facet.stint
             try:
                 answer = await ask(facet)
             except OSError as error:
                 failure = error
                 break
-            if facet.in_service:
+            if facet.in_service and facet.stint == stint:
                 return answer
         return otherwise(await self.rescue(self, offset, length, facet, failure))
 

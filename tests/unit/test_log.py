@@ -12,6 +12,7 @@ from nbdmirror.core.ring import INDEX_STEP
 from nbdmirror.engine.housekeeper import releasable
 from nbdmirror.engine.log import RING_AT, Cursor, Log
 from nbdmirror.errors import DiskFailed, FormatError, StateError
+from tests.sim.faults import Fault, Kind
 from tests.unit.loghelp import CAPACITY, PATH, append, make, read_all, release, reopened
 from tests.unit.world import fail, make_disk, run
 
@@ -177,6 +178,29 @@ def test_an_error_is_final_for_the_log(operation: str) -> None:
         with pytest.raises(DiskFailed):
             await log.sync(1)
         assert log.durable_seq == 0
+
+    run(main())
+
+
+def test_a_batch_that_goes_round_the_end_is_appended_as_a_whole_or_not_at_all() -> None:
+    """I2: a record of it that readers saw would be at a remote, and in no facet here."""
+
+    async def main() -> None:
+        disk = make_disk()
+        log = await make(disk)
+        written = append(log, [20_000]) + append(log, [20_000])
+        await release(log, 3)
+        head, left = log.ring.head, [2]
+
+        def second(name: str, path: str, nth: int) -> Fault | None:
+            left[0] -= name == "pwrite" and path == PATH
+            return Fault(Kind.ERROR) if not left[0] else None
+
+        disk.faults = second
+        with pytest.raises(DiskFailed, match="log"):
+            append(log, [10_000, 20_000, 30])
+        assert (log.ring.head, log.ring.next_seq) == (head, len(written) + 1)
+        assert left == [0]
 
     run(main())
 

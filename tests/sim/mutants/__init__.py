@@ -25,6 +25,7 @@ from tests.sim.mutants import (  # noqa: F401
     primary,
     restores,
     resync,
+    returns,
     secondary,
     snapshots,
     spill,
