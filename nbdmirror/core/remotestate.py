@@ -23,6 +23,8 @@ class Facts:
     initialised: bool = False
     paused: bool = False
     tracking: bool = False
+    consistent: bool = True
+    """It has confirmed the end of its last resync."""
     full: bool = False
     dirty_regions: int = 0
     connected: bool = False
@@ -51,7 +53,7 @@ def state_of(facts: Facts) -> str:
         return "resyncing"
     if not facts.initialised:
         return "uninitialised"
-    if facts.tracking or facts.dirty_regions:
+    if facts.tracking or facts.dirty_regions or not facts.consistent:
         return "tracking"
     return "synchronised" if facts.connected else "behind"
 

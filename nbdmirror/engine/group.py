@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from nbdmirror.ports import Clock
 
 
+APPEND_BYTES_MAX = 2 << 20
+"""What is appended in one piece is sent in one frame, with what came before it: both must fit into
+``repl.FRAME_BYTES_MIN``."""
 CLEAR_EXTENTS_MAX = 32
 """Extents that one TRIM or WRITE_ZEROES record may touch."""
 
@@ -214,7 +217,7 @@ class Group:
             for offset, length in batch.ranges():
                 if volume.locks.conflict(offset, offset + length, exclusive=True):
                     return True
-        if batch.longest > self.log.payload_max:
+        if batch.longest > self.log.payload_max or batch.size_max > APPEND_BYTES_MAX:
             return True
         return not self.log.fits(batch.size_max, batch.longest + 2 * codec.HEADER_SIZE)
 

@@ -23,7 +23,7 @@ from nbdmirror.engine.remote import NEW_FACTS, Remote
 from nbdmirror.engine.session import Context, Session
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.verify import request
-from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, UsageError
+from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, PeerError, Refused, UsageError
 from nbdmirror.ports import Env
 
 REFUSED_PAUSE_SECONDS = 10.0
@@ -225,7 +225,7 @@ class Primary:
 
     def _connected(self, remote: Remote) -> None:
         remote.link = "connected"
-        remote.refused = remote.failed = None
+        remote.refused = remote.failed = remote.stall = None
         self._events.emit("connected", remote=remote.name)
         remote.notify()
 
@@ -241,7 +241,7 @@ class Primary:
         else:
             if not remote.drop.is_set():  # else this attempt was ended here, and says nothing
                 remote.refused = None
-            if isinstance(cause, FormatError):
+            if isinstance(cause, FormatError) and not isinstance(cause, PeerError):
                 remote.stall = Stall(str(cause), "bring a local facet back: nbdmirror facet list")
         if was == "connected":
             self._events.emit("disconnected", remote=remote.name, why=str(cause))

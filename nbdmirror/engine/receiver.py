@@ -260,7 +260,9 @@ class Receiver:
         portions = self._checked(frame.payload, log.next_seq)
         for part, count, largest, epoch, records, places in portions:
             if largest > log.capacity // 4:
-                raise PeerError(f"a record of {largest} bytes, the log here has {log.capacity}")
+                what = f"a record of {largest} bytes, and the log of {self.secondary.node_name}"
+                have = f"takes no larger one than {log.capacity // 4}: a larger log.size is needed"
+                self._refuse("T1", f"{what} {have}")
             while not log.fits(len(part), largest):
                 self._check_stuck(len(part) + largest)
                 # Whether it is frozen meanwhile is looked at again.

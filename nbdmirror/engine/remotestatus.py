@@ -63,6 +63,7 @@ def _facts(remote: Remote) -> Facts:
         initialised=facts["initialised"],
         paused=facts["paused"],
         tracking=remote.tracking,
+        consistent=facts["consistent"],
         full=facts["full"],
         dirty_regions=remote.dirty_regions,
         connected=remote.link == "connected",

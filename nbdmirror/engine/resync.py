@@ -145,6 +145,8 @@ class Resync:
 
     async def _finish(self) -> None:
         remote = self.remote
+        if remote.drop.is_set():  # in this very step: the map is in use again
+            raise ConnectionResetError("the session was told to end")
         remote.facts.update(
             full=False, compare=False, consistent=True, holds=[], why=None, behind_ns=None
         )

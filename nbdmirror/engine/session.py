@@ -457,6 +457,8 @@ class Session:
 
     def _on_frame(self, frame: Frame) -> None:
         kind = frame.type
+        if kind is Type.PING:  # also while what the handshake came to is saved
+            return
         if not self._streaming:
             if self._inbox.qsize() > 4:
                 raise PeerError("too many frames during the handshake")
@@ -483,5 +485,5 @@ class Session:
             self._ready.set()
         elif kind is Type.REFUSE:
             raise Refused(fields.brief(frame.json().get("why")))
-        elif kind is not Type.PING:
+        else:
             raise PeerError(f"unexpected {kind.name}")

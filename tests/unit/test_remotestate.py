@@ -19,6 +19,7 @@ UP = {"initialised": True, "connected": True}
         (UP, "synchronised", "synchronised", None),
         ({"initialised": True}, "behind", "synchronised", "mend the network"),
         (UP | {"tracking": True}, "tracking", "not-synchronised", None),
+        ({"initialised": True, "consistent": False}, "tracking", "not-synchronised", "mend the"),
         (UP | {"dirty_regions": 1}, "tracking", "not-synchronised", None),
         (UP | {"resyncing": True, "full": True}, "resyncing", "being-synchronised", None),
         (UP | {"paused": True}, "paused", "not-synchronised", "nbdmirror resume beta"),

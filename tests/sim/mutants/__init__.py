@@ -27,6 +27,7 @@ from tests.sim.mutants import (  # noqa: F401
     resync,
     returns,
     secondary,
+    sessions,
     snapshots,
     spill,
     state,
