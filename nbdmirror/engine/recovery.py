@@ -32,7 +32,6 @@ from nbdmirror.engine.opening import is_followed
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed
-from nbdmirror.ports import Buffer
 
 RUNS_MAX = 1000
 """Starts that a primary remembers; a secondary that last followed an older one is compared. So many
@@ -247,8 +246,12 @@ async def _apply(
                 continue
             facets = [f for f in volume.facets if f in healing and f.failed is None]
             for facet in facets if only_healing else volume.writable() + facets:
-                with _left(store, volume, facet):
+                try:
                     await facet.apply(record)
+                except OSError as error:
+                    failure = facet.fail("redo", error)
+                    if not _goes_on(store, volume):
+                        raise failure from error
 
 
 async def _follow_marks(log: Log, before: Before) -> None:
@@ -388,27 +391,22 @@ def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[
     return ranges
 
 
-async def write_anew(
-    store: Store, volumes: list[Volume], ranges: list[tuple[Volume, int, int]]
-) -> None:
+async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
     """Writes what the facets hold in the ranges once more, and clears their holes, durably. A sync
     that failed before the process died may have left either in the page cache, marked clean; else
-    redo does that (O16). A facet that cannot do it leaves service, if others go on; the caller
-    saves (M12)."""
+    redo does that (O16)."""
     stretches = {
         (volume.index, number)
         for volume, offset, length in ranges
         for number in range(offset // ANEW_BYTES, (offset + length - 1) // ANEW_BYTES + 1)
     }
     if stretches:
-        await _sync_all(store, volumes)
+        await _sync_all(volumes)
     for index, number in sorted(stretches):
-        at, volume = number * ANEW_BYTES, volumes[index]
-        for facet in volume.in_service():
-            with _left(store, volume, facet):
-                await _write_anew(facet, at, min(ANEW_BYTES, facet.size - at))
-    await _sync_all(store, volumes)
-    _note_failed(store, volumes)
+        at = number * ANEW_BYTES
+        for facet in volumes[index].in_service():
+            await _write_anew(facet, at, min(ANEW_BYTES, facet.size - at))
+    await _sync_all(volumes)
 
 
 async def _write_anew(facet: LocalFacet, offset: int, length: int) -> None:
@@ -427,53 +425,31 @@ async def _write_anew(facet: LocalFacet, offset: int, length: int) -> None:
         await facet.punch(at, offset + length - at)
 
 
-@contextlib.contextmanager
-def _left(store: Store, volume: Volume, facet: LocalFacet) -> Iterator[None]:
-    """Within, what its disk refuses takes the facet out of service (M12); raises DiskFailed if
-    nobody goes on for it."""
-    try:
-        yield
-    except OSError as error:
-        failure = facet.fail("redo", error)
-        if not _goes_on(store, volume):
-            raise failure from error
-
-
-async def _sync_all(store: Store, volumes: list[Volume]) -> None:
+async def _sync_all(volumes: list[Volume]) -> None:
     for volume in volumes:
         for facet in volume.in_service():
-            await _sync(store, volume, facet)
+            await facet.sync()
 
 
 async def level(
-    store: Store,
-    volumes: list[Volume],
-    ranges: list[tuple[Volume, int, int]],
-    healed: tuple[str, ...],
+    volumes: list[Volume], ranges: list[tuple[Volume, int, int]], healed: tuple[str, ...]
 ) -> None:
     """Makes the facets of each volume equal in the ranges, durably: writes that the log lost may
     have reached one facet and not another, and a read must not depend on which one serves it.
 
     One that was healed is not what others are made equal to: a write that it failed in the middle
-    of may be in it in part, and not in the log. One that cannot do it leaves service, if others go
-    on; the caller saves (M12)."""
+    of may be in it in part, and not in the log."""
     for volume, offset, length in ranges:
+        facets = sorted(volume.in_service(), key=lambda facet: facet.path in healed)
+        if len(facets) < 2:
+            continue
         for at in range(offset, offset + length, LEVEL_BYTES):
-            if len(volume.in_service()) > 1:
-                await _level(store, volume, at, min(LEVEL_BYTES, offset + length - at), healed)
-    if ranges:
-        await _sync_all(store, [volume for volume in volumes if len(volume.in_service()) > 1])
-    _note_failed(store, volumes)
-
-
-async def _level(
-    store: Store, volume: Volume, offset: int, length: int, healed: tuple[str, ...]
-) -> None:
-    data: Buffer | None = None
-    for facet in sorted(volume.in_service(), key=lambda facet: facet.path in healed):
-        with _left(store, volume, facet):
-            found = await facet.read(offset, length)
-            if data is None:
-                data = found
-            elif found != data:
-                facet.pwrite(offset, data)
+            size = min(LEVEL_BYTES, offset + length - at)
+            for first, other in ((facets[0], other) for other in facets[1:]):
+                data = await first.read(at, size)
+                if await other.read(at, size) != data:
+                    other.pwrite(at, data)
+    for volume in volumes:
+        if ranges and len(volume.in_service()) > 1:
+            for facet in volume.in_service():
+                await facet.sync()

@@ -1,4 +1,4 @@
-"""How a facet comes back, or leaves, at a start (M12, M14, I5, I8)."""
+"""How a facet comes back (M8, I5)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nbdmirror.ports import Env
 from tests.sim.clock import SimClock
 from tests.sim.clone import Nobody
 from tests.sim.disk import SimDisk
-from tests.sim.faults import AllLost, Fault, Kind
+from tests.sim.faults import Fault, Kind
 from tests.unit.primary import Primary
 from tests.unit.world import make_disk, run
 
@@ -30,12 +30,12 @@ FACETS = ("/facets/v0", "/facets/v1")
 class Host:
     """A primary of one volume with two facets, one life after the other on one disk."""
 
-    def __init__(self, spill: int) -> None:
+    def __init__(self) -> None:
         self.disk: SimDisk = make_disk()
         self.config = replace(
             Primary(self.disk, SnapshotConfig()).config,
             volumes=(VolumeConfig("v", REGIONS * REGION, FACETS, REGION),),
-            log=LogConfig(size=1 << 20, hot_extents=61, spill_threshold=spill),
+            log=LogConfig(size=1 << 20, hot_extents=61),
         )
         self.lives = 0
 
@@ -48,11 +48,9 @@ class Host:
         self.node = Node(env, self.config)
         await self.node.start(nbd=False)
 
-    def die(self, *, power: bool) -> None:
+    def die(self) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        if power:
-            self.disk.power_cut(AllLost())
 
     async def write(self, region: int, fill: int) -> None:
         data = bytes([fill]) * REGION
@@ -66,9 +64,9 @@ class Host:
         return [facet.path for facet in self.node.volumes[0].in_service()]
 
 
-def play(test: Callable[[Host], Awaitable[None]], *, spill: int = 0, devices: bool = False) -> None:
+def play(test: Callable[[Host], Awaitable[None]], *, devices: bool = False) -> None:
     async def main() -> None:
-        host = Host(spill)
+        host = Host()
         for path in FACETS if devices else ():
             host.disk.add_block_device(path, REGIONS * REGION)
         await host.start()
@@ -94,7 +92,7 @@ def test_a_new_disk_that_says_not_who_it_is_is_compared(clean: bool) -> None:
         if clean:
             await host.node.stop()
         else:
-            host.die(power=False)
+            host.die()
         host.disk.add_block_device(FACETS[1], REGIONS * REGION)
         host.disk.broken.clear()
         await host.start()
@@ -103,45 +101,6 @@ def test_a_new_disk_that_says_not_who_it_is_is_compared(clean: bool) -> None:
         assert host.disk.content(FACETS[0]) == host.disk.content(FACETS[1])
 
     play(test, devices=True)
-
-
-@pytest.mark.parametrize(
-    ("spill", "operation"),
-    [
-        (0, "try_pread"),
-        (0, "pwrite"),
-        (0, "sync"),
-        (8192, "try_pread"),
-        (8192, "write"),
-        (8192, "sync"),
-    ],
-)
-def test_one_bad_disk_keeps_no_node_from_recovering(spill: int, operation: str) -> None:
-    """I8, M12: after a power loss, or the death of a process whose log was in memory, what was
-    active is made equal, or written anew. A facet that cannot do it leaves service, durably."""
-
-    async def test(host: Host) -> None:
-        for region in range(8):
-            await host.write(region, region + 1)
-        host.die(power=not spill)
-        if not spill:
-            host.disk.scribble(FACETS[1], 3 * REGION, b"torn")
-
-        def bad(name: str, path: str, nth: int) -> Fault | None:
-            return Fault(Kind.ERROR) if (name, path) == (operation, FACETS[1]) else None
-
-        host.disk.faults = bad
-        await host.start()
-        assert host.in_service() == [FACETS[0]]
-        host.die(power=False)
-        await host.start()
-        assert host.in_service() == [FACETS[0]]
-        host.disk.faults = None
-        while len(host.in_service()) < 2:
-            await asyncio.sleep(1)
-        assert host.disk.content(FACETS[0]) == host.disk.content(FACETS[1])
-
-    play(test, spill=spill)
 
 
 def test_a_command_that_came_too_soon_ends_no_attempts() -> None:
