@@ -14,7 +14,7 @@ from typing import Any
 from nbdmirror.engine.facet import FacetState, LocalFacet, make_facet
 from nbdmirror.engine.facetmember import Member
 from nbdmirror.engine.facets import RELEASE_SECONDS, Facets
-from nbdmirror.errors import DiskFailed, Refused, StateError, UsageError
+from nbdmirror.errors import DiskFailed, NbdmirrorError, Refused, StateError, UsageError
 from nbdmirror.ports import Disk
 
 
@@ -103,8 +103,10 @@ class FacetCommands:
                 return
             member.saved.update(offline=False, why=None)
             await self._facets.store.save()
-        finally:
+        except NbdmirrorError:
             self._serve(member)  # one that could not be opened is tried again, as before
+            raise
+        self._serve(member)
 
     async def _add(self, volume_name: str, path: str) -> None:
         """A further facet for a volume in use (M17); what is there is compared, not trusted."""
