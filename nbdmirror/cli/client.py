@@ -146,7 +146,8 @@ class AdminClient:
         connection.settimeout(ANSWER_SECONDS)
         end = time.monotonic() + ANSWER_SECONDS
         try:
-            while (error := connection.connect_ex(self.path)) == errno.EAGAIN:  # its queue is full
+            # Its queue is full; a socket with a timeout does not wait for room in it by itself.
+            while (error := connection.connect_ex(self.path)) == errno.EAGAIN:
                 if time.monotonic() > end:
                     connection.close()
                     raise NoDaemon(

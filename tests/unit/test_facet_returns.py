@@ -3,62 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
 
-from nbdmirror.codec import record as codec
-from nbdmirror.config import LogConfig, SnapshotConfig, VolumeConfig
-from nbdmirror.engine.create import create
-from nbdmirror.engine.node import Node
-from nbdmirror.engine.volume import Change
+from nbdmirror.config import SnapshotConfig, VolumeConfig
 from nbdmirror.errors import StateError
-from nbdmirror.ports import Env
-from tests.sim.clock import SimClock
-from tests.sim.clone import Nobody
-from tests.sim.disk import SimDisk
 from tests.sim.faults import Fault, Kind
-from tests.unit.primary import Primary
+from tests.unit.primary import REGION, Primary
 from tests.unit.world import make_disk, run
 
-REGION, REGIONS = 4096, 64
+REGIONS = 64
 FACETS = ("/facets/v0", "/facets/v1")
 
 
-class Host:
-    """A primary of one volume with two facets, one life after the other on one disk."""
+class Host(Primary):
+    """A primary of one volume with two facets."""
 
     def __init__(self) -> None:
-        self.disk: SimDisk = make_disk()
-        self.config = replace(
-            Primary(self.disk, SnapshotConfig()).config,
-            volumes=(VolumeConfig("v", REGIONS * REGION, FACETS, REGION),),
-            log=LogConfig(size=1 << 20, hot_extents=61),
-        )
-        self.lives = 0
-
-    async def start(self) -> None:
-        self.lives += 1
-        clock = SimClock(asyncio.get_running_loop(), self.disk)  # type: ignore[arg-type]
-        env = Env(self.disk, Nobody(), clock, random.Random(self.lives))
-        if self.lives == 1:
-            await create(env, self.config, "primary")
-        self.node = Node(env, self.config)
-        await self.node.start(nbd=False)
+        super().__init__(make_disk(), SnapshotConfig())
+        volume = VolumeConfig("v", REGIONS * REGION, FACETS, REGION)
+        self.config = replace(self.config, volumes=(volume,))
 
     def die(self) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-
-    async def write(self, region: int, fill: int) -> None:
-        data = bytes([fill]) * REGION
-        change = Change(codec.WRITE, 0, region * REGION, REGION, data)
-        assert self.node.primary is not None
-        rest = self.node.primary.group.write(self.node.volumes[0], [change])
-        if rest is not None:
-            await rest
 
     def in_service(self) -> list[str]:
         return [facet.path for facet in self.node.volumes[0].in_service()]

@@ -6,6 +6,13 @@
 
 cd "$TREE" || fail "no tree"
 nbdmirror() { "$PYTHON" -m nbdmirror "$@"; }
+# Waits until the watcher has said $1 in file $2.
+await_watcher() {
+    until grep -q "$1" "$2"; do
+        kill -0 $watcher || fail "$2: $(cat "$2")"
+        sleep 0.1
+    done
+}
 
 ! nbdmirror attach "$URI" 2> /tmp/error || fail "attached without the driver"
 grep -q "modprobe nbd" /tmp/error || fail "what to do is not said: $(cat /tmp/error)"
@@ -13,10 +20,7 @@ modprobe nbd nbds_max=2 || fail "no nbd module"
 
 nbdmirror attach "$URI" --connections 4 --dead-timeout 120 --timeout 8 > /tmp/attach 2>&1 &
 watcher=$!
-until grep -q "is attached" /tmp/attach; do
-    kill -0 $watcher || fail "attach: $(cat /tmp/attach)"
-    sleep 0.1
-done
+await_watcher "is attached" /tmp/attach
 device=$(cut -d' ' -f1 /tmp/attach)
 say "$(cat /tmp/attach), $(blockdev --getsize64 "$device") bytes"
 [ "$(cat "/sys/block/${device#/dev/}/backend")" = "$URI" ] || fail "sysfs does not say the URI"
@@ -60,10 +64,7 @@ done
 kill -9 $watcher
 nbdmirror attach "$URI" "$device" --connections 4 --json > /tmp/attach2 2>&1 &
 watcher=$!
-until grep -q '"adopted":true,"state":"attached"' /tmp/attach2; do
-    kill -0 $watcher || fail "attach again: $(cat /tmp/attach2)"
-    sleep 0.1
-done
+await_watcher '"adopted":true,"state":"attached"' /tmp/attach2
 host kill
 host start
 sync -f /tmp/mount || fail "a sync under the second watcher failed"
@@ -88,10 +89,7 @@ no_io_error
 # The server does not come back.
 nbdmirror attach "$URI" "$device" --dead-timeout 3 > /tmp/attach3 2>&1 &
 watcher=$!
-until grep -q "is attached" /tmp/attach3; do
-    kill -0 $watcher || fail "attach at last: $(cat /tmp/attach3)"
-    sleep 0.1
-done
+await_watcher "is attached" /tmp/attach3
 host kill
 dd if=/dev/urandom of="$device" bs=4k count=1 2> /dev/null
 ! nbdmirror detach "$device" 2> /tmp/error || fail "detached, with what was written lost"

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.engine import group
 from nbdmirror.engine.primary import Primary
 from nbdmirror.engine.receiver import Receiver
 from nbdmirror.engine.remote import Remote
+from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.session import Session
 from nbdmirror.errors import FormatError, PeerError
 from tests.sim.mutation import Assign, mutant
-from tests.sim.plays.sessions import GARBLED, LARGE_BATCH, PINGED, SMALL_LOG
+from tests.sim.plays.sessions import (
+    GARBLED,
+    LARGE_BATCH,
+    OVERFLOWED_AS_IT_ENDS,
+    PINGED,
+    SMALL_LOG,
+)
 
 
 @mutant("I8 a batch is appended in one piece, however large", run=LARGE_BATCH)
@@ -61,3 +70,17 @@ def _(assign: Assign) -> None:
         original(self, rule, why)
 
     assign(Receiver, "_refuse", refuse)
+
+
+@mutant("O12 a resync ends though its session was told to", run=OVERFLOWED_AS_IT_ENDS)
+def _(assign: Assign) -> None:
+    original = Resync._finish
+
+    async def finish(self: Resync) -> None:
+        drop, self.remote.drop = self.remote.drop, asyncio.Event()
+        try:
+            await original(self)
+        finally:
+            self.remote.drop = drop
+
+    assign(Resync, "_finish", finish)

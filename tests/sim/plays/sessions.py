@@ -8,17 +8,18 @@ from dataclasses import replace
 
 from nbdmirror.codec import record as codec
 from nbdmirror.codec import repl
-from nbdmirror.codec.repl import Type
+from nbdmirror.codec.repl import Frame, Type
 from nbdmirror.config import FRAME_BYTES_MIN, MIB
 from nbdmirror.engine.batch import Changes
+from nbdmirror.engine.resync import Resync
 from nbdmirror.engine.session import FRAME_BYTES
 from nbdmirror.engine.volume import Change
 from tests.sim.directed import directed
 from tests.sim.faults import Fault, Kind
 from tests.sim.options import KIB
 from tests.sim.oracle import Violation
-from tests.sim.plays.stage import all_is_there, follower, moment, only_remote, within
-from tests.sim.script import BLOCK, SYNC_SECONDS, Script
+from tests.sim.plays.stage import all_is_there, follower, full_log, moment, only_remote, within
+from tests.sim.script import BLOCK, POLL_S, SYNC_SECONDS, Script
 
 PIECE = 256 * KIB
 PIECES = 20
@@ -106,6 +107,34 @@ async def _small_log(s: Script) -> None:
     await s.in_sync()
 
 
+async def _overflowed_as_it_ends(s: Script) -> None:
+    """A remote confirms the end of a resync in the step in which its place in the log is given up:
+    its map is in use, so it is not consistent (O12)."""
+    remote, original, came = await only_remote(s), Resync.on_frame, asyncio.Event()
+
+    def on_frame(self: Resync, frame: Frame) -> None:
+        if frame.type is not Type.CONSISTENT or came.is_set():
+            original(self, frame)
+            return
+        came.set()
+        s.world.spawn(remote.overflow("as it ends"))
+        asyncio.get_running_loop().call_soon(original, self, frame)
+
+    setattr(Resync, "on_frame", on_frame)  # noqa: B010
+    try:
+        await s.in_sync()
+        s.link(up=False)
+        await full_log(s)
+        s.link(up=True)
+        await came.wait()
+        await asyncio.sleep(POLL_S)
+        if remote.tracking and remote.facts["consistent"]:
+            raise Violation("a remote is consistent, and its map in use (O12)")
+    finally:
+        setattr(Resync, "on_frame", original)  # noqa: B010
+    await s.in_sync()
+
+
 LARGE_BATCH = directed(
     _large_batch,
     sizes=(8 * MIB, 32 * KIB),
@@ -117,4 +146,5 @@ LARGE_BATCH = directed(
 )
 PINGED = directed(_pinged)
 GARBLED = directed(_garbled)
+OVERFLOWED_AS_IT_ENDS = directed(_overflowed_as_it_ends)
 SMALL_LOG = directed(_small_log, log_size=260 * KIB)
