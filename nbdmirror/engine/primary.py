@@ -19,6 +19,7 @@ from nbdmirror.engine.gate import SyncGate
 from nbdmirror.engine.governor import Governor
 from nbdmirror.engine.group import Group
 from nbdmirror.engine.housekeeper import Housekeeper
+from nbdmirror.engine.leftout import deletion
 from nbdmirror.engine.remote import NEW_FACTS, Remote
 from nbdmirror.engine.session import Context, Session
 from nbdmirror.engine.store import Store
@@ -86,8 +87,12 @@ class Primary:
 
     def _marked(self, seq: int, mark: Mark) -> None:
         """A mark was logged: any remote may have to be told of it by the next START."""
+        state, gone = self._context.store.state, deletion(mark)
+        # Where a log was lost, an earlier epoch may have had the same numbers.
+        entries = (e for e in state.get("snapshots", []) if e["uuid"] == gone)
+        taken = max((e["seq"] or 0 for e in entries if e["epoch"] == state["epoch"]), default=0)
         for remote in self.remotes:
-            remote.miss(seq, mark)
+            remote.miss(seq, mark, taken)
 
     def serve_beside(self, exports: ExportServer) -> None:
         """What clients ask of the exports is what resyncs yield to."""

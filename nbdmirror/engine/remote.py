@@ -107,6 +107,8 @@ class Remote:
         self.marked_seq: int | None = None
         """While pending entries are being marked: they are in the DCM up to here."""
         self._mark_end = 0
+        self._told_seq = log.next_seq - 1
+        """In DCM logging: of snapshots taken past this record the remote has never heard."""
         self._marking = asyncio.Lock()
         self.gone = False
         """Removed by a person."""
@@ -250,11 +252,12 @@ class Remote:
             self.group.fail(error)
             raise
 
-    def miss(self, seq: int, mark: Mark) -> None:
+    def miss(self, seq: int, mark: Mark, taken: int = 0) -> None:
         """A mark was logged that the stream to this remote may come to leave out; the caller saves
-        the facts."""
+        the facts. ``taken``: the record of the snapshot that is gone by it. One that came and went
+        while the remote was away is nothing to it, however many those are."""
         gone = deletion(mark)
-        if gone is None:
+        if gone is None or (self.tracking and taken > self._told_seq):
             return
         missed = self.facts.get("missed", [])
         if not self.tracking:  # in order: what it has durably it has followed
@@ -304,6 +307,7 @@ class Remote:
         """From this step on its changes are marked."""
         if self not in self.group.trackers:
             self.group.trackers.append(self)
+            self.snapshots_told()
 
     async def overflow(self, why: str) -> None:
         """Forces this remote out of the log (M7, O12): from this step on its changes are marked;
@@ -335,6 +339,10 @@ class Remote:
                     self.note(record)
             self.marked_seq = chunk.last_seq
             await asyncio.sleep(0)
+
+    def snapshots_told(self) -> None:
+        """From this step on the remote may know of every snapshot so far."""
+        self._told_seq = self.group.log.next_seq - 1
 
     def leave_log(self) -> None:
         """At start: the caller marks what is pending, and saves."""

@@ -271,6 +271,7 @@ class Session:
         """What the remote is told of snapshots is durable first: one whose end is not yet is there
         again after a crash, and nobody would tell the remote that it lacks it."""
         facts, left_out = self.remote.facts, self._left_out(action, seq)
+        self.remote.snapshots_told()
         await self.context.store.save()
         self.link.send_json(
             Type.START,

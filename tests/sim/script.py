@@ -292,13 +292,16 @@ class Script:
             self.world.album.release(uuid)
             await self._command(node.people.refresh(uuid))
 
-    async def delete(self, uuid: str, host: Host | None = None) -> None:
-        """Deletes a snapshot on the primary, or on ``host`` alone, if it is not in use."""
+    async def delete(self, uuid: str, host: Host | None = None, *, everywhere: bool = False) -> None:
+        """Deletes a snapshot on the primary, or on ``host``, if it is not in use; alone there, or
+        ``everywhere``."""
         if uuid:
             node = await self.primary() if host is None else host.node
             assert node is not None
             self.world.album.release(uuid)
-            await self._command(node.people.delete(uuid, False), host)
+            await self._command(node.people.delete(uuid, everywhere), host)
+            if everywhere:
+                self.world.album.gone(uuid)
 
     def spoil(self, path: str) -> None:
         """A disk of the primary is lost: whatever is done to that file fails."""

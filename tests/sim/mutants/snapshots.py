@@ -27,6 +27,7 @@ from tests.sim.mutation import Assign, mutant, nothing
 from tests.sim.plays.secondary import PUNCHED
 from tests.sim.plays.snapshots import (
     BACK_UNTOLD,
+    CAME_AND_WENT,
     CLEARED_LATE,
     CONSISTENT_AND_BACK,
     CONSISTENT_AND_DEAD,
@@ -372,3 +373,23 @@ def _(assign: Assign) -> None:
             setattr(self.context.store, "save", save)  # noqa: B010
 
     assign(Session, "_send_start", send_start)
+
+
+@mutant("V9 snapshots that a remote never had crowd out one that it has", run=CAME_AND_WENT)
+def _(assign: Assign) -> None:
+    original = Remote.miss
+
+    def miss(self: Remote, seq: int, mark: Mark, taken: int = 0) -> None:  # noqa: ARG001
+        original(self, seq, mark)
+
+    assign(Remote, "miss", miss)
+
+
+@mutant("V9 what a remote was told of is taken for what it never had", DELETIONS)
+def _(assign: Assign) -> None:
+    original = Remote.miss
+
+    def miss(self: Remote, seq: int, mark: Mark, taken: int = 0) -> None:
+        original(self, seq, mark, taken and self.group.log.next_seq)
+
+    assign(Remote, "miss", miss)

@@ -245,11 +245,30 @@ async def _half_taken(s: Script) -> None:
     await s.in_sync()
 
 
+async def _came_and_went(s: Script) -> None:
+    """While a remote is away a snapshot that it has is deleted everywhere, and then more that were
+    taken since than are remembered: those it never had."""
+    await s.write(0, 0)
+    uuid = await s.snapshot()
+    await s.in_sync()
+    s.link(up=False)
+    await full_log(s)
+    await s.until(lambda node: bool(node.status()["remotes"][0]["dirty"]["regions"]))
+    await s.delete(uuid, everywhere=True)
+    for _ in range(3):
+        await s.delete(await s.snapshot(), everywhere=True)
+    s.link(up=True)
+    await s.in_sync()
+
+
 async def _taken(s: Script) -> None:
     await s.snapshot()
 
 
 OUTLIVED = directed(_outlived)
+CAME_AND_WENT = directed(
+    _came_and_went, constants={**OPTIONS.constants, "engine.remote.DELETIONS_MAX": 2}
+)
 CLEARED_LATE = directed(_cleared_late)
 DELETED_THERE = directed(_deleted_there)
 DELETED_WHILE_KEPT = directed(_deleted_while_kept, timing=MISSES)
