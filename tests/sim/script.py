@@ -292,7 +292,9 @@ class Script:
             self.world.album.release(uuid)
             await self._command(node.people.refresh(uuid))
 
-    async def delete(self, uuid: str, host: Host | None = None, *, everywhere: bool = False) -> None:
+    async def delete(
+        self, uuid: str, host: Host | None = None, *, everywhere: bool = False
+    ) -> None:
         """Deletes a snapshot on the primary, or on ``host``, if it is not in use; alone there, or
         ``everywhere``."""
         if uuid:

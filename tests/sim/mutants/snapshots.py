@@ -379,7 +379,7 @@ def _(assign: Assign) -> None:
 def _(assign: Assign) -> None:
     original = Remote.miss
 
-    def miss(self: Remote, seq: int, mark: Mark, taken: int = 0) -> None:  # noqa: ARG001
+    def miss(self: Remote, seq: int, mark: Mark, taken: int = 0) -> None:
         original(self, seq, mark)
 
     assign(Remote, "miss", miss)
