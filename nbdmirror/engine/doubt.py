@@ -25,8 +25,8 @@ async def mark_doubtful(
     uncertain = recovered.in_doubt or recovered.lost
     doubtful = doubtful_ranges(active, group.volumes) if uncertain else []
     if recovered.ahead or recovered.volatile or recovered.lost:
-        await write_anew(group.volumes, doubtful)
-    await level(group.volumes, doubtful, recovered.healed)
+        await write_anew(store, group.volumes, doubtful)
+    await level(store, group.volumes, doubtful, recovered.healed)
     copied = store.copied and not recovered.clean
     if copied:
         # From when it ran, it may be: what it did since is in none of these maps (fault 28).

@@ -32,6 +32,7 @@ from nbdmirror.engine.opening import is_followed
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
 from nbdmirror.errors import DiskFailed
+from nbdmirror.ports import Buffer
 
 RUNS_MAX = 1000
 """Starts that a primary remembers; a secondary that last followed an older one is compared. So many
@@ -391,10 +392,13 @@ def doubtful_ranges(active: ActiveMapFile, volumes: list[Volume]) -> list[tuple[
     return ranges
 
 
-async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]]) -> None:
+async def write_anew(
+    store: Store, volumes: list[Volume], ranges: list[tuple[Volume, int, int]]
+) -> None:
     """Writes what the facets hold in the ranges once more, and clears their holes, durably. A sync
     that failed before the process died may have left either in the page cache, marked clean; else
-    redo does that (O16)."""
+    redo does that (O16). A facet that cannot do it leaves service, if others go on; the caller
+    saves (M12)."""
     stretches = {
         (volume.index, number)
         for volume, offset, length in ranges
@@ -403,10 +407,12 @@ async def write_anew(volumes: list[Volume], ranges: list[tuple[Volume, int, int]
     if stretches:
         await _sync_all(volumes)
     for index, number in sorted(stretches):
-        at = number * ANEW_BYTES
-        for facet in volumes[index].in_service():
-            await _write_anew(facet, at, min(ANEW_BYTES, facet.size - at))
+        at, volume = number * ANEW_BYTES, volumes[index]
+        for facet in volume.in_service():
+            with _left(volume, facet):
+                await _write_anew(facet, at, min(ANEW_BYTES, facet.size - at))
     await _sync_all(volumes)
+    _note_failed(store, volumes)
 
 
 async def _write_anew(facet: LocalFacet, offset: int, length: int) -> None:
@@ -425,31 +431,52 @@ async def _write_anew(facet: LocalFacet, offset: int, length: int) -> None:
         await facet.punch(at, offset + length - at)
 
 
+@contextlib.contextmanager
+def _left(volume: Volume, facet: LocalFacet) -> Iterator[None]:
+    """Within, what its disk refuses takes the facet out of service (M12). Raises DiskFailed if it
+    is the last: what was only in its page cache, no remote need have."""
+    try:
+        yield
+    except (OSError, DiskFailed) as error:
+        failure = error if isinstance(error, DiskFailed) else facet.fail("redo", error)
+        if not volume.in_service():
+            raise failure from error
+
+
 async def _sync_all(volumes: list[Volume]) -> None:
     for volume in volumes:
         for facet in volume.in_service():
-            await facet.sync()
+            with _left(volume, facet):
+                await facet.sync()
 
 
 async def level(
-    volumes: list[Volume], ranges: list[tuple[Volume, int, int]], healed: tuple[str, ...]
+    store: Store,
+    volumes: list[Volume],
+    ranges: list[tuple[Volume, int, int]],
+    healed: tuple[str, ...],
 ) -> None:
     """Makes the facets of each volume equal in the ranges, durably: writes that the log lost may
     have reached one facet and not another, and a read must not depend on which one serves it.
 
     One that was healed is not what others are made equal to: a write that it failed in the middle
-    of may be in it in part, and not in the log."""
+    of may be in it in part, and not in the log. One that cannot do it leaves service, if others go
+    on; the caller saves (M12)."""
+    written = [volume for volume in volumes if ranges and len(volume.in_service()) > 1]
     for volume, offset, length in ranges:
-        facets = sorted(volume.in_service(), key=lambda facet: facet.path in healed)
-        if len(facets) < 2:
-            continue
         for at in range(offset, offset + length, LEVEL_BYTES):
-            size = min(LEVEL_BYTES, offset + length - at)
-            for first, other in ((facets[0], other) for other in facets[1:]):
-                data = await first.read(at, size)
-                if await other.read(at, size) != data:
-                    other.pwrite(at, data)
-    for volume in volumes:
-        if ranges and len(volume.in_service()) > 1:
-            for facet in volume.in_service():
-                await facet.sync()
+            if len(volume.in_service()) > 1:
+                await _level(volume, at, min(LEVEL_BYTES, offset + length - at), healed)
+    await _sync_all(written)  # also one that is the last by now: others may have been its source
+    _note_failed(store, volumes)
+
+
+async def _level(volume: Volume, offset: int, length: int, healed: tuple[str, ...]) -> None:
+    data: Buffer | None = None
+    for facet in sorted(volume.in_service(), key=lambda facet: facet.path in healed):
+        with _left(volume, facet):
+            found = await facet.read(offset, length)
+            if data is None:
+                data = found
+            elif found != data:
+                facet.pwrite(offset, data)
