@@ -23,6 +23,8 @@ HOLE_BYTES = 1 << 30
 """... and where it is a hole, in pieces of at most this."""
 SYNC_BYTES = 64 << 20
 """So much is copied between two syncs."""
+LOOK_SECONDS = 1.0
+"""While a remote is to say what a stretch holds, it is looked so often whether it is in reach."""
 TOKEN = 1
 """Of every copy in flight: nothing marks the map while it is worked off."""
 
@@ -79,6 +81,7 @@ class FacetCopy:
             hole = (offset, 0, False)
             count = min(max(1, COPY_BYTES // region), -(-span // region))
         length = min(count * region, volume.size - offset)
+        self._check_source()
         async with volume.locked(offset, length, exclusive=False), volume.beside:
             self._check()
             try:
@@ -118,10 +121,28 @@ class FacetCopy:
         """What the other facets hold, though a restore may not have come by yet; what a remote
         has instead of them is what clients read."""
         volume = self._volume
-        if volume.overlay is None or volume.in_service():
+        if volume.in_service():
             return await volume.read_below(offset, length)
-        await volume.overlay.give_up(offset, length)
-        return await volume.read(offset, length)
+        if volume.overlay is not None:
+            await volume.overlay.give_up(offset, length)
+        reading = asyncio.ensure_future(volume.read(offset, length))
+        try:
+            while not reading.done():
+                await asyncio.wait([reading], timeout=LOOK_SECONDS)
+                if not reading.done():
+                    self._check_source()
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    def _check_source(self) -> None:
+        """A client would wait for a remote that comes back; a copy does not, for writes to the
+        stretch wait for it. What is being restored may come from a snapshot."""
+        volume = self._volume
+        if volume.in_service() or volume.overlay is not None:
+            return
+        if not self._sources.in_reach(volume):
+            raise volume.no_facet()
 
     def _check(self) -> None:
         """A write that came beside the copy may have seen the facet fail."""

@@ -31,6 +31,10 @@ class Sources:
         self._but = but
         self._failures = {facet: facet.failures for _, facet in self._facets()}
 
+    def in_reach(self, volume: Volume) -> bool:
+        """Whether a remote that has all of a volume can be asked now."""
+        return self._group.in_reach(volume)
+
     async def lost(self) -> list[tuple[Volume, LocalFacet]]:
         """The facets that failed since the last time, or do now that they are synced: what was read
         from one of them may lack what it did not have on disk (``LocalFacet.lost_seq``).

@@ -49,6 +49,7 @@ from tests.sim.plays.facets import (
 )
 from tests.sim.plays.remotes import PAUSED_AND_LOST, PAUSED_BOTH
 from tests.sim.plays.standins import (
+    COPIED_OUT_OF_REACH,
     FIRST_AWAY,
     FROZEN_AND_ALONE,
     FROZEN_AND_FULL,
@@ -412,3 +413,8 @@ def _held_unseen(assign: Assign) -> None:
 
 mutant("M7 who holds the log for its facets is not forced out", run=FROZEN_AND_FULL)(_held_unseen)
 mutant("M7 nobody is told of who holds the log for its facets", run=FROZEN_AND_ALONE)(_held_unseen)
+
+
+@mutant("M11 a copy waits under its lock for a remote that is away", run=COPIED_OUT_OF_REACH)
+def _(assign: Assign) -> None:
+    assign(FacetCopy, "_check_source", lambda self: None)

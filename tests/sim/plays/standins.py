@@ -417,6 +417,31 @@ async def _first_away(s: Script) -> None:
     await s.in_sync()
 
 
+async def _copied_out_of_reach(s: Script) -> None:
+    """What a volume's only facet lacks is in its map when it would come back, and the remote that
+    has it is away: a client writes there meanwhile, and is not held up until a read gives up."""
+    path = "/facets/v0.0"
+    await s.write(0, 0, count=BLOCK)
+    await s.in_sync()
+    await without_facet(s, path)
+    node = await s.primary()
+    assert node.facets is not None
+    await s.world.in_life(s.world.a, node.facets.member(path).to_map())
+    s.link(up=False)
+    await asyncio.sleep(1.0)
+    returns = moment(s, s.world.a, "facet-returns")
+    s.mend(path)
+    await returns.wait()
+    await asyncio.sleep(0.1)
+    began = s.world.loop.time()
+    await s.write(0, 1)
+    if s.world.loop.time() - began > REACH_SECONDS / 3:
+        raise Violation("a write waited for a remote that is away (M11)")
+    s.link(up=True)
+    await s.facets_back()
+    await s.in_sync()
+
+
 def _remote_of(node: Node) -> Remote:
     assert node.primary is not None
     return node.primary.remotes[0]
@@ -448,6 +473,7 @@ LAST_REMOVED = directed(_last_removed, last_facet=True)
 REMOVED_UNPASSED = directed(_removed_unpassed, last_facet=True)
 REPLACED_UNPASSED = directed(_replaced_unpassed, last_facet=True)
 CONSISTENT_AND_CUT = directed(_consistent_and_cut, last_facet=True)
+COPIED_OUT_OF_REACH = directed(_copied_out_of_reach, last_facet=True)
 FIRST_AWAY = directed(_first_away, remotes=2, last_facet=True)
 LEANED_AND_ROTTED = directed(_leaned_and_rotted, last_facet=True)
 LEANED_ON_AND_REJOINED = directed(_leaned_on_and_rejoined, facets=2, last_facet=True)
