@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
 
-from nbdmirror.cli.client import ANSWER_SECONDS, AdminClient, find_socket
+from nbdmirror.cli.client import AdminClient, find_socket
 from nbdmirror.cli.output import Progress, is_terminal, print_json, print_json_line, print_screen
 from nbdmirror.cli.render import (
     Json,
     count_text,
     remote_text,
-    seconds_text,
     status_line,
     status_text,
     verify_text,
 )
-from nbdmirror.errors import NbdmirrorError, NoDaemon, TimedOut
+from nbdmirror.cli.waiting import Waiting, remotes_of
+from nbdmirror.errors import NbdmirrorError, NoDaemon
 
 WATCH_SECONDS = 1.0
-# How long the daemon holds a ``wait`` before this side looks at the progress.
-WAIT_STEP_SECONDS = 1.0
-GRACE_SECONDS = 1.0
-"""So long after its end a wait hears the daemon out."""
 
 # From these a resync does not go on by itself.
 STUCK_STATES = ("paused", "diverged", "refused", "failed")
@@ -48,9 +43,7 @@ def status(args: argparse.Namespace) -> int:
 def wait(args: argparse.Namespace) -> int:
     """``wait``: exit 3 if the condition does not come true in time."""
     with _client(args) as client:
-        result = _await_condition(
-            client, args.until, args.remote, args.timeout, Progress(not args.json)
-        )
+        result = _waiting(client, args).reached(args.until, args.remote)
     if args.json:
         print_json(result)
     else:
@@ -62,12 +55,13 @@ def wait(args: argparse.Namespace) -> int:
 def resync(args: argparse.Namespace) -> int:
     """``resync``: starts it; with --wait, returns when the remote is in sync."""
     with _client(args) as client:
-        result = client.call("resync", {"remote": args.remote, "full": args.full})
-        if args.wait:
-            progress = Progress(not args.json)
-            result = _await_condition(
-                client, "in-sync", args.remote, args.timeout, progress, STUCK_STATES
-            )
+        params = {"remote": args.remote, "full": args.full}
+        if not args.wait:
+            result = client.call("resync", params)
+        else:
+            waiting = _waiting(client, args)
+            waiting.ask("in-sync", "resync", params)
+            result = waiting.reached("in-sync", args.remote, STUCK_STATES)
     if args.json:
         print_json(result)
     else:
@@ -78,14 +72,15 @@ def resync(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """``verify``: starts it; with --wait, fails if something differs and was not repaired."""
     with _client(args) as client:
-        result = client.call("verify", {"remote": args.remote, "repair": args.repair})
-        if args.wait:
-            progress = Progress(not args.json)
+        params = {"remote": args.remote, "repair": args.repair}
+        if not args.wait:
+            result = client.call("verify", params)
+        else:
+            waiting = _waiting(client, args)
+            waiting.ask("verified", "verify", params)
             for condition in ("verified", "in-sync") if args.repair else ("verified",):
-                _await_condition(
-                    client, condition, args.remote, args.timeout, progress, STUCK_STATES
-                )
-            (result,) = _remotes(client.call("status"), args.remote)
+                waiting.reached(condition, args.remote, STUCK_STATES)
+            (result,) = remotes_of(waiting.ask("verified", "status"), args.remote)
     if args.json:
         print_json(result)
     elif not args.wait:
@@ -175,6 +170,10 @@ def _client(args: argparse.Namespace) -> AdminClient:
     return AdminClient(find_socket(args.daemon_config, args.socket))
 
 
+def _waiting(client: AdminClient, args: argparse.Namespace) -> Waiting:
+    return Waiting(client, args.timeout, Progress(not args.json))
+
+
 def _change(args: argparse.Namespace, method: str, params: Json, done: str) -> int:
     with _client(args) as client:
         result = client.call(method, params)
@@ -211,80 +210,3 @@ def _print_watched(data: Json, as_json: bool, interactive: bool) -> None:
         print_screen(status_text(data))
     else:
         print(status_line(data), flush=True)
-
-
-def _await_condition(
-    client: AdminClient,
-    until: str,
-    remote: str | None,
-    timeout: float | None,
-    progress: Progress,
-    stuck_states: tuple[str, ...] = (),
-) -> Any:
-    """The daemon's answer once the condition is true. TimedOut tells state and next action."""
-    end = None if timeout is None else time.monotonic() + timeout
-
-    def ask(method: str, params: Json | None = None, step: float = 0.0) -> Any:
-        patience = step + ANSWER_SECONDS
-        if end is not None:
-            patience = min(patience, max(step, end - time.monotonic()) + GRACE_SECONDS)
-        try:
-            return client.call(method, params, answer_seconds=patience)
-        except NoDaemon as error:
-            if end is None or time.monotonic() < end:
-                raise
-            late = f"not {until} after {seconds_text(timeout or 0.0)}"
-            raise TimedOut(f"{late}: {error.message}", hint=error.hint) from None
-
-    # What is written while this side looks at the progress does not prolong the wait.
-    log = ask("status").get("log") or {} if until == "in-sync" else {}
-    changes = {"seq": log["next_seq"] - 1} if "next_seq" in log else {}
-    try:
-        while True:
-            step = WAIT_STEP_SECONDS
-            if end is not None:
-                step = max(0.0, min(step, end - time.monotonic()))
-            params = {"until": until, "remote": remote, "timeout": step, **changes}
-            try:
-                return ask("wait", params, step)
-            except TimedOut:
-                status = ask("status")
-                remotes = _remotes(status, remote)
-            for one in remotes:
-                if one.get("state") in stuck_states:
-                    hint = one.get("next_action")
-                    raise NbdmirrorError(
-                        f"the resync does not go on: {remote_text(one)}", hint=hint
-                    )
-            if end is not None and time.monotonic() >= end:
-                raise _timed_out(until, timeout or 0.0, status, remotes)
-            progress.show(remotes)
-    finally:
-        progress.end()
-
-
-def _remotes(status: Json, name: str | None) -> list[Json]:
-    remotes = status.get("remotes", [])
-    return [remote for remote in remotes if name in (None, remote.get("name"))]
-
-
-def _unapplied(remote: Json) -> str:
-    """Of a remote that has all, and not in its facets."""
-    records = remote.get("durable_seq", 0) - remote.get("applied_seq", 0)
-    if remote.get("state") != "synchronised" or records <= 0:
-        return ""
-    return (
-        f", {count_text(records, 'record')} not applied there: slow, or frozen or delayed "
-        f"(on {remote.get('name')}: nbdmirror status)"
-    )
-
-
-def _timed_out(until: str, timeout: float, status: Json, remotes: list[Json]) -> TimedOut:
-    where = "; ".join(remote_text(one) + _unapplied(one) for one in remotes)
-    actions = [remote["next_action"] for remote in remotes if remote.get("next_action")]
-    upstream = status.get("upstream")
-    if upstream is not None:  # a secondary has conditions of its own
-        where = status_line(status)
-        actions = [upstream["next_action"]] if upstream.get("next_action") else []
-    message = f"not {until} after {seconds_text(timeout)}" + (f": {where}" if where else "")
-    return TimedOut(message, hint="; ".join(actions) or None)

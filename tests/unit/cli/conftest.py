@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdmirror.cli import online
+from nbdmirror.cli import waiting
 from tests.unit.fake_node import FakeNode, serving
 
 CONFIG = """
@@ -39,7 +39,7 @@ def node() -> FakeNode:
 def path(tmp_path: Path, node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The socket of a node that is served; the only one in the runtime directory."""
     monkeypatch.setenv("NBDMIRROR_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(online, "WAIT_STEP_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "WAIT_STEP_SECONDS", 0.02)
     with serving(node, tmp_path / "db.sock"):
         yield str(tmp_path / "db.sock")
 

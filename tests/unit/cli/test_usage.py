@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbdmirror import __version__
-from nbdmirror.cli import client, online
+from nbdmirror.cli import client, waiting
 from nbdmirror.cli.main import main
 from tests.unit.cli import Output
 from tests.unit.fake_node import FakeNode, serving
@@ -142,18 +142,25 @@ def test_a_daemon_whose_queue_is_full_is_there(
     assert "has taken no connection" in error and "start it" not in error
 
 
+@pytest.mark.parametrize(
+    ("words", "until"),
+    [
+        (["wait", "--until", "in-sync"], "in-sync"),
+        (["resync", "beta", "--wait"], "in-sync"),
+        (["verify", "beta", "--wait"], "verified"),
+    ],
+)
 def test_a_wait_ends_in_time_though_the_daemon_hangs(
-    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    words: list[str], until: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its kernel takes the connection; a script that waits 5 s must not wait for half a minute."""
-    monkeypatch.setattr(online, "GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(waiting, "GRACE_SECONDS", 0.01)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "a.sock"))
         listener.listen()
-        words = ["wait", "--until", "in-sync", "--timeout", "0.01s"]
-        assert main(["-s", str(tmp_path / "a.sock"), *words]) == 3
+        assert main(["-s", str(tmp_path / "a.sock"), *words, "--timeout", "0.01s"]) == 3
     error = capsys.readouterr().err
-    assert "not in-sync after" in error and "has not answered" in error
+    assert f"not {until} after" in error and "has not answered" in error
 
 
 def test_a_daemon_that_goes_away_is_exit_5(tmp_path: Path, capsys: Output) -> None:
