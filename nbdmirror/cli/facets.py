@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 from nbdmirror.cli.client import AdminClient, find_socket
-from nbdmirror.cli.output import print_json
-from nbdmirror.cli.render import Json, facet_text, seconds_text
+from nbdmirror.cli.output import Progress, print_json
+from nbdmirror.cli.render import Json, facet_text
+from nbdmirror.cli.waiting import Waiting
 from nbdmirror.errors import NbdmirrorError, TimedOut
 
 POLL_SECONDS = 0.2
@@ -76,10 +77,15 @@ def _change(
     """``awaited``: with --wait, the facet that must become synchronised."""
     path = os.path.abspath(args.path)
     with _client(args) as client:
-        result: Any = client.call(f"facet.{action}", {"path": path, **params})
-        if awaited is not None and args.wait:
+        params = {"path": path, **params}
+        result: Any
+        if awaited is None or not args.wait:
+            result = client.call(f"facet.{action}", params)
+        else:
             path, done = os.path.abspath(awaited), "synchronised"
-            result = _await(client, path, args.timeout)
+            waiting = Waiting(client, args.timeout, Progress(not args.json))
+            waiting.ask(done, f"facet.{action}", params)
+            result = _await(waiting, path)
     if args.json:
         print_json(result)
     else:
@@ -87,10 +93,9 @@ def _change(
     return 0
 
 
-def _await(client: AdminClient, path: str, timeout: float | None) -> list[Json]:
-    end = None if timeout is None else time.monotonic() + timeout
+def _await(waiting: Waiting, path: str) -> list[Json]:
     while True:
-        facets: list[Json] = client.call("facet.list")
+        facets: list[Json] = waiting.ask("synchronised", "facet.list")
         facet = next((one for one in facets if one["path"] == path), None)
         if facet is None:
             raise NbdmirrorError(f"the facet {path} was removed meanwhile")
@@ -98,7 +103,6 @@ def _await(client: AdminClient, path: str, timeout: float | None) -> list[Json]:
             return facets
         if facet["state"] == "not-synchronised" and facet["why"]:
             raise NbdmirrorError(facet_text(facet), hint=facet["next_action"])
-        if end is not None and time.monotonic() > end:
-            waited = seconds_text(timeout or 0.0)
-            raise TimedOut(f"not synchronised after {waited}: {facet_text(facet)}")
+        if waiting.ended():
+            raise TimedOut(f"{waiting.late('synchronised')}: {facet_text(facet)}")
         time.sleep(POLL_SECONDS)

@@ -1,6 +1,7 @@
 """Waits for what a daemon is to come to, no longer than --timeout says, whatever it does meanwhile.
 
-Owns the deadline of one command: all that it asks counts. Called by ``cli.online``.
+Owns the deadline of one command: all that it asks counts. Called by ``cli.online`` and
+``cli.facets``.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Waiting:
         try:
             return self._client.call(method, params, answer_seconds=patience)
         except NoDaemon as error:
-            if not self._ended():
+            if not self.ended():
                 raise
-            raise TimedOut(f"{self._late(until)}: {error.message}", hint=error.hint) from None
+            raise TimedOut(f"{self.late(until)}: {error.message}", hint=error.hint) from None
 
     def reached(self, until: str, remote: str | None, stuck_states: tuple[str, ...] = ()) -> Any:
         """The daemon's answer once the condition is true. TimedOut tells state and next action; so
@@ -64,16 +65,18 @@ class Waiting:
                         raise NbdmirrorError(
                             f"the resync does not go on: {remote_text(one)}", hint=hint
                         )
-                if self._ended():
-                    raise _timed_out(self._late(until), status, remotes)
+                if self.ended():
+                    raise _timed_out(self.late(until), status, remotes)
                 self._progress.show(remotes)
         finally:
             self._progress.end()
 
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
+        """Whether the time is over."""
         return self._end is not None and time.monotonic() >= self._end
 
-    def _late(self, until: str) -> str:
+    def late(self, until: str) -> str:
+        """What has not come true by then."""
         return f"not {until} after {seconds_text(self._timeout or 0.0)}"
 
 

@@ -148,6 +148,7 @@ def test_a_daemon_whose_queue_is_full_is_there(
         (["wait", "--until", "in-sync"], "in-sync"),
         (["resync", "beta", "--wait"], "in-sync"),
         (["verify", "beta", "--wait"], "verified"),
+        (["facet", "online", "/disk", "--wait"], "synchronised"),
     ],
 )
 def test_a_wait_ends_in_time_though_the_daemon_hangs(
