@@ -376,8 +376,8 @@ class Facets:
         if not self._is_in_log(member):
             return
         await self.end(member)
-        if member.task is not None:
-            return  # somebody brings it back by now
+        if member.task is not None or not self._is_in_log(member):
+            return  # somebody brings it back by now, or does something else with it
         attempt = member.task = asyncio.ensure_future(self._hurry(member))
         await asyncio.wait([attempt])
         if attempt.cancelled():
