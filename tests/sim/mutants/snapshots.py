@@ -212,16 +212,16 @@ def _(assign: Assign) -> None:
 
 @mutant("V9 deletions are not remembered for a remote in DCM logging", DELETIONS)
 def _(assign: Assign) -> None:
-    assign(Remote, "miss", lambda self, seq, mark: None)
+    assign(Remote, "miss", lambda self, *args: None)
 
 
 @mutant("V9 deletions that wait in the log are forgotten when the stream begins anew", waiting)
 def _(assign: Assign) -> None:
     original = Remote.miss
 
-    def miss(self: Remote, seq: int, mark: Mark) -> None:
+    def miss(self: Remote, *args: Any) -> None:
         if self.tracking:
-            original(self, seq, mark)
+            original(self, *args)
 
     assign(Remote, "miss", miss)
 
