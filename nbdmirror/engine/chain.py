@@ -38,6 +38,11 @@ class Member:
         self.own: LayerFile | None = None
         """What was written into the snapshot itself."""
 
+    @property
+    def bytes_kept(self) -> int:
+        """About what its files take."""
+        return self.layer.bytes_kept + (self.own.bytes_kept if self.own is not None else 0)
+
     def close(self) -> None:
         """Closes its files."""
         self.layer.close()
@@ -324,8 +329,7 @@ class Chain:
         unreadable: list[int] = []
         for region in regions:
             try:
-                zeros = deleted.is_zeros(region)
-                moved.append((region, None if zeros else await deleted.read(region)))
+                moved.append((region, await _kept_twice(deleted, region)))
             except (FormatError, OSError):
                 unreadable.append(region)
         await older.keep(moved, unreadable)
@@ -352,6 +356,17 @@ class Chain:
 def stopping() -> VolumeFailed:
     """What a request gets that waits for something when the node stops."""
     return VolumeFailed("the node stops", number=errno.ESHUTDOWN, hint="start it again")
+
+
+async def _kept_twice(layer: LayerFile, region: int) -> Buffer | None:
+    """What a layer keeps of a region, ``None``: nothing but zeros; an error of the moment does not
+    cost the snapshot that gets it the region."""
+    if layer.is_zeros(region):
+        return None
+    try:
+        return await layer.read(region)
+    except (FormatError, OSError):
+        return await layer.read(region)
 
 
 def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:

@@ -54,8 +54,7 @@ class Follower:
             if known["seq"] is None:
                 known.update(seq=record.seq, after=record.seq, time_ns=record.time_ns)
             await self._snapshots.settle(known)
-            if self._snapshots.store.state["role"] == "secondary":
-                self._drop(mark.replaces)
+            self._drop(mark.replaces)
             return
         # Redo comes by markers again that were followed long ago.
         followed = self._snapshots.store.state.get("marked_seq", 0)

@@ -205,12 +205,15 @@ class SnapshotCommands:
         written into the snapshots themselves are among them."""
         first = self._find(spec)
         last = self._find(until) if until else None
-        if volume is not None and self.volume(volume).index not in first["volumes"]:
-            raise UsageError(f"volume {volume} is not in snapshot {label(first)}")
+        for entry in (first, last) if volume is not None and last else (first,):
+            if volume is not None and self.volume(volume).index not in entry["volumes"]:
+                raise UsageError(f"volume {volume} is not in snapshot {label(entry)}")
         result: dict[str, Any] = {"region_sizes": {}, "ranges": [], "bytes": 0, "more": False}
         for place in self._served(first):
             base = self._snapshots.volumes[place.index]
             if volume is not None and base.name != volume:
+                continue
+            if last is not None and base.index not in last["volumes"]:
                 continue
             result["region_sizes"][base.name] = base.region_size
             for offset, length in self._ranges(base, self.difference(base.index, first, last)):

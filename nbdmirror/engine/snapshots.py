@@ -291,6 +291,9 @@ class Snapshots:
         )
         await group.put_mark(mark, lambda seq: self.begin(entry, made, seq, now))
         del entry["pending"]
+        replaced = self.entry(replaces) if replaces else None
+        if replaced is not None:
+            replaced["deleting"] = True  # with the same save: there is one of a number
         await self.store.save()
         self.tell("snapshot", entry)
 
@@ -343,13 +346,17 @@ class Snapshots:
             if entry.get("lost") is None:
                 for index in entry["volumes"]:
                     await self._merge(self.chains[index], entry["uuid"])
-            if entry.get("giving_up"):  # a restart had cut it
-                entry["lost"] = entry["giving_up"]
+            why = entry.get("giving_up")
+            if why is not None:  # a restart had cut it
+                _now_lost(entry, why)
             elif entry in self.entries:
                 self.entries.remove(entry)
             await self.store.save()
             await self._unlink(entry)
-            self.tell("snapshot-deleted", entry)
+            if why is None:
+                self.tell("snapshot-deleted", entry)
+            else:
+                self.events.emit("snapshot-lost", **name_of(entry), why=why)
 
     async def _merge(self, chain: Chain, uuid: str) -> None:
         while True:
@@ -389,8 +396,7 @@ class Snapshots:
     @property
     def bytes_kept(self) -> int:
         """About what all layers take."""
-        files = [f for chain in self.chains for m in chain.members for f in (m.layer, m.own)]
-        return sum(file.bytes_kept for file in files if file is not None)
+        return sum(member.bytes_kept for chain in self.chains for member in chain.members)
 
     def _may_keep(self, size: int) -> bool:
         limit = self.config.space_max
@@ -406,11 +412,11 @@ class Snapshots:
                 await self.lose(uuids, f"an error of the disk: {error}")
                 return
             why = "the space for snapshots is used up" + (f": {error}" if error else "")
-            await self.lose([next((u for u in uuids if not self._protected(u)), uuids[0])], why)
-
-    def _protected(self, uuid: str) -> bool:
-        entry = self.entry(uuid)
-        return entry is not None and bool(entry["protected"])
+            # One disk and one limit are for the layers of all volumes.
+            taking = {m.uuid for one in self.chains for m in one.members if m.bytes_kept}
+            among = [e for e in self.usable() if e["uuid"] in taking or e["uuid"] in uuids]
+            oldest = next((entry for entry in among if not entry["protected"]), among[0])
+            await self.lose([oldest["uuid"]], why)
 
     async def lose(self, uuids: list[str], why: str) -> None:
         """Ends snapshots, durably, before the write that costs them goes on. What older ones need
@@ -432,7 +438,7 @@ class Snapshots:
                     await self._lose([m.uuid for m in chain.members[: chain.index(uuid)]], why)
                     member = await self._left(chain, uuid)
                 self._discard(member)
-            entry["lost"] = why
+            _now_lost(entry, why)
         self.prune()
         await self.store.save()
         for entry in entries:
@@ -451,6 +457,13 @@ class Snapshots:
     def prune(self) -> None:
         for entry in [e for e in self.entries if e.get("lost")][:-LOST_MAX]:
             self.entries.remove(entry)
+
+
+def _now_lost(entry: Entry, why: str) -> None:
+    """Nothing is left of it but its place in the list, which whoever deletes it takes away."""
+    entry["lost"] = why
+    for key in ("deleting", "giving_up"):
+        entry.pop(key, None)
 
 
 def name_of(entry: Entry) -> dict[str, Any]:

@@ -7,7 +7,8 @@ several facets they are compared too, and the remote tells which of two is right
 alone is rotten, and can be repaired from its equal on this host.
 
 The position is durable from time to time, so a verify goes on where it was after a lost link or a
-restart. What it found is in the remote's facts, under ``verified``.
+restart, and with what it had found by then. What it found is in the remote's facts, under
+``verified``.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ SEEN_MIN = 2
 """A difference is one when it was seen so often, the region untouched."""
 FOUND_MAX = 1000
 """Differing regions that are remembered one by one."""
+COUNTERS = {"differing": 0, "unsettled": 0, "more_here": 0, "more_there": 0}
+"""Of regions; the last two, of those that differ, past ``FOUND_MAX``: rotten in a facet of this
+host, and at the remote."""
 
 
 @dataclass(slots=True)
@@ -98,6 +102,7 @@ class Verify:
         self._save = save
         self._bucket = Bucket(remote.facts.get("verify_rate"))
         self._state: dict[str, Any] = remote.facts["verify"]
+        self._told = self._go_back()
         self._looks: dict[int, Look] = {}
         self._doubts: deque[Doubt] = deque()
         self._doubt_of: dict[tuple[int, int], Doubt] = {}
@@ -130,6 +135,25 @@ class Verify:
                 high = min((offset + length - 1) // region, look.first + look.count - 1)
                 look.touched.update(dict.fromkeys(range(low, high + 1)))
 
+    def _go_back(self) -> dict[tuple[int, int], None]:
+        """What was found behind the position that is durable is looked at, and found, again: it
+        does not count yet. Returns the regions of which it was told."""
+        state = self._state
+        noted = state.get("noted")
+        if noted is None:  # of a version that did not keep it
+            state.update({key: state.get(key, 0) for key in COUNTERS})
+            return {}
+        found = state["found"]
+        told = {(index, region): None for index, region, _ in found[noted["found"] :]}
+        state.update({**noted, "found": found[: noted["found"]]})
+        return told
+
+    def _note(self, volume: int, region: int) -> None:
+        """All before this position is settled."""
+        state = self._state
+        noted = {key: state[key] for key in COUNTERS}
+        state.update(volume=volume, region=region, noted={**noted, "found": len(state["found"])})
+
     # -- looking -----------------------------------------------------------------------------
 
     async def _walk(self) -> None:
@@ -148,10 +172,10 @@ class Verify:
                 if loop.time() - saved_at > SAVE_SECONDS:
                     saved_at = loop.time()
                     await self._settle(0)
-                    state.update(volume=volume.index, region=first + count)
+                    self._note(volume.index, first + count)
                     await self._save()
             await self._settle(0)
-            state.update(volume=volume.index + 1, region=0)
+            self._note(volume.index + 1, 0)
 
     @staticmethod
     def _step(volume: Volume) -> int:
@@ -298,10 +322,11 @@ class Verify:
         state = self._state
         state["differing"] += 1
         if len(state["found"]) >= FOUND_MAX:
-            where = "more_here" if facets else "more_there"
-            state[where] = state.get(where, 0) + 1
+            state["more_here" if facets else "more_there"] += 1
             return
         state["found"].append([volume.index, region, facets])
+        if (volume.index, region) in self._told:
+            return
         _, offset, length = self._place(volume.index, region)
         self._events.emit(
             "verify-differs",
@@ -358,8 +383,8 @@ class Verify:
         for index, region in theirs:
             remote.mark(index, *self._place(index, region)[1:])
         marked = len(theirs)
-        more = state.get("more_there", 0)
-        if more and not state.get("more_here", 0):
+        more = state["more_there"]
+        if more and not state["more_here"]:
             remote.drop.set()  # before the log may be released that the session reads
             await remote.fill("a verify found more that differs than it could remember")
             marked += more
@@ -430,7 +455,7 @@ def request(repair: bool, now_ns: int) -> dict[str, Any]:
         "region": 0,
         "repair": repair,
         "started_ns": now_ns,
-        "differing": 0,
-        "unsettled": 0,
         "found": [],
+        **COUNTERS,
+        "noted": {**COUNTERS, "found": 0},
     }

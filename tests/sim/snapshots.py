@@ -138,7 +138,7 @@ class Album:
     def died(self, host: Host) -> None:
         """What it was giving up it did not come to tell: it may be there, or not."""
         for entry in host.node.snapshots.entries if host.node is not None else []:
-            if entry.get("giving_up"):
+            if entry.get("giving_up") or entry.get("lost"):
                 self._promised.pop(entry["uuid"], None)
 
     def check_image(self, host: Host, node: Node) -> None:

@@ -1,0 +1,123 @@
+"""What becomes of snapshots where space ends, a disk errs, or a command is cut (V9, V10)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nbdmirror.config import SnapshotConfig
+from nbdmirror.errors import UsageError
+from tests.sim.faults import Fault, Kind
+from tests.unit.primary import REGION, Primary, primary
+
+SPACE = SnapshotConfig(space_max=4 * REGION)
+
+
+def test_an_error_of_the_moment_costs_the_one_before_nothing() -> None:
+    """V9: a snapshot is deleted; what the one before needs of it is read once more."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        await world.take()
+        await world.write(0, 2)
+        layer = world.node.snapshots.entries[1]["uuid"]
+        struck = 0
+
+        def once(operation: str, path: str, nth: int) -> Fault | None:
+            nonlocal struck
+            if operation in ("read", "try_pread") and layer in path and not struck:
+                struck += 1
+                return Fault(Kind.ERROR)
+            return None
+
+        world.disk.faults = once
+        await world.node.people.delete("2", False)
+        assert struck == 1
+        assert (await world.fills("v@1"))[0] == 1
+
+    primary(test)
+
+
+def test_what_takes_the_space_goes_of_whatever_volume() -> None:
+    """The policy: the oldest unprotected one goes, not one that keeps nothing."""
+
+    async def test(world: Primary) -> None:
+        for region in range(4):
+            await world.write(region, 1)
+        await world.take("v")
+        for region in range(4):
+            await world.write(region, 2)
+        await world.take("w", protected=True)
+        await world.write(0, 3, volume=1)
+        assert world.states() == ["lost", "ok"]
+        assert world.node.snapshots.bytes_kept == REGION
+
+    primary(test, SPACE)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_one_that_is_lost_is_deleted_for_good(restarted: bool) -> None:
+    """X4: it stays in the list until a person has seen it, and no start tells of it anew."""
+
+    async def test(world: Primary) -> None:
+        for region in range(5):
+            await world.write(region, 1)
+        await world.take()
+        for region in range(5):
+            await world.write(region, 2)
+        assert world.states() == ["lost"]
+        if restarted:
+            await world.restart(cut=False)
+            told: list[str] = []
+            world.node.events.listen(lambda event: told.append(str(event["kind"])))
+            await asyncio.sleep(5)
+            assert world.states() == ["lost"]
+            assert not [kind for kind in told if kind.startswith("snapshot")]
+        await world.node.people.delete("1", False)
+        assert world.states() == []
+
+    primary(test, SPACE)
+
+
+def test_a_refresh_that_is_cut_leaves_one_of_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V10: the new one is there, durably, when the power fails; the old one goes."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        begun = asyncio.Event()
+
+        async def hangs(entry: object) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(world.node.snapshots, "delete", hangs)
+        refresh = asyncio.ensure_future(world.node.people.refresh("1"))
+        await begun.wait()
+        await world.restart(cut=True)
+        assert refresh.cancelled()
+        await asyncio.sleep(5)
+        assert [(found["number"], found["state"]) for found in world.node.people.list()] == [
+            (1, "ok")
+        ]
+
+    primary(test)
+
+
+def test_a_difference_is_of_the_volumes_that_both_have() -> None:
+    """V9: one of the whole group, and one of a single volume."""
+
+    async def test(world: Primary) -> None:
+        await world.take(None)
+        await world.write(0, 1)
+        await world.write(0, 1, volume=1)
+        await world.take("v")
+        for first, last in (("1", "2"), ("2", "1")):
+            found = world.node.people.diff(first, last, None)
+            assert [one["volume"] for one in found["ranges"]] == ["v"]
+            with pytest.raises(UsageError, match="volume w is not in snapshot"):
+                world.node.people.diff(first, last, "w")
+
+    primary(test)
