@@ -69,7 +69,7 @@ class Follower:
         if not (upstream and upstream["consistent"]):
             why = "it was taken while this node was being resynchronised"
         else:
-            why = self._snapshots.full()
+            why = self._snapshots.full([mark.replaces])
         entry = self._snapshots.new_entry(mark.volumes, "user", mark.number, mark.protected)
         entry.update(uuid=mark.uuid, epoch=record.epoch, time_ns=record.time_ns)
         entry.update(seq=record.seq, after=record.seq)
@@ -146,7 +146,7 @@ class Follower:
             if entry["kind"] == "delayed" and now - entry["time_ns"] > delay * 1e9
         ]
         try:
-            if (why := snapshots.full()) is not None:
+            if (why := snapshots.full([entry["uuid"] for entry in old])) is not None:
                 raise OSError(why)
             volumes = range(len(snapshots.volumes))
             await snapshots.take_here("delayed", volumes, seq, now, protected=False)

@@ -222,9 +222,9 @@ class Snapshots:
             "writable": False,
         }
 
-    def full(self) -> str | None:
-        """Why there cannot be another one."""
-        if len(self.usable()) >= self.config.count_max:
+    def full(self, but: Sequence[str | None] = ()) -> str | None:
+        """Why there cannot be another one, in the place of those ``but`` for which it comes."""
+        if sum(entry["uuid"] not in but for entry in self.usable()) >= self.config.count_max:
             return f"there are {self.config.count_max} snapshots already"
         return self.store.full()
 

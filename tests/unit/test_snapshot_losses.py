@@ -6,6 +6,9 @@ import asyncio
 
 import pytest
 
+from nbdmirror.codec import mark as marks
+from nbdmirror.codec import record as codec
+from nbdmirror.codec.mark import Mark
 from nbdmirror.config import SnapshotConfig
 from nbdmirror.errors import UsageError
 from tests.sim.faults import Fault, Kind
@@ -104,6 +107,25 @@ def test_a_refresh_that_is_cut_leaves_one_of_a_number(monkeypatch: pytest.Monkey
         ]
 
     primary(test)
+
+
+def test_a_secondary_that_is_full_follows_a_refresh() -> None:
+    """V10: one comes, one goes; neither is refused for the other."""
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        node, state = world.node, world.node.store.state
+        old = node.snapshots.entries[0]["uuid"]
+        state.update(role="secondary", upstream={"consistent": True})
+        mark = Mark(marks.SNAPSHOT, "f" * 32, (0,), 1, replaces=old)
+        payload, seq = mark.encode(), node.log.next_seq
+        size = len(payload)
+        await node._follower.marked(codec.Record(codec.MARK, 0, 1, 0, seq, 0, size, 0, payload))
+        await asyncio.sleep(5)
+        assert [(one["uuid"], one["state"]) for one in node.people.list()] == [("f" * 32, "ok")]
+        state["role"] = "primary"
+
+    primary(test, SnapshotConfig(count_max=1))
 
 
 def test_a_difference_is_of_the_volumes_that_both_have() -> None:
