@@ -95,3 +95,13 @@ def os_error_text(error: OSError) -> str:
     """What happened, and to what file, without the number."""
     what = error.strerror or str(error)
     return f"{error.filename}: {what}" if error.filename else what
+
+
+def refuse_shortage(error: Exception) -> None:
+    """StateError if a file was not opened for want of descriptors: that says nothing of the file,
+    and at a start it must cost neither a facet its place nor a snapshot its life (I8)."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise StateError(
+            f"there are too few descriptors for the files of this node: {error}",
+            hint="raise LimitNOFILE (ulimit -n), and start it again: nothing is lost",
+        ) from error

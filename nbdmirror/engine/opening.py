@@ -11,7 +11,7 @@ from nbdmirror.engine.facet import FacetState, LocalFacet
 from nbdmirror.engine.remote import may_follow
 from nbdmirror.engine.store import Store, same_inode
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed, StateError
+from nbdmirror.errors import DiskFailed, StateError, refuse_shortage
 from nbdmirror.ports import Disk
 
 
@@ -44,6 +44,7 @@ def open_volumes(disk: Disk, store: Store) -> list[Volume]:
             try:
                 facet = LocalFacet.open(disk, entry["path"], saved["size"], state)
             except (StateError, OSError) as error:
+                refuse_shortage(error)
                 failures.append(error)
                 if isinstance(error, BlockingIOError) and state is FacetState.SYNCHRONISED:
                     in_use = error

@@ -48,7 +48,14 @@ from nbdmirror.engine.layer import FULL, LayerFile
 from nbdmirror.engine.layerfiles import LayerFiles
 from nbdmirror.engine.store import Store
 from nbdmirror.engine.volume import Volume
-from nbdmirror.errors import DiskFailed, FormatError, NbdmirrorError, Refused, StateError
+from nbdmirror.errors import (
+    DiskFailed,
+    FormatError,
+    NbdmirrorError,
+    Refused,
+    StateError,
+    refuse_shortage,
+)
 from nbdmirror.ports import Disk
 
 Entry = dict[str, Any]
@@ -94,7 +101,8 @@ class Snapshots:
     # -- start and end -----------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Opens the layers, and proves what a crash left in doubt, before redo or a write."""
+        """Opens the layers, and proves what a crash left in doubt, before redo or a write.
+        StateError if there are too few descriptors."""
         known = {entry["uuid"] for entry in self.usable()} | {*self.kept_for_restore}
         self.files.tidy(known)
         for index, chain in enumerate(self.chains):
@@ -102,6 +110,7 @@ class Snapshots:
                 try:
                     chain.push(await self.open_member(entry["uuid"], index))
                 except (StateError, FormatError, OSError) as error:
+                    refuse_shortage(error)
                     self._damaged(entry, str(error))
 
     async def open_member(self, uuid: str, volume: int) -> Member:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 
 import pytest
 
@@ -10,8 +11,9 @@ from nbdmirror.codec import mark as marks
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.mark import Mark
 from nbdmirror.config import SnapshotConfig
-from nbdmirror.errors import UsageError
+from nbdmirror.errors import StateError, UsageError
 from tests.sim.faults import Fault, Kind
+from tests.sim.file import SimFile
 from tests.unit.primary import REGION, Primary, primary
 
 SPACE = SnapshotConfig(space_max=4 * REGION)
@@ -126,6 +128,34 @@ def test_a_secondary_that_is_full_follows_a_refresh() -> None:
         state["role"] = "primary"
 
     primary(test, SnapshotConfig(count_max=1))
+
+
+@pytest.mark.parametrize("path", ["/state/snapshots/", "/facets/"])
+def test_a_start_with_too_few_descriptors_loses_nothing(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 35, I8: a lower limit for once. What could not be opened is what it was."""
+
+    async def test(world: Primary) -> None:
+        await world.write(0, 1)
+        await world.take()
+        await world.node.stop()
+        opened = world.disk.open
+
+        def short(name: str, **more: bool) -> SimFile:
+            if name.startswith(path):
+                raise OSError(errno.EMFILE, "Too many open files", name)
+            return opened(name, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(world.disk, "open", short)
+            with pytest.raises(StateError, match="too few descriptors"):
+                await world.start()
+        await world.start()
+        assert world.states() == ["ok"]
+        assert [one.in_service for one in world.node.volumes[0].facets] == [True]
+
+    primary(test)
 
 
 def test_a_difference_is_of_the_volumes_that_both_have() -> None:
