@@ -216,13 +216,13 @@ class SnapshotCommands:
             if last is not None and base.index not in last["volumes"]:
                 continue
             result["region_sizes"][base.name] = base.region_size
-            for offset, length in self._ranges(base, self.difference(base.index, first, last)):
-                result["bytes"] += length
-                if len(result["ranges"]) < RANGES_MAX:
-                    item = {"volume": base.name, "offset": offset, "length": length}
-                    result["ranges"].append(item)
-                else:
+            regions = self.difference(base.index, first, last)
+            result["bytes"] += _bytes_of(base, regions)
+            for offset, length in self._ranges(base, regions):
+                if len(result["ranges"]) >= RANGES_MAX:  # there may be millions, and clients wait
                     result["more"] = True
+                    break
+                result["ranges"].append({"volume": base.name, "offset": offset, "length": length})
         return result
 
     def difference(self, index: int, first: Entry, last: Entry | None) -> Dcm:
@@ -328,3 +328,9 @@ class _Count:
     def status(self) -> dict[str, int]:
         """As JSON."""
         return {"regions": self._regions, "bytes": self._bytes}
+
+
+def _bytes_of(volume: Volume, regions: Dcm) -> int:
+    """The size of the marked regions of a volume, of which the last may be shorter."""
+    beyond = volume.regions * volume.region_size - volume.size
+    return regions.count * volume.region_size - beyond * regions.is_marked(volume.regions - 1)

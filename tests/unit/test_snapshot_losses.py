@@ -11,6 +11,7 @@ from nbdmirror.codec import mark as marks
 from nbdmirror.codec import record as codec
 from nbdmirror.codec.mark import Mark
 from nbdmirror.config import SnapshotConfig
+from nbdmirror.engine import snapshotcommands
 from nbdmirror.errors import StateError, UsageError
 from tests.sim.faults import Fault, Kind
 from tests.sim.file import SimFile
@@ -171,5 +172,19 @@ def test_a_difference_is_of_the_volumes_that_both_have() -> None:
             assert [one["volume"] for one in found["ranges"]] == ["v"]
             with pytest.raises(UsageError, match="volume w is not in snapshot"):
                 world.node.people.diff(first, last, "w")
+
+    primary(test)
+
+
+def test_a_difference_of_many_ranges_is_told_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I6: its size is that of all of them; nobody is kept waiting for millions of ranges."""
+    monkeypatch.setattr(snapshotcommands, "RANGES_MAX", 2)
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        for region in (0, 2, 15):
+            await world.write(region, 1)
+        found = world.node.people.diff("1", None, None)
+        assert (found["bytes"], len(found["ranges"]), found["more"]) == (3 * REGION, 2, True)
 
     primary(test)
