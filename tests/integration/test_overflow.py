@@ -115,9 +115,13 @@ def test_a_tracked_remote_costs_no_log(make_cluster: MakeCluster) -> None:
 
 
 def test_overflow_again_during_the_resync(make_cluster: MakeCluster) -> None:
-    """X3: link lost in mid-resync, new overflow, again and again: it converges."""
+    """X3: link lost in mid-resync, new overflow, again and again: it converges.
+
+    The log holds two seconds of the writer: as fast as it can be it fills the log in a fifth of
+    one, and where a disk stalls for so long no resync ends.
+    """
     cluster = make_cluster(log_size=SMALL_LOG).start()
-    with Writer(cluster.primary.uri(), blocks=8192) as writer:
+    with Writer(cluster.primary.uri(), blocks=8192, rate=SMALL_LOG / 2) as writer:
         for _ in range(4):
             cluster.proxy.refuse()
             overflow(cluster)
