@@ -97,11 +97,20 @@ def os_error_text(error: OSError) -> str:
     return f"{error.filename}: {what}" if error.filename else what
 
 
+MORE_DESCRIPTORS = "raise LimitNOFILE (ulimit -n)"
+"""The hint where descriptors are too few."""
+
+
+def lacks_descriptors(error: Exception) -> bool:
+    """Whether a file was not opened for want of descriptors."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def refuse_shortage(error: Exception) -> None:
     """StateError if a file was not opened for want of descriptors: that says nothing of the file,
     and at a start it must cost neither a facet its place nor a snapshot its life (I8)."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    if lacks_descriptors(error):
         raise StateError(
             f"there are too few descriptors for the files of this node: {error}",
-            hint="raise LimitNOFILE (ulimit -n), and start it again: nothing is lost",
+            hint=f"{MORE_DESCRIPTORS}, and start it again: nothing is lost",
         ) from error

@@ -23,8 +23,8 @@ from nbdmirror.edge.lock import exclusive
 from nbdmirror.edge.net import LinuxNetwork
 from nbdmirror.edge.notify import keep_alive, notify
 from nbdmirror.edge.security import (
+    Descriptors,
     Security,
-    connections_left,
     give_to_group,
     raise_descriptors,
 )
@@ -90,7 +90,7 @@ class Daemon:
         )
         self.node.events.listen(_journal)
         self.node.events.listen(_collect)
-        self._security.report = self.node.doors.refusals.tell
+        self._security.admit(self.node.doors.room, self.node.doors.refusals.tell)
         self._tell = tell
         self._alive: asyncio.Task[None] | None = None
         self._ready = self._reload_wanted = False
@@ -104,7 +104,7 @@ class Daemon:
         try:
             give_to_group(self.config.admin)
             reserved = self.config.limits.descriptors_reserved
-            self.node.doors.set_descriptors(connections_left(reserved), reserved)
+            self.node.doors.set_descriptors(Descriptors(reserved).count, reserved)
         except ConfigError:
             await self.node.stop()
             raise

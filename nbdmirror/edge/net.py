@@ -15,9 +15,11 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 from nbdmirror.edge.hangups import Hangups
 from nbdmirror.edge.sockets import TCP_OPTIONS, Sockets, TcpAddress, UnixAddress, parse_address
+from nbdmirror.edge.tls import SHUTDOWN_SECONDS
 from nbdmirror.ports import Listener
 
 BACKLOG = 128
@@ -38,22 +40,27 @@ class LinuxNetwork:
     ) -> asyncio.Transport:
         """Opens a connection; OSError names the address. Has no deadline of its own.
 
-        With ``tls`` it is one of TLS from its first byte; ssl.SSLError if that fails."""
+        With ``tls`` it is one of TLS from its first byte: ssl.SSLError if that fails,
+        ConnectionResetError if the peer hangs up meanwhile."""
         where = parse_address(address)
         loop = asyncio.get_running_loop()
         transport: asyncio.Transport
+        secured: dict[str, Any] = {}
+        if tls is not None:
+            secured = {"ssl": tls, "ssl_shutdown_timeout": SHUTDOWN_SECONDS}
         try:
             if isinstance(where, UnixAddress):
                 transport, _ = await loop.create_unix_connection(
-                    protocol, where.path, ssl=tls, server_hostname=where.path if tls else None
+                    protocol, where.path, server_hostname=where.path if tls else None, **secured
                 )
             else:
                 transport, _ = await loop.create_connection(
-                    protocol, where.host, where.port, ssl=tls
+                    protocol, where.host, where.port, **secured
                 )
-        except ssl.SSLError:
-            raise
         except OSError as error:
+            hung_up = tls is not None and isinstance(error, ConnectionResetError)
+            if isinstance(error, ssl.SSLError) or hung_up:
+                raise
             raise _named(error, f"cannot connect to {address}") from error
         if isinstance(where, TcpAddress):
             _set_options(transport.get_extra_info("socket"))

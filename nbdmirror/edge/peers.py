@@ -34,11 +34,12 @@ from nbdmirror.ports import Listener
 
 SCHEME = "nbdmirror"
 _PAUSE_SECONDS = 0.1
+_OTHER_KIND = "if it stays so, the peer may use another kind of proof, or none"
 _SILENT = "the peer does not take our certificate or our words; its events say why"
 _BUFFER_BYTES = 4096
 
 Report = Callable[..., object]
-Welcome = Callable[[socket.socket], Coroutine[Any, Any, None]]
+Welcome = Callable[[socket.socket, Callable[[], None]], Coroutine[Any, Any, None]]
 
 
 def node_uri(group: str, node: str) -> str:
@@ -73,8 +74,10 @@ class SecurePeers:
 
     def __init__(self, config: Config, network: LinuxNetwork) -> None:
         """ConfigError if a file cannot be used."""
-        self.report: Report = lambda kind, **fields: None
+        self.report: Report = lambda listener, address, why: None
         """Is told of everybody who was refused."""
+        self.room = Room()
+        """Strangers take their places from it."""
         self._group, self._node = config.group, config.node
         self._limits: Limits = config.limits
         self._network = network
@@ -117,6 +120,8 @@ class SecurePeers:
             raise Refused(f"tls: {error.message}") from error
         except ssl.SSLError as error:
             raise Refused(f"tls: {tls.word(error)}") from error
+        except ConnectionResetError as error:  # where nobody listens, it is another error
+            raise PeerError(f"tls: hung up in the handshake: {_OTHER_KIND}") from error
 
     async def _prove(
         self, proofs: _Proofs, node: str, door: _Door, transport: asyncio.Transport
@@ -134,7 +139,11 @@ class SecurePeers:
             nonce = secrets.token_bytes(peerauth.NONCE_BYTES)
             side = Connecting(proofs.secret, names, nonce, binding)
             transport.write(side.hello())
-            transport.write(side.answer(await door.line()))
+            try:
+                transport.write(side.answer(await door.line()))
+            except PeerError as error:
+                await door.refuse(error.message)
+                raise
         peerauth.accepted(await door.line())
 
     # -- listening ---------------------------------------------------------------------------
@@ -144,10 +153,19 @@ class SecurePeers:
     ) -> Listener:
         """See ``ports.Peers``."""
         sock, name = await self._network.listening(address)
-        return _Acceptor(sock, name, lambda peer: self._welcome(peer, protocol), self._limits)
+        gate = Gate.of(self.room, self._limits.strangers_max, self._limits)
+
+        async def welcome(peer: socket.socket, leave: Callable[[], None]) -> None:
+            def known(name: str) -> asyncio.BufferedProtocol:
+                leave()  # its place is there for the one that the engine gives it
+                return protocol(name)
+
+            await self._welcome(peer, known)
+
+        return _Acceptor(sock, name, welcome, gate)
 
     async def _welcome(
-        self, peer: socket.socket, protocol: Callable[[str | None], asyncio.BufferedProtocol]
+        self, peer: socket.socket, protocol: Callable[[str], asyncio.BufferedProtocol]
     ) -> None:
         """One accepted connection, from its first byte to the engine, or to its end."""
         door, proofs = _Door(), self._proofs
@@ -168,9 +186,8 @@ class SecurePeers:
             return
         except PeerError as error:
             why = error.message
-            if transport is not None and not transport.is_closing():
-                transport.write(peerauth.refusal(why))
-                transport.close()
+            if transport is not None:
+                await door.refuse(why)
         except OSError as error:  # ssl.SSLError is one
             why = tls.word(error)
             if transport is not None:
@@ -210,6 +227,7 @@ class _Door(asyncio.BufferedProtocol):
         self._framer = LineFramer(peerauth.LINE_BYTES_MAX)
         self._lines: list[bytes] = []
         self._arrived = asyncio.Event()
+        self._gone = asyncio.Event()
         self._lost: BaseException | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -232,11 +250,24 @@ class _Door(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._gone.set()
         self._fail(exc or ConnectionResetError("the peer hung up"))
 
     def _fail(self, error: BaseException) -> None:
         self._lost = self._lost or error
         self._arrived.set()
+
+    async def refuse(self, why: str) -> None:
+        """Says so, and closes; returns when the connection is gone. The peer has as long to take
+        leave as TLS allows; who is cancelled meanwhile closes at once."""
+        assert self._transport is not None
+        if not self._transport.is_closing():
+            self._transport.write(peerauth.refusal(why))
+            self._transport.close()
+        try:
+            await self._gone.wait()
+        finally:
+            self._transport.abort()
 
     async def line(self) -> bytes:
         """The next line; what ended the connection if there is none."""
@@ -267,15 +298,14 @@ class _Door(asyncio.BufferedProtocol):
 class _Acceptor:
     """A listening socket, and the strangers that it let in."""
 
-    def __init__(
-        self, sock: socket.socket, name: Listener, welcome: Welcome, limits: Limits
-    ) -> None:
+    def __init__(self, sock: socket.socket, name: Listener, welcome: Welcome, gate: Gate) -> None:
+        """``welcome`` is given a connection, and what it calls once that is no stranger's."""
         self.address = name.address
         self._socket = sock
         self._name = name
         self._welcome = welcome
-        self._gate = Gate.of(Room(), limits.strangers_max, limits)
-        self._guests: dict[asyncio.Task[None], Guest | None] = {}
+        self._gate = gate
+        self._tasks: dict[socket.socket, asyncio.Task[None]] = {}
         self._task = asyncio.ensure_future(self._accept())
 
     async def _accept(self) -> None:
@@ -287,23 +317,26 @@ class _Acceptor:
             except OSError:  # no descriptors left, or a peer that has gone: not for long
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
-            task = asyncio.ensure_future(self._welcome(peer))
-            self._guests[task] = self._gate.enter(where, task.cancel)
-            if self._guests[task] is None:
-                task.cancel()
-            task.add_done_callback(functools.partial(self._done, peer))
+            guest = self._gate.enter(where, functools.partial(self._end, peer))
+            if guest is None:
+                peer.close()
+                continue
+            task = self._tasks[peer] = asyncio.ensure_future(self._welcome(peer, guest.leave))
+            task.add_done_callback(functools.partial(self._done, peer, guest))
 
-    def _done(self, peer: socket.socket, task: asyncio.Task[None]) -> None:
-        guest = self._guests.pop(task)
-        if guest is not None:
-            guest.leave()
+    def _end(self, peer: socket.socket) -> None:
+        self._tasks[peer].cancel()
+
+    def _done(self, peer: socket.socket, guest: Guest, task: asyncio.Task[None]) -> None:
+        del self._tasks[peer]
+        guest.leave()
         if task.cancelled():
             peer.close()
 
     def close(self) -> None:
         """Stops accepting; strangers go, connections that were handed over stay."""
         self._task.cancel()
-        for task in self._guests:
+        for task in self._tasks.values():
             task.cancel()
         self._name.close()
 

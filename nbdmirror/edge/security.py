@@ -11,19 +11,21 @@ import contextlib
 import grp
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from nbdmirror.config import AdminConfig, Config
 from nbdmirror.edge.net import LinuxNetwork
-from nbdmirror.edge.peers import SecurePeers
+from nbdmirror.edge.peers import Report, SecurePeers
 from nbdmirror.edge.secrets import check_secret
 from nbdmirror.edge.tls import NbdTls
-from nbdmirror.errors import ConfigError
+from nbdmirror.engine.admission import CONNECTIONS_MIN, Room
+from nbdmirror.errors import MORE_DESCRIPTORS, ConfigError
 from nbdmirror.ports import Env
 
-CONNECTIONS_MIN = 4
-"""With descriptors for fewer connections a node is of no use."""
+COUNT_SECONDS = 1.0
+"""Descriptors are counted so often, while there are newcomers."""
 
 
 class Security:
@@ -31,6 +33,7 @@ class Security:
 
     def __init__(self, config: Config, network: LinuxNetwork) -> None:
         """ConfigError names the file or the group that is not as it must be."""
+        self._config = config
         self._peers: SecurePeers | None = None
         self._nbd: NbdTls | None = None
         if config.replication.tls is not None or config.replication.secret_file is not None:
@@ -50,23 +53,24 @@ class Security:
         """The world with the doors locked as configured."""
         return replace(env, peers=self._peers, nbd_tls=self._nbd)
 
-    @property
-    def report(self) -> Callable[..., object] | None:
-        """Who is told of peers that are refused: (listener, address, why)."""
-        return None if self._peers is None else self._peers.report
-
-    @report.setter
-    def report(self, tell: Callable[..., object]) -> None:
+    def admit(self, room: Room, report: Report) -> None:
+        """Peers that have not proved themselves take their places from ``room``; of those that are
+        refused ``report`` is told."""
         if self._peers is not None:
-            self._peers.report = tell
+            self._peers.room, self._peers.report = room, report
 
     def reload(self, config: Config) -> None:
-        """Reads every file again; ConfigError, and nothing has changed, if one cannot be used."""
+        """Reads every file again; ConfigError, and nothing has changed, if one cannot be used.
+        Another kind of proof is for the next start: the old kind's stays in use."""
         apply: list[Callable[[], None]] = []
         replication, nbd = config.replication, config.nbd
-        if self._peers is not None and (replication.tls or replication.secret_file):
+        same = _link_key(config) == _link_key(self._config)
+        if self._peers is not None and same and (replication.tls or replication.secret_file):
             with _about(config, _link_key(config)):
                 apply.append(self._peers.prepare(replication))
+        if self._config.nbd.psk_file is not None and nbd.psk_file is not None:
+            with _about(config, "nbd.tls.psk"):
+                check_secret(nbd.psk_file)
         if self._nbd is not None and nbd.tls is not None:
             with _about(config, "nbd.tls"):
                 apply.append(self._nbd.prepare(nbd.tls))
@@ -100,17 +104,33 @@ def raise_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def connections_left(reserved: int) -> int:
-    """For how many connections there are descriptors, when all files are open and ``reserved``
-    stay free; ConfigError if those are too few to serve."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    left = limit - len(os.listdir("/proc/self/fd")) - reserved
-    if left < CONNECTIONS_MIN:
-        raise ConfigError(
-            f"{limit} descriptors leave room for {max(left, 0)} connections",
-            hint="raise LimitNOFILE (ulimit -n), or lower limits.descriptors_reserved",
-        )
-    return left
+class Descriptors:
+    """Those of this process."""
+
+    def __init__(self, reserved: int) -> None:
+        """When all files are open; ConfigError if there are too few to serve, when ``reserved``
+        stay free."""
+        self._counted_at = time.monotonic()
+        left = self._free() - reserved
+        if left < CONNECTIONS_MIN:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            raise ConfigError(
+                f"{limit} descriptors leave room for {max(left, 0)} connections",
+                hint=f"{MORE_DESCRIPTORS}, or lower limits.descriptors_reserved",
+            )
+
+    @staticmethod
+    def _free() -> int:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return limit - len(os.listdir("/proc/self/fd"))
+
+    def count(self, at_once: bool) -> int | None:
+        """How many are free; None: they were counted a moment ago (``Room.count``)."""
+        now = time.monotonic()
+        if not at_once and now - self._counted_at < COUNT_SECONDS:
+            return None
+        self._counted_at = now
+        return self._free()
 
 
 def give_to_group(admin: AdminConfig) -> None:

@@ -43,7 +43,7 @@ class Rules:
         """Why this client may not attach the volume, which has so many already; None if it may."""
         if client.address is not None:
             if self._names is not None and not any(name in self._names for name in client.names):
-                return f"{client} is not one of the clients that this export is for"
+                return f"wrong name: {client} is not one of the clients that this export is for"
             if self._networks is not None:
                 address = _plain(client.address)
                 if not any(address in network for network in self._networks):

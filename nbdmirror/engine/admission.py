@@ -42,8 +42,14 @@ def counted_as(host: str) -> str:
     return str(ipaddress.ip_network((address, _V6_PREFIX), strict=False))
 
 
+CONNECTIONS_MIN = 4
+"""With descriptors for fewer connections a node is of no use."""
+
+
 class Room:
-    """How many connections the process has descriptors for; all gates of a node share one."""
+    """How many connections the process has descriptors for; all gates of a node share one.
+
+    Files that are opened later take theirs from the same: it is counted again and again."""
 
     def __init__(self) -> None:
         self.total: int | None = None
@@ -51,18 +57,82 @@ class Room:
         self.taken = 0
         self.elsewhere: Callable[[], int] = lambda: 0
         """How many more there are, that come in by no gate (nbdkit's)."""
+        self.count: Callable[[bool], int | None] = lambda at_once: None
+        """How many descriptors are free that are not reserved; None: as before, as far as is known,
+        for it was counted a moment ago (not if it must be ``at_once``)."""
+
+    def take(self) -> None:
+        """A connection has come in."""
+        self.taken += 1
+
+    def give(self) -> None:
+        """A connection has gone."""
+        self.taken -= 1
 
     @property
     def left(self) -> int | None:
         """For how many more there are descriptors that are not reserved; below 0: too many are in.
         None: without a bound."""
+        self._recount(at_once=False)
         return None if self.total is None else self.total - self.taken - self.elsewhere()
+
+    def recount(self) -> None:
+        """Looks at what there is now."""
+        self._recount(at_once=True)
+
+    def _recount(self, *, at_once: bool) -> None:
+        counted = self.count(at_once)
+        if counted is not None:
+            self.total = counted + self.taken + self.elsewhere()
+
+    def shortage(self, files: int) -> str | None:
+        """Why so many files cannot be opened for good: they would take descriptors that are
+        reserved, or those without which the next start refuses. None if they can."""
+        self.recount()
+        left = self.left
+        if left is None or self.total is None:
+            return None
+        if files <= left and files + CONNECTIONS_MIN <= self.total:
+            return None
+        return f"{files} files would take descriptors that are reserved: {max(left, 0)} others left"
 
     @property
     def full(self) -> bool:
         """Whether one more would take a descriptor that is reserved."""
         left = self.left
         return left is not None and left <= 0
+
+
+class Reserve(Room):
+    """A part that is kept for one gate; its connections beyond that share the common room."""
+
+    def __init__(self, common: Room) -> None:
+        super().__init__()
+        self._common = common
+        self.part: int | None = None
+        """Of so many; None: not known yet, or without a bound."""
+
+    def take(self) -> None:
+        """As ``Room``."""
+        if self.part is not None and self.taken >= self.part:
+            self._common.take()
+        super().take()
+
+    def give(self) -> None:
+        """As ``Room``."""
+        super().give()
+        if self.part is not None and self.taken >= self.part:
+            self._common.give()
+
+    @property
+    def used(self) -> int:
+        """So much of the part is in use."""
+        return min(self.taken, self.part or 0)
+
+    @property
+    def full(self) -> bool:
+        """As ``Room``."""
+        return self.part is not None and self.taken >= self.part and self._common.full
 
 
 class Guest:
@@ -124,7 +194,7 @@ class Gate:
         guest = Guest(self, address, end)
         self.strangers[guest] = None
         self.guests += 1
-        self._room.taken += 1
+        self._room.take()
         return guest
 
     def _full(self) -> bool:
@@ -140,7 +210,7 @@ class Gate:
         """A guest has gone (its ``leave`` says so)."""
         self.strangers.pop(guest, None)
         self.guests -= 1
-        self._room.taken -= 1
+        self._room.give()
 
     def status(self) -> dict[str, Any]:
         """What the status tells of it."""

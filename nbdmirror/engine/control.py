@@ -52,9 +52,12 @@ class ControlServer:
         *,
         room: Room | None = None,
         owners: Sequence[int] | None = None,
+        refused: Callable[[str, str, str], None] = lambda listener, who, why: None,
     ) -> None:
-        """``owners``: the users whose changes are carried out; None: everybody's."""
-        self.owners = owners
+        """``owners``: the users whose changes are carried out; None: everybody's. ``refused`` is
+        told of who wanted a change without being one, as ``Refusals.tell``."""
+        self._owners = owners
+        self.refused = refused
         most = limits.admin_connections_max
         self.gate = Gate(room or Room(), most, most, most)
         self.node = node
@@ -65,6 +68,20 @@ class ControlServer:
     def connection(self) -> ControlConnection:
         """A protocol for one connection that was just accepted."""
         return ControlConnection(self)
+
+    def owns(self, uid: int | None) -> bool:
+        """Whether this user may change something."""
+        return self._owners is None or uid in self._owners
+
+    def admit(self, uid: int | None) -> Guest | None:
+        """A place for a connection of this user. None: there is none; but an owner gets that of
+        somebody who may only look, the oldest, of those first who have nothing under way."""
+        guest = self.gate.enter("", lambda: None)
+        viewers = [one for one in self.connections if not self.owns(one.uid)]
+        if guest is None and viewers and self.owns(uid):
+            min(viewers, key=lambda one: one.busy).give_way()
+            guest = self.gate.enter("", lambda: None)
+        return guest
 
     async def close(self) -> None:
         """Drops every connection and ends what they were at; the listener is closed before."""
@@ -81,7 +98,7 @@ class ControlConnection(asyncio.BufferedProtocol):
         self._framer = LineFramer(server.limits.admin_line_bytes_max)
         self._buffer = bytearray(RECEIVE_BYTES)
         self._transport: asyncio.Transport | None = None
-        self._uid: int | None = None
+        self.uid: int | None = None
         self._lines: deque[bytes] = deque()
         self._task: asyncio.Task[None] | None = None
         self._waiting = False
@@ -95,13 +112,13 @@ class ControlConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast, not an assert: uvloop's transports are not subclasses of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        self._guest = self._server.gate.enter("", lambda: None)
+        self.uid = self._server.peer_uid(transport)
+        self._guest = self._server.admit(self.uid)
         if self._guest is None:
             now = self._server.gate.guests
             self._refuse(NbdmirrorError(f"there are {now} admin connections already"))
             return
         self._guest.known()  # the socket's mode has let it in
-        self._uid = self._server.peer_uid(transport)
         self._server.connections.append(self)
 
     def get_buffer(self, sizehint: int) -> bytearray:
@@ -146,6 +163,16 @@ class ControlConnection(asyncio.BufferedProtocol):
             room.set_result(None)
 
     # What the server calls.
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has a request under way."""
+        return self._task is not None
+
+    def give_way(self) -> None:
+        """Its place is needed; of who may only look, so nothing is cut short that changes."""
+        self.drop()
+        self._leave()
 
     def drop(self) -> asyncio.Task[None] | None:
         """Closes at once and cancels the request; returns the task that is still ending."""
@@ -199,11 +226,11 @@ class ControlConnection(asyncio.BufferedProtocol):
 
     async def _run(self, name: str, method: Method, call: Call) -> Any:
         """The result of a call; a defect in the node is reported and becomes an error as well."""
+        self._check_owner(name, method)
         if method.waiting:
             self._begin_waiting()
         failure: str | None = "not carried out to its end"
         try:
-            self._check_owner(name, method)
             result = await method.handler(call)
             failure = None
             return result
@@ -221,17 +248,16 @@ class ControlConnection(asyncio.BufferedProtocol):
             if method.changing:
                 params = {key: _shortened(value) for key, value in call.params.items()}
                 self._node.events.emit(
-                    "admin", method=name, params=params, uid=self._uid, error=failure
+                    "admin", method=name, params=params, uid=self.uid, error=failure
                 )
 
     def _check_owner(self, name: str, method: Method) -> None:
         """Whoever may open the socket may look; changing something is for its owners."""
-        owners = self._server.owners
-        if method.changing and owners is not None and self._uid not in owners:
-            raise NbdmirrorError(
-                f"uid {self._uid} may look, not change: {name} is for the daemon's user and root",
-                hint="run it with sudo",
-            )
+        if not method.changing or self._server.owns(self.uid):
+            return
+        why = f"uid {self.uid} may look, not change: {name} is for the daemon's user and root"
+        self._server.refused("admin", f"uid {self.uid}", why)
+        raise NbdmirrorError(why, hint="run it with sudo")
 
     def _begin_waiting(self) -> None:
         if self._hung_up:

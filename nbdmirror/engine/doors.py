@@ -8,12 +8,12 @@ from peers; what is said on a connection is its protocol's. ``engine.node`` open
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from nbdmirror.config import Config, parse_address, reachable
 from nbdmirror.engine.access import Rules
-from nbdmirror.engine.admission import Gate, Guest, Room
+from nbdmirror.engine.admission import Gate, Guest, Reserve, Room
 from nbdmirror.engine.control import ControlServer, NodeApi, PeerUid
 from nbdmirror.engine.events import EventLog
 from nbdmirror.engine.export import ExportServer
@@ -26,7 +26,7 @@ from nbdmirror.engine.refusals import Refusals
 from nbdmirror.engine.secondary import Secondary
 from nbdmirror.engine.snapshotexport import SnapshotExports
 from nbdmirror.engine.turnaway import TurnedAway
-from nbdmirror.errors import UsageError
+from nbdmirror.errors import MORE_DESCRIPTORS, Refused, UsageError
 from nbdmirror.ports import Env, Listener
 
 P = TypeVar("P", Receiver, TurnedAway)
@@ -50,7 +50,7 @@ class Doors:
         self._owners = owners
         limits = config.limits
         self.room = Room()
-        self._admin_room = Room()
+        self._admin_room = Reserve(self.room)
         self.refusals = Refusals(events)
         self._upstreams = Gate.of(self.room, limits.replication_connections_max, limits)
         self.receivers: dict[asyncio.Task[None], Receiver] = {}
@@ -89,7 +89,12 @@ class Doors:
         if primary is not None:
             primary.serve_beside(exports)
         self._control = ControlServer(
-            node, limits, self._peer_uid, room=self._admin_room, owners=self._owners
+            node,
+            limits,
+            self._peer_uid,
+            room=self._admin_room,
+            owners=self._owners,
+            refused=self.refusals.tell,
         )
         listeners = self._listeners
         if config.admin.socket:
@@ -149,11 +154,24 @@ class Doors:
         peers[task] = peer
         task.add_done_callback(left)
 
-    def set_descriptors(self, left: int, reserved: int) -> None:
-        """The process has descriptors for ``left`` connections more, and ``reserved`` besides; of
-        these people get half, so that no crowd of clients locks them out."""
-        self.room.total = self.room.taken + left
-        self._admin_room.total = self._admin_room.taken + reserved // 2
+    def set_descriptors(self, count: Callable[[bool], int | None], reserved: int) -> None:
+        """``count``: how many descriptors are free, as ``Room.count``, but with the ``reserved``
+        ones; of these people get half, so that no crowd of clients locks them out."""
+        people = self._admin_room
+        people.part = reserved // 2
+
+        def others(at_once: bool) -> int | None:
+            free = count(at_once)
+            return None if free is None else free - reserved + people.used
+
+        self.room.count = others
+        self.room.recount()
+
+    def check_descriptors(self, files: int) -> None:
+        """Refused if so many files more, which stay open, are too many."""
+        why = self.room.shortage(files)
+        if why is not None:
+            raise Refused(why, hint=MORE_DESCRIPTORS)
 
     def check_link(self, address: str) -> None:
         """UsageError for a remote on another host to which nothing would secure the connection."""

@@ -101,6 +101,7 @@ class Node:
             self.env.random,
             self.config.snapshots,
         )
+        self.snapshots.shortage = self.doors.room.shortage
         await self.store.settle()
         await disk.sync_directory(directory)  # its creation may not have come to that (O18)
         Restorer.prepare(self)
@@ -412,6 +413,7 @@ class Node:
         """Adds a remote while the volumes are in use."""
         primary = self._need_primary()
         self.doors.check_link(address)
+        self.doors.check_descriptors(1 + len(self.volumes))  # the link, and a map for each volume
         await primary.add(name, address, mode, on_link_loss)
 
     async def apply(self, frozen: bool, now: bool = False) -> dict[str, Any]:
@@ -426,7 +428,10 @@ class Node:
 
     async def facet(self, action: str, path: str, other: str | None = None) -> list[dict[str, Any]]:
         """One of the commands on local facets; returns all facets as in the status."""
-        await self._need_facets().do(action, path, other)
+        facets = self._need_facets()
+        if action in ("add", "replace"):
+            self.doors.check_descriptors(2)  # its file and its map
+        await facets.do(action, path, other)
         return self.facet_list()
 
     def facet_list(self) -> list[dict[str, Any]]:

@@ -230,12 +230,14 @@ class Primary:
 
     def _connected(self, remote: Remote) -> None:
         remote.link = "connected"
-        remote.refused = remote.failed = remote.stall = None
+        remote.refused = remote.failed = remote.unheard = remote.stall = None
         self._events.emit("connected", remote=remote.name)
         remote.notify()
 
     def _disconnected(self, remote: Remote, cause: BaseException) -> None:
         was, remote.link = remote.link, "disconnected"
+        hung_up = isinstance(cause, PeerError | ConnectionResetError) and not remote.drop.is_set()
+        remote.unheard = str(cause) if hung_up and was != "connected" else None
         if remote.gate is not None:
             remote.gate.lost(renewing=remote.drop.is_set())
         if isinstance(cause, Refused):

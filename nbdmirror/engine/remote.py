@@ -126,6 +126,8 @@ class Remote:
         """What replies wait for, if it is a synchronous remote."""
         self.refused: str | None = None
         self.failed: str | None = None
+        self.unheard: str | None = None
+        """Somebody is there, and the last attempt ended before a word that we understand."""
         self.stall: Stall | None = None
         self.progress: Progress | None = None
         self.bytes_sent = 0

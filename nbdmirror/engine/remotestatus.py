@@ -25,7 +25,7 @@ def remote_status(remote: Remote, now: float, wall_ns: int) -> dict[str, Any]:
     oldest = remote.behind_ns
     why = remote.refused or remote.failed or (remote.stall and remote.stall.why)
     if why is None and (state != "synchronised" or remote.put_off):
-        why = remote.facts["why"]
+        why = remote.facts["why"] or remote.unheard
     if why is None and facts.differing:
         why = f"the last verify found {facts.differing} regions that differ"
     return {

@@ -17,7 +17,13 @@ from nbdmirror.engine.restorer import Restorer
 from nbdmirror.engine.snapshotexport import SnapshotExports, SnapshotVolume, label, pick
 from nbdmirror.engine.snapshots import Entry, Snapshots
 from nbdmirror.engine.volume import Volume, closed
-from nbdmirror.errors import NbdmirrorError, Refused, UsageError
+from nbdmirror.errors import (
+    MORE_DESCRIPTORS,
+    NbdmirrorError,
+    Refused,
+    UsageError,
+    lacks_descriptors,
+)
 
 if TYPE_CHECKING:
     from nbdmirror.engine.node import Node
@@ -75,9 +81,10 @@ class SnapshotCommands:
             try:
                 await snapshots.take(group, entry, replaces, self._node.env.clock.time_ns())
             except OSError as error:
+                room = f"free space in {snapshots.files.directory}"
                 raise NbdmirrorError(
                     f"the snapshot could not be taken: {error.strerror or error}",
-                    hint=f"free space in {snapshots.files.directory}",
+                    hint=MORE_DESCRIPTORS if lacks_descriptors(error) else room,
                 ) from error
         return entry
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Callable, Coroutine, Sequence
 from random import Random
 from typing import Any
@@ -90,6 +91,8 @@ class Snapshots:
         self.store = store
         self.events = events
         self._random = random
+        self.shortage: Callable[[int], str | None] = lambda files: None
+        """Why there are no descriptors for so many files more; see ``admission.Room``."""
         self.lock = asyncio.Lock()
         """One taking or deleting at a time."""
         self._giving = asyncio.Lock()
@@ -250,6 +253,8 @@ class Snapshots:
         who is cancelled before it is durable leaves no snapshot there that keeps nothing. With
         ``followed`` that is the step in which its marker counts as followed."""
         made: list[tuple[Chain, Member]] = []
+        if (why := self.shortage(len(entry["volumes"]))) is not None:
+            raise OSError(errno.EMFILE, why)
         try:
             for index in entry["volumes"]:
                 self.files.remove(entry["uuid"], index)  # of who was cancelled before

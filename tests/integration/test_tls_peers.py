@@ -106,6 +106,8 @@ def test_another_secret_is_refused(make_cluster: MakeCluster, secret: Path, tmp_
     secure(cluster, alpha=secret_line(other), beta=secret_line(secret))
     cluster.start(synced=False)
     why_not(cluster, "wrong secret")
+    beta = cluster.secondary
+    wait_until("beta is told", lambda: any("wrong secret" in why for why in beta.refusals()))
     other.write_bytes(secret.read_bytes())
     cluster.primary.reload()
     cluster.primary.ok("resync", "beta")
@@ -183,6 +185,54 @@ def test_a_plain_primary_gets_nothing_from_a_secured_secondary(
     secure(cluster, alpha=secret_line(secret), beta=secret_line(secret))
     cluster.primary.start()
     cluster.check_in_sync()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta"),
+    [("secret", "tls"), ("tls", "secret"), ("open", "tls"), ("tls", "open"), ("secret", "open")],
+)
+def test_another_kind_of_proof_shows_on_the_primary(
+    make_cluster: MakeCluster, secret: Path, authority: Authority, alpha: str, beta: str
+) -> None:
+    """Fault 41: who looks at the primary alone sees that the two do not mean the same."""
+
+    def line(name: str, kind: str) -> str:
+        if kind == "open":
+            return "insecure = true"
+        return secret_line(secret) if kind == "secret" else tls_line(authority.directory / name)
+
+    cluster = make_cluster()
+    secure(cluster, alpha=line("alpha", alpha), beta=line("beta", beta))
+    cluster.start(synced=False)
+    words = ("no common ground", "kind of proof", "closed the connection", "not TLS")
+    cluster.primary.until(
+        "says what is wrong", lambda one: any(word in str(one["why"]) for word in words)
+    )
+
+
+def test_another_kind_of_proof_waits_for_a_restart(
+    make_cluster: MakeCluster, secret: Path, authority: Authority
+) -> None:
+    """SIGHUP with ``tls`` in the place of ``secret_file``: told, and not half taken over."""
+    cluster = make_cluster()
+    secure(cluster, alpha=secret_line(secret), beta=secret_line(secret))
+    cluster.start()
+    certificates = {name: tls_line(authority.directory / name) for name in ("alpha", "beta")}
+    secure(cluster, **certificates)
+    alpha = cluster.primary
+    alpha.reload()
+    told = wait_until("reloaded", lambda: [e for e in alpha.events() if e["kind"] == "reloaded"])
+    assert told[-1]["needs_restart"] == ["replication"]
+    assert alpha.status()["security"]["replication"]["mode"] == "secret"
+    cluster.proxy.refuse()
+    cluster.primary.until("lost its link", lambda one: one["link"] != "connected")
+    cluster.proxy.heal()
+    check_replicates(cluster)
+    for node in cluster.nodes:
+        node.stop()
+        node.start()
+    check_replicates(cluster)
+    assert cluster.primary.status()["security"]["replication"]["mode"] == "tls"
 
 
 def test_a_secured_primary_sends_nothing_in_the_clear(

@@ -9,7 +9,7 @@ import pytest
 
 from nbdmirror.config import AccessConfig
 from nbdmirror.engine.access import Client, Rules
-from nbdmirror.engine.admission import Gate, Guest, Room, counted_as
+from nbdmirror.engine.admission import Gate, Guest, Reserve, Room, counted_as
 
 
 class Door:
@@ -80,6 +80,49 @@ def test_descriptors_are_shared_and_reserved() -> None:
     assert door.ended == ["a"], "a stranger makes room, not who is known at the other gate"
     assert other.enter("", lambda: None) is None
     assert door.room.taken == 2
+
+
+def test_files_that_are_opened_later_take_their_descriptors() -> None:
+    """Fault 35: what is left is counted anew, and files get none of those that are reserved."""
+    door = Door(guests=9, strangers=9)
+    free: list[int | None] = [6]
+    door.room.count = lambda at_once: free[-1]
+    door.enter("a")
+    free.append(None)  # counted a moment ago: that one is known
+    assert door.room.left == 5 and not door.room.full
+    free.append(3)
+    assert door.room.left == 3
+    free.append(0)
+    assert door.room.full
+    free.append(5)
+    assert door.room.shortage(2) is None
+    assert "5 others left" in str(door.room.shortage(6))
+    assert door.room.shortage(3) is not None, "the next start could serve nobody"
+    assert Room().shortage(1000) is None
+
+
+def test_a_reserve_is_for_one_gate_which_shares_the_rest() -> None:
+    """The places of the admin socket: some are kept, for more it takes from all."""
+    common = Room()
+    common.total = 2
+    reserve = Reserve(common)
+    reserve.part = 2
+    gate, crowd = Gate(reserve, 9, 9, 9), Gate(common, 9, 9, 9)
+    inside = [gate.enter("", lambda: None) for _ in range(3)]
+    assert all(inside) and (reserve.taken, reserve.used, common.left) == (3, 2, 1)
+    one = crowd.enter("", lambda: None)
+    assert one is not None and common.full
+    one.known()
+    for guest in inside:
+        assert guest is not None
+        guest.known()
+    assert gate.enter("", lambda: None) is None, "beyond its part it has what is left for all"
+    for guest in inside[:2]:
+        assert guest is not None
+        guest.leave()
+    assert (reserve.taken, common.left) == (1, 1)
+    assert crowd.enter("", lambda: None) is not None and common.full
+    assert gate.enter("", lambda: None) is not None, "its part is its own"
 
 
 @pytest.mark.parametrize(
