@@ -27,6 +27,9 @@ CHECK_SEEDS ?= 50
 TEST_SEEDS ?= 300
 CUTS ?= 2
 SECONDS ?= 3600
+# What CI has of it: with two at a time a minute for all.
+TEST_SECONDS ?= 3
+ATHERIS = $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
 JOBS ?= 1
 
 RUN_PACKAGES := python3 python3-venv python3-libnbd gcc libc6-dev python3-dev libxxhash-dev
@@ -45,6 +48,8 @@ run: setup-run
 # server that is not ours takes two: `make guest` has them.
 test: setup lint
 	$(MAKE) --no-print-directory sim-if-any SEEDS=$(TEST_SEEDS)
+	if $(ATHERIS); then $(BIN)/python -m tests.fuzz --seconds $(TEST_SECONDS) --jobs 2; \
+		else echo "there is no atheris for this machine: no fuzzing by coverage"; fi
 	POWER_CUTS=1 $(PYTEST) $(PARALLEL) $(FAST) $(SLOW) --ignore=tests/guest/test_service.py \
 		--deselect tests/guest/test_power_cuts.py::test_a_disk_that_ignores_flushes_is_seen \
 		--deselect tests/guest/test_attach.py::test_nbdkit_restart
@@ -76,7 +81,7 @@ bench: setup
 	for part in $(BENCHES); do $(BIN)/python -m tests.bench.$$part || exit 1; done
 
 fuzz: setup
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[fuzz]'
+	$(ATHERIS)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --jobs $(JOBS)
 
 setup: packages-test .venv/stamp

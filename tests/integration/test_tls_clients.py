@@ -332,6 +332,13 @@ def test_nbdkit_with_preshared_keys(make_cluster: MakeCluster, tmp_path: Path) -
         with pytest.raises(nbd_error()):
             attach_with(path) if path else connect(cluster.primary.uri(tcp=True))
     wait_until("there is a place again", lambda: _attaches(attach_with, keys))
+    keys.chmod(0o644)
+    cluster.primary.reload()
+    failed = wait_until(
+        "the reload failed",
+        lambda: [e for e in cluster.primary.events() if e["kind"] == "reload-failed"],
+    )
+    assert "nbd.tls.psk" in failed[0]["why"] and "others can read it" in failed[0]["why"]
 
 
 def _attaches(attach_with: Callable[[Path], Any], path: Path) -> bool:

@@ -33,7 +33,7 @@ for name in sysinit basic shutdown network-online remote-fs-pre multi-user; do
     printf '[Unit]\nDefaultDependencies=no\n' > $units/$name.target
 done
 cp /lib/systemd/system/modprobe@.service $units/
-for name in nbdmirror@ nbdmirror-attach@; do
+for name in nbdmirror@ nbdmirror-attach@ nbd-client@; do
     mkdir -p $units/$name.service.d
     printf '[Service]\nStandardOutput=append:/var/log/units\nStandardError=append:/var/log/units\n' \
         > $units/$name.service.d/output.conf
@@ -115,11 +115,19 @@ group = "db"
 node = "alpha"
 state_dir = "/var/lib/nbdmirror/alpha"
 [nbd]
-listen = ["unix:/run/nbdmirror/alpha.nbd"]
+listen = ["unix:/run/nbdmirror/alpha.nbd", "tcp:127.0.0.1:10809"]
+[nbd.tls]
+cert = "/etc/nbdmirror/tls/alpha/cert.pem"
+key = "/etc/nbdmirror/tls/alpha/key.pem"
+client_ca = "/etc/nbdmirror/tls/alpha/ca.pem"
 [[remote]]
 name = "beta"
 address = "tcp:127.0.0.1:10810"
 END
+ca=/etc/nbdmirror/tls
+deploy/nbdmirror-ca init $ca && deploy/nbdmirror-ca node $ca db alpha 127.0.0.1 &&
+    deploy/nbdmirror-ca client $ca laptop || fail "the CA"
+chmod 755 $ca && chown -R nbdmirror: $ca/alpha || fail "keys"
 for node in beta alpha; do
     role=$([ $node = alpha ] && echo primary || echo secondary)
     runuser -u nbdmirror -- nbdmirror create /etc/nbdmirror/$node.toml --role "$role" || fail create
@@ -188,6 +196,25 @@ say "a failed disk: beta stays down, alpha goes on"
 umount /tmp/mount || fail umount
 systemctl stop nbdmirror-attach@nbd0 || fail "stop of the watcher"
 [ ! -e /sys/block/nbd0/backend ] || fail "still attached"
+
+printf 'HOST=127.0.0.1\nPORT=10809\nEXPORT=data\nTLS=/etc/nbdmirror/tls/laptop\nTLS_NAME=127.0.0.1\n' \
+    > /etc/nbdmirror/nbd-client-nbd1.conf
+systemctl start nbd-client@nbd1 || fail "nbd-client@nbd1: $(cat /var/log/units)"
+deadline=60
+until [ "$(cat /sys/block/nbd1/size)" != 0 ]; do
+    deadline=$((deadline - 1))
+    [ $deadline -gt 0 ] || fail "nbd-client@nbd1 attaches nothing: $(tail /var/log/units)"
+    sleep 1
+done
+mount /dev/nbd1 /tmp/mount || fail "mount over TLS"
+echo five >> /tmp/mount/file
+sync -f /tmp/mount || fail "a sync over TLS"
+[ "$(wc -l < /tmp/mount/file)" = 5 ] || fail "the file over TLS: $(cat /tmp/mount/file)"
+umount /tmp/mount || fail "umount over TLS"
+systemctl stop nbd-client@nbd1 || fail "stop of nbd-client"
+[ "$(cat /sys/block/nbd1/size)" = 0 ] || fail "nbd1 is still attached"
+say "nbd-client attached it over TLS, locked in"
+
 systemctl stop nbdmirror@alpha.socket nbdmirror@alpha || fail "stop of alpha"
 [ ! -e /run/nbdmirror/alpha.sock ] || fail "the sockets are still there"
 [ "$(property nbdmirror@alpha Result)" = success ] || fail "alpha: $(tail /var/log/units)"
