@@ -83,11 +83,7 @@ class Node:
         self.started_at = loop.time()
         self.failed = loop.create_future()
         disk, directory = self.env.disk, self.config.state_dir
-        if disk.exists(f"{directory}/{MARK}"):
-            raise StateError(
-                f"the creation of {directory} was not finished",
-                hint="run nbdmirror create CONFIG --force",
-            )
+        self._check_created()
         self.store = Store.open(disk, directory)
         agree(disk, self.store.state, self.config, copied=self.store.copied)
         self.volumes = open_volumes(disk, self.store)
@@ -145,6 +141,14 @@ class Node:
         except (NbdmirrorError, OSError):
             await self.stop()
             raise
+
+    def _check_created(self) -> None:
+        directory = self.config.state_dir
+        if self.env.disk.exists(f"{directory}/{MARK}"):
+            raise StateError(
+                f"the creation of {directory} was not finished",
+                hint="run nbdmirror create CONFIG --force",
+            )
 
     @property
     def exports(self) -> ExportServer | None:

@@ -223,3 +223,9 @@ class Process:
     def thaw(self) -> None:
         """SIGCONT."""
         self.signal(signal.SIGCONT)
+
+
+def children(pid: int) -> list[int]:
+    """Those of a process, now."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]

@@ -27,7 +27,7 @@ from nbdmirror.edge import daemon, env, notify, sockets
 from nbdmirror.edge.journal import JOURNAL
 from tests.integration.cluster import MIB, READY_S, Cluster, nbdmirror
 from tests.integration.pki import Authority
-from tests.integration.process import NotifySocket, Process, free_port, wait_until
+from tests.integration.process import NotifySocket, Process, children, free_port, wait_until
 from tests.integration.tools import connect, pattern, run
 
 TREE = Path(__file__).parents[2]
@@ -298,12 +298,6 @@ def test_an_nbdkit_that_comes_back_is_waited_for(
         assert service.process.stop() == 0
     finally:
         service.close()
-
-
-def children(pid: int) -> list[int]:
-    """The processes that this one started."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 @pytest.mark.parametrize(
