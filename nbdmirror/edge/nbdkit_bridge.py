@@ -37,6 +37,7 @@ from nbdmirror.edge import signals
 from nbdmirror.edge.daemon import Daemon
 from nbdmirror.edge.journal import JOURNAL
 from nbdmirror.edge.lock import exclusive
+from nbdmirror.edge.nbdkit_strangers import Peer, Strangers
 from nbdmirror.edge.notify import notify
 from nbdmirror.edge.sockets import Sockets
 from nbdmirror.engine.access import Client as Identity
@@ -57,6 +58,7 @@ UNSEEN = Identity()
 REPLY_SECONDS = 2.0
 """At the end, a client gets so long to read the last reply."""
 _TICK_SECONDS = 0.25
+_SWEEP_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 Result = Any
@@ -67,10 +69,11 @@ class Client:
     """One connection: its volume, and its place to wait. nbdkit runs one request of it at a time
     (the thread model says so), so one lock is enough."""
 
-    __slots__ = ("_bridge", "_done", "_error", "_result", "info", "volume")
+    __slots__ = ("_bridge", "_done", "_error", "_result", "info", "peer", "volume")
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Bridge, peer: Peer | None = None) -> None:
         self._bridge = bridge
+        self.peer = peer
         self._done = threading.Lock()
         self._done.acquire()
         self._result: Result = None
@@ -151,6 +154,7 @@ class Bridge:
         self._shut_down = shut_down
         self._tasks: dict[asyncio.Task[Result], None] = {}
         self._counting = threading.Lock()
+        self._strangers = Strangers(self.config.limits, self._counted, self._refused)
         self._listening: list[Any] = []
         self._started = threading.Event()
         self._quiet: asyncio.Event
@@ -229,6 +233,7 @@ class Bridge:
         self.loop.add_reader(self._signals, self._signalled)
         daemon.node.doors.room.elsewhere = self._connections
         await daemon.start(nbd=False)
+        self._end_strangers()
         if why := os.environ.get(RESTARTED):
             daemon.node.events.emit("nbdkit-restarted", why=why)
         self._started.set()
@@ -290,22 +295,39 @@ class Bridge:
             if ours and not _accepts(sock):
                 yield sock
 
-    @property
-    def full(self) -> bool:
-        """Whether there are more connections than the limit allows, or than there are descriptors
-        for, this one among them."""
+    def admit(self, peer: Peer | None) -> bool:
+        """Whether a connection that has just come may stay. If there are more than the limit
+        allows, or than there are descriptors for, the oldest stranger goes for it."""
+        if peer is not None:
+            self._strangers.came(peer)
         left = self.daemon.node.doors.room.left
         too_many = self._connections() > self.config.limits.connections_max
-        return too_many or (left is not None and left < 0)
+        full = too_many or (left is not None and left < 0)
+        return not full or self._strangers.make_room(peer)
+
+    def _end_strangers(self) -> None:
+        self._strangers.end_late()
+        self.loop.call_later(_SWEEP_SECONDS, self._end_strangers)
+
+    def _refused(self, address: str, why: str) -> None:
+        tell = self.daemon.node.doors.refusals.tell
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(tell, "nbd", address, why)
+
+    def _counted(self) -> Iterator[socket.socket]:
+        """The same by one thread at a time: a look by another would find duplicates too."""
+        with self._counting:
+            yield from self._clients()
 
     def _connections(self) -> int:
-        with self._counting:  # a look by another thread would count its duplicates too
-            return sum(1 for _ in self._clients())
+        return sum(1 for _ in self._counted())
 
-    def attach(self, name: str) -> Client:
+    def attach(self, name: str, peer: Peer | None) -> Client:
         """A connection to an export; VolumeFailed if there is none of that name."""
-        client = Client(self)
+        client = Client(self, peer)
         client.call(self._attach, client, name)
+        if peer is not None:
+            self._strangers.known(peer)
         return client
 
     def _attach(self, client: Client, name: str) -> None:
@@ -320,8 +342,10 @@ class Bridge:
         volume.clients += 1
 
     def detach(self, client: Client) -> None:
-        """The connection has ended."""
+        """The connection has ended, or only asked what there is."""
         client.call(self._detach, client)
+        if client.peer is not None:
+            self._strangers.came(client.peer)
 
     def _detach(self, client: Client) -> None:
         client.volume.clients -= 1

@@ -11,13 +11,15 @@ with more than was asked for (never is).
 
 What the native front end does and this one cannot, because nbdkit leaves no way to it: the
 ``nbdmirror:dirty:REMOTE`` contexts (a plugin has ``base:allocation`` only), a deadline for the
-handshake, holes in structured reads, more than one request of a connection at a time, messages
-with errors (the client gets the number, the text goes to the journal), and ``memory_bytes_max`` and
-``request_bytes_max``: nbdkit receives a request of up to 64 MiB for each connection by itself.
+handshake at a unix socket, holes in structured reads, more than one request of a connection at a
+time, messages with errors (the client gets the number, the text goes to the journal), and
+``memory_bytes_max`` and ``request_bytes_max``: nbdkit receives a request of up to 64 MiB for each
+connection by itself.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,6 +27,7 @@ import nbdkit
 
 from nbdmirror.codec import record
 from nbdmirror.edge.nbdkit_bridge import Bridge, Client, die_with_supervisor, end
+from nbdmirror.edge.nbdkit_strangers import Peer, peer_of
 from nbdmirror.engine import operations
 from nbdmirror.engine.blockstatus import BLOCK_STATUS_EXTENTS_MAX
 from nbdmirror.engine.snapshotexport import Writer
@@ -42,6 +45,9 @@ MAY_TRIM = int(nbdkit.FLAG_MAY_TRIM)
 REQ_ONE = int(nbdkit.FLAG_REQ_ONE)
 HOLE = int(nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO)
 
+SOCKADDR_BYTES = 128
+
+_NBDKIT = ctypes.CDLL(None)
 _bridge: Bridge
 _config_path = ""
 
@@ -118,14 +124,24 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 def preconnect(readonly: bool) -> None:
     """Refuses a connection above the limit."""
-    if _bridge.full:
+    if not _bridge.admit(_peer()):
         raise VolumeFailed("too many connections")
 
 
 @answered
 def open(readonly: bool) -> Client:
     """A client has chosen an export."""
-    return _bridge.attach(nbdkit.export_name())
+    return _bridge.attach(nbdkit.export_name(), _peer())
+
+
+def _peer() -> Peer | None:
+    """Who is at the other end of the connection whose thread this is; None: nobody by TCP. Of
+    nbdkit's functions this is one that its Python bindings do not have."""
+    length = ctypes.c_uint32(SOCKADDR_BYTES)
+    sockaddr = ctypes.create_string_buffer(SOCKADDR_BYTES)
+    if _NBDKIT.nbdkit_peer_name(sockaddr, ctypes.byref(length)) != 0:
+        return None
+    return peer_of(sockaddr.raw[: length.value])
 
 
 def close(client: Client) -> None:

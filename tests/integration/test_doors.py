@@ -27,8 +27,8 @@ from nbdmirror.codec import prometheus
 from nbdmirror.config import Limits
 from tests.integration.cluster import MIB, Cluster, nbdmirror
 from tests.integration.process import children, free_port, wait_until
-from tests.integration.rawnbd import OPT_LIST, REP_ACK, REP_ERR_TOO_BIG, WRITE, RawClient
-from tests.integration.tools import connect, nbd_error, pattern
+from tests.integration.rawnbd import OPT_INFO, OPT_LIST, REP_ACK, REP_ERR_TOO_BIG, WRITE, RawClient
+from tests.integration.tools import connect, nbd_error, pattern, requires
 
 MakeCluster = Callable[..., Cluster]
 TREE = Path(__file__).parents[2]
@@ -111,6 +111,34 @@ def test_one_address_does_not_push_out_another(make_cluster: MakeCluster) -> Non
         )
         assert patient.go("data")[-1].kind == REP_ACK
         patient.check_usable()
+
+
+@requires("nbdkit")
+def test_strangers_of_nbdkit(make_cluster: MakeCluster) -> None:
+    """4.1, fault 36: by TCP; nbdkit itself would wait for them, and for ever."""
+    cluster = make_cluster(frontend="nbdkit", remotes=(), tcp=True)
+    node = cluster.primary
+    node.keys["limits"] = ["handshake_seconds = 3", "connections_max = 6"]
+    node.write_config()
+    cluster.create()
+    node.start()
+    where = ("127.0.0.1", node.nbd_port)
+    handle = connect(node.uri(tcp=True))
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(RawClient(where, timeout=30)) for _ in range(5)]
+        served = stack.enter_context(RawClient(where, timeout=30))
+        assert stalled[0].hung_up(), "the oldest makes room"
+        served.go("data")
+        asking = stack.enter_context(RawClient(where, timeout=30))
+        assert stalled[1].hung_up()
+        asking.go("data", option=OPT_INFO)
+        for one in (*stalled[2:], asking):
+            assert one.hung_up(), "its time is over"
+        served.check_usable()
+    handle.pwrite(pattern(MIB, 1), 0)
+    assert handle.pread(MIB, 0) == pattern(MIB, 1)
+    assert any("its place was needed" in why for why in node.refusals())
+    assert node.status()["connections"]["refused"]["nbd"] == 6
 
 
 def test_refusals_are_told_and_do_not_flood_the_history(make_cluster: MakeCluster) -> None:
