@@ -136,8 +136,10 @@ class Album:
         self._released[uuid] = None
 
     def died(self, host: Host) -> None:
-        """What it was giving up it did not come to tell: it may be there, or not."""
-        for entry in host.node.snapshots.entries if host.node is not None else []:
+        """What it was giving up it did not come to tell, in its start or stop either: it may be
+        there, or not."""
+        snapshots = getattr(host.node or host.coming, "snapshots", None)
+        for entry in snapshots.entries if snapshots is not None else []:
             if entry.get("giving_up") or entry.get("lost"):
                 self._promised.pop(entry["uuid"], None)
 
