@@ -357,10 +357,12 @@ class Snapshots:
         async with self.lock:
             if entry not in self.entries:
                 return
+            why = entry.get("giving_up")
             if entry.get("lost") is None:
                 for index in entry["volumes"]:
                     await self._merge(self.chains[index], entry["uuid"])
-            why = entry.get("giving_up")
+                if why is not None and entry.get("lost"):
+                    return  # another, given up for it, took it along, and told
             if why is not None:  # a restart had cut it
                 _now_lost(entry, why)
             elif entry in self.entries:

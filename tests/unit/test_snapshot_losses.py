@@ -87,6 +87,29 @@ def test_one_that_is_lost_is_deleted_for_good(restarted: bool) -> None:
     primary(test, SPACE)
 
 
+def test_one_that_is_given_up_twice_stays_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """X4: a start goes on with what a crash had cut, and another that makes room for it takes it
+    along: it is told once, and does not vanish (seed 8372238)."""
+
+    async def test(world: Primary) -> None:
+        await world.take()
+        snapshots = world.node.snapshots
+        (entry,) = snapshots.entries
+        told: list[str] = []
+        world.node.events.listen(lambda event: told.append(str(event["kind"])))
+
+        async def takes_along(*_merged: object) -> None:
+            await snapshots.lose([entry["uuid"]], "no space")
+
+        monkeypatch.setattr(snapshots, "_merge", takes_along)
+        entry.update(deleting=True, giving_up="no space")
+        await snapshots.finish_delete(entry)
+        assert world.states() == ["lost"]
+        assert [kind for kind in told if kind.startswith("snapshot")] == ["snapshot-lost"]
+
+    primary(test)
+
+
 def test_a_refresh_that_is_cut_leaves_one_of_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """V10: the new one is there, durably, when the power fails; the old one goes."""
 
